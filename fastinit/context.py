@@ -1,0 +1,247 @@
+"""`on`: the context in which models are created, and the report that it gives."""
+
+from __future__ import annotations
+
+import resource
+import time
+from contextlib import ContextDecorator
+from dataclasses import dataclass, field
+
+import torch
+
+from . import native, patches
+from .recorder import Recorder, _modes_off, concrete
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "float": torch.float32,
+    "32": torch.float32,
+    "32-true": torch.float32,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "half": torch.float16,
+    "16-true": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+}
+
+# torch's own, taken before any context can have replaced them.
+_get_default_dtype = torch.get_default_dtype
+_set_default_dtype = torch.set_default_dtype
+
+
+@dataclass(slots=True)
+class Report:
+    """What one context did; complete once the context has ended.
+
+    Attributes:
+        device, dtype, seed: where, in what, and from which key.
+        parameters: number of elements of all parameters that modules own, each counted once.
+        bytes: their size.
+        fills_executed: fills that were run, constants included.
+        fills_dropped: fills that never ran because something overwrote the tensor first.
+        seconds: wall time inside the context. Fills on a GPU are asynchronous and may still be running.
+        peak_memory: bytes by which the device's peak of allocated memory exceeds what was allocated at the start; on
+            the CPU, by which the peak of the process's resident memory grew.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    parameters: int = 0
+    bytes: int = 0
+    fills_executed: int = 0
+    fills_dropped: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+    _started: float = field(default=0.0, repr=False)
+    _memory: int = field(default=0, repr=False)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.parameters:,} parameters, {_readable(self.bytes)} in {str(self.dtype).removeprefix('torch.')} "
+            f"on {self.device}: {self.fills_executed} fills executed, {self.fills_dropped} dropped, "
+            f"{self.seconds * 1e3:.1f} ms, peak memory {_readable(self.peak_memory)}"
+        )
+
+    def _start(self) -> None:
+        self._memory = _allocated_bytes(self.device)
+        self._started = time.perf_counter()
+
+    def _finish(self, recorder: Recorder) -> None:
+        self.seconds = time.perf_counter() - self._started
+        self.peak_memory = max(_peak_bytes(self.device) - self._memory, 0)
+        parameters = {id(p): p for ref in recorder.modules_parameters if (p := ref()) is not None}
+        with _modes_off():
+            self.parameters = sum(p.numel() for p in parameters.values())
+            self.bytes = sum(p.nbytes for p in parameters.values())
+        self.fills_executed = recorder.executed
+        self.fills_dropped = recorder.dropped
+
+
+class on(ContextDecorator):
+    """Create the modules of a ``with`` block on a device, in a precision, with fused initialisation.
+
+    The modules are those that the same code gives under ``torch.device(device)`` and
+    ``torch.set_default_dtype(dtype)``: same names, shapes, dtypes, ties and buffers. Their values are those of the
+    fp32 model, rounded once; random ones are a function of the seed, the ordinal of the fill in the block, and the
+    element's index, and so the same on every device. Nothing is ever allocated in a wider dtype or elsewhere first.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", or a ``torch.device``.
+        dtype: ``torch.float32``, ``torch.float16``, ``torch.bfloat16`` or one of "fp32", "fp16", "bf16", "float32",
+            "float16", "bfloat16", "half", "32-true", "16-true", "bf16-true". None keeps torch's default dtype.
+        seed: 64-bit key of the random values. None draws it from torch's default CPU generator, so that
+            ``torch.manual_seed`` decides it; that one draw is all that the block does to torch's generators.
+
+    Returns:
+        The context manager, which is also a decorator. Entering it gives a report of parameters, bytes, fills, time
+        and memory, complete when the block ends.
+
+    Raises:
+        ValueError: unknown device or dtype, or a seed that is not a 64-bit integer.
+        RuntimeError: no such GPU, or a build without CUDA.
+
+    Example:
+        >>> with fastinit.on("cpu", "bf16", seed=0) as init:
+        ...     model = torch.nn.Linear(4, 2)
+        >>> model.weight.dtype, init.parameters
+        (torch.bfloat16, 10)
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device = "cuda",
+        dtype: str | torch.dtype | None = None,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        self._device = _parse_device(device)
+        self._dtype = _parse_dtype(dtype)
+        self._seed = _parse_seed(seed)
+        self._entered: list[tuple[Recorder, Report, torch.dtype]] = []
+
+    def _recreate_cm(self) -> on:
+        # A decorated function may call itself or run in several threads: each call gets a context of its own.
+        return on(self._device, self._dtype, seed=self._seed)
+
+    def __enter__(self) -> Report:
+        with _modes_off():
+            device = _available_device(self._device)
+            process_default = _get_default_dtype()
+        dtype = self._dtype or _supported_default(torch.get_default_dtype())
+        seed = _draw_seed() if self._seed is None else self._seed
+        recorder = Recorder(device, dtype, seed)
+        report = Report(device, dtype, seed)
+        report._start()
+        patches.install()
+        try:
+            recorder.__enter__()
+            if process_default != torch.float32:
+                # The default dtype belongs to the process. fp32 is what constructors have to compute in.
+                _set_default_dtype(torch.float32)
+        except BaseException:
+            patches.remove()
+            raise
+        self._entered.append((recorder, report, process_default))
+        return report
+
+    def __exit__(self, exc_type, exc_value, traceback) -> None:
+        recorder, report, process_default = self._entered.pop()
+        try:
+            recorder.__exit__(exc_type, exc_value, traceback)
+        finally:
+            if process_default != torch.float32:
+                _set_default_dtype(process_default)
+            patches.remove()
+            report._finish(recorder)
+
+
+def _parse_device(device) -> torch.device:
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f'fastinit.on: device={device!r} is not a device; use "cpu", "cuda" or "cuda:<index>". {error}'
+        ) from error
+    if parsed.type not in ("cpu", "cuda"):
+        raise ValueError(f'fastinit.on: device={device!r} is not supported; use "cpu", "cuda" or "cuda:<index>"')
+    return parsed
+
+
+def _parse_dtype(dtype) -> torch.dtype | None:
+    parsed = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if parsed is None or parsed in _DTYPES.values():
+        return parsed
+    names = ", ".join(repr(name) for name in ("fp32", "fp16", "bf16", "16-true", "bf16-true", "32-true"))
+    raise ValueError(
+        f"fastinit.on: dtype={dtype!r} is not supported; use torch.float32, torch.float16, torch.bfloat16, one of "
+        f"{names}, or None for torch's default"
+    )
+
+
+def _supported_default(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in _DTYPES.values():
+        raise ValueError(
+            f"fastinit.on: dtype=None means torch's default dtype, which is {dtype} and not supported; "
+            "pass dtype='fp32', 'fp16' or 'bf16'"
+        )
+    return dtype
+
+
+def _parse_seed(seed) -> int | None:
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"fastinit.on: seed={seed!r} must be a 64-bit integer, or None to follow torch.manual_seed")
+    return seed % 2**64
+
+
+def _draw_seed() -> int:
+    with _modes_off():
+        return torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None).item() % 2**64
+
+
+def _available_device(device: torch.device) -> torch.device:
+    if device.type == "cpu":
+        return torch.device("cpu")
+    name = str(device)
+    if not native.build_info()["cuda"]:
+        raise RuntimeError(
+            f"fastinit.on: device={name!r}, but this build of fastinit has no CUDA; install a CUDA compiler (nvcc) and "
+            "reinstall torch-fastinit with FASTINIT_CUDA=1, or use device='cpu'"
+        )
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"fastinit.on: device={name!r}, but torch {torch.__version__} sees no GPU; check the driver and that torch "
+            "is a CUDA build (python -m fastinit doctor), or use device='cpu'"
+        )
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise RuntimeError(
+            f"fastinit.on: device={name!r} does not exist; this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}"
+        )
+    torch.cuda.init()
+    return concrete(device)
+
+
+def _allocated_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _peak_bytes(device)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _readable(nbytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.4g} GiB"

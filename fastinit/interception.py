@@ -1,0 +1,887 @@
+"""The table of interceptions: torch callable -> what the recorder does with it.
+
+A handler is called as ``handler(recorder, func, *args, **kwargs)`` with all modes off. It returns the result, or
+NotImplemented for whatever it does not recognise; the recorder then settles what is pending for the tensors involved
+and lets torch run (`Recorder.run_in_torch`). Functions that are not in the table take that path too.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import init
+
+from .layout import contiguous_strides, numel
+from .materialize import DTYPES
+from .recipe import (
+    ADD,
+    CLAMP,
+    CONSTANT,
+    DIVIDE,
+    ERFINV,
+    MULTIPLY,
+    NORMAL,
+    TRUNCATED_NORMAL,
+    UNIFORM,
+    Write,
+    with_step,
+)
+
+if TYPE_CHECKING:
+    from .recorder import Entry, Recorder
+
+Handler = Callable[..., Any]
+
+# Metadata and flags: torch answers for a placeholder as it would for the tensor itself.
+PASS: Handler = lambda *_: NotImplemented  # noqa: E731 - a sentinel, compared by identity
+
+HANDLERS: dict[Any, Handler] = {}
+
+
+def _callables(*names: str) -> list[Any]:
+    """Every public callable of these names: function, method, and the variants of torch.special."""
+    found = []
+    for name in names:
+        for owner in (torch, torch.Tensor, torch.special):
+            candidate = getattr(owner, name, None)
+            if callable(candidate) and candidate not in found:
+                found.append(candidate)
+    return found
+
+
+def _handles(*names: str) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        for target in _callables(*names):
+            HANDLERS[target] = handler
+        return handler
+
+    return register
+
+
+# --- metadata -------------------------------------------------------------------------------------------------------
+
+for _name in (
+    "dim ndimension size numel nelement element_size is_floating_point is_complex is_signed is_same_size get_device "
+    "requires_grad_ __len__ __hash__ register_hook register_post_accumulate_grad_hook retain_grad is_inference "
+    "_is_view is_neg is_conj has_names is_distributed _has_compatible_shallow_copy_type"
+).split():
+    for _target in _callables(_name):
+        HANDLERS[_target] = PASS
+for _name in (
+    "shape ndim dtype device layout is_meta is_cuda is_cpu is_xpu is_mps is_sparse is_sparse_csr is_quantized is_nested "
+    "is_mkldnn is_leaf requires_grad grad grad_fn names itemsize nbytes _version output_nr retains_grad "
+    "_backward_hooks _post_accumulate_grad_hooks is_ipu is_xla is_hpu is_maia is_mtia is_vulkan _grad _grad_fn _cdata"
+).split():
+    _property = getattr(torch.Tensor, _name, None)
+    if hasattr(_property, "__get__"):
+        HANDLERS[_property.__get__] = PASS
+        HANDLERS[_property.__set__] = PASS
+HANDLERS[torch._C._set_grad_enabled] = PASS
+
+
+@_handles("stride")
+def _stride(rec: Recorder, func, tensor, dim=None):
+    entry = rec.find(tensor)
+    if entry is None or entry.allocated:
+        return func(tensor) if dim is None else func(tensor, dim)
+    strides = contiguous_strides(entry.shape)
+    return strides if dim is None else strides[dim]
+
+
+@_handles("is_contiguous")
+def _is_contiguous(rec: Recorder, func, tensor, **kwargs):
+    entry = rec.find(tensor)
+    if entry is not None and kwargs:
+        rec.give_memory(entry)
+    return True if entry is not None and not entry.allocated else func(tensor, **kwargs)
+
+
+# --- factories ------------------------------------------------------------------------------------------------------
+
+
+def _size(args: tuple, kwargs: dict) -> tuple[int, ...] | None:
+    """The size argument of a factory, or None if it is not plain integers."""
+    if "size" in kwargs:
+        if args:
+            return None
+        args = (kwargs["size"],)
+    if len(args) == 1 and isinstance(args[0], (tuple, list)):
+        args = tuple(args[0])
+    try:
+        size = tuple(value if type(value) is int else operator.index(value) for value in args)
+    except TypeError:
+        return None
+    return size if all(value >= 0 for value in size) else None
+
+
+# What a factory may be given for it to be recorded; anything else is torch's.
+_RECORDED_OPTIONS = {"size", "dtype", "device", "requires_grad", "pin_memory", "layout", "memory_format"}
+
+
+def _create(rec: Recorder, size, options: dict, recipe: tuple[Write, ...], like: torch.Tensor | None = None):
+    """A placeholder for a factory call, or NotImplemented."""
+    if size is None or torch._C._len_torch_dispatch_stack():
+        return NotImplemented
+    if options:
+        if not options.keys() <= _RECORDED_OPTIONS or options.get("pin_memory"):
+            return NotImplemented
+        if options.get("layout") not in (None, torch.strided):
+            return NotImplemented
+        if options.get("memory_format") not in (None, torch.contiguous_format, torch.preserve_format):
+            return NotImplemented
+    dtype = options.get("dtype") or (rec.default_dtype if like is None else like.dtype)
+    device = options.get("device")
+    if device is None:
+        device = rec.factory_device() if like is None else like.device
+    elif type(device) is not torch.device or device.index is None:
+        device = _concrete(device)
+    if dtype not in DTYPES or device.type not in ("cpu", rec.device.type):
+        return NotImplemented
+    if 0 in size:
+        result = torch.empty(size, dtype=dtype, device=device)
+    else:
+        result = rec.placeholder(size, dtype, device, recipe)
+    return result.requires_grad_() if options.get("requires_grad") else result
+
+
+def _concrete(device) -> torch.device:
+    from .recorder import concrete
+
+    return concrete(device)
+
+
+def _in_torch(rec: Recorder, func, args, kwargs, dtype: torch.dtype | None = None):
+    """A factory that torch executes: on the context's device, in fp32 where it would have been in half precision."""
+    if kwargs.get("device") is None:
+        kwargs["device"] = rec.factory_device()
+    named = kwargs.get("dtype")
+    half = dtype or named or rec.default_dtype
+    if half in (torch.float16, torch.bfloat16) and "out" not in kwargs and not kwargs.get("requires_grad"):
+        if named is not None:
+            kwargs["dtype"] = torch.float32
+        result = func(*args, **kwargs)
+        if result.dtype == torch.float32 and result.layout == torch.strided and not result.is_meta:
+            if not torch._C._len_torch_dispatch_stack():
+                return rec.wrap(result, half)
+        return result.to(half) if named is not None else result
+    return func(*args, **kwargs)
+
+
+@_handles("empty")
+def _empty(rec: Recorder, func, *args, **kwargs):
+    result = _create(rec, _size(args, kwargs), kwargs, ())
+    return _in_torch(rec, func, args, kwargs) if result is NotImplemented else result
+
+
+def _constant_factory(value: float) -> Handler:
+    def handler(rec: Recorder, func, *args, **kwargs):
+        result = _create(rec, _size(args, kwargs), kwargs, (Write(CONSTANT, (value,)),))
+        return _in_torch(rec, func, args, kwargs) if result is NotImplemented else result
+
+    return handler
+
+
+HANDLERS[torch.zeros] = _constant_factory(0.0)
+HANDLERS[torch.ones] = _constant_factory(1.0)
+
+
+@_handles("full")
+def _full(rec: Recorder, func, *args, **kwargs):
+    options = dict(kwargs)
+    size, value = (*args, *(options.pop(name) for name in ("size", "fill_value") if name in options))
+    # Without a dtype, torch takes the dtype of the value: only a float becomes the default dtype.
+    if type(value) is float or (type(value) is int and options.get("dtype") is not None):
+        result = _create(rec, _size((size,), {}), options, (Write(CONSTANT, (float(value),)),))
+        if result is not NotImplemented:
+            return result
+        return _in_torch(rec, func, args, kwargs)
+    kwargs.setdefault("device", rec.factory_device())
+    return func(*args, **kwargs)
+
+
+def _random_factory(kind: int, parameters: tuple[float, ...]) -> Handler:
+    def handler(rec: Recorder, func, *args, **kwargs):
+        if kwargs.get("generator") is not None or kwargs.get("out") is not None:
+            kwargs.setdefault("device", rec.factory_device())
+            return func(*args, **kwargs)
+        options = {name: value for name, value in kwargs.items() if name != "generator"}
+        stream = rec.next_stream()
+        result = _create(rec, _size(args, options), options, (Write(kind, parameters, stream),))
+        return _random_in_torch(rec, func, args, kwargs, stream) if result is NotImplemented else result
+
+    return handler
+
+
+HANDLERS[torch.rand] = _random_factory(UNIFORM, (0.0, 1.0))
+HANDLERS[torch.randn] = _random_factory(NORMAL, (0.0, 1.0))
+
+
+def _like_factory(recipe_of: Callable[[Recorder], tuple[Write, ...]]) -> Handler:
+    """empty_like and its kind; their dtype and device are the other tensor's unless they are named."""
+
+    def handler(rec: Recorder, func, other, **kwargs):
+        if type(other) not in (torch.Tensor, torch.nn.Parameter) or other.layout != torch.strided:
+            return NotImplemented
+        if kwargs.get("memory_format") in (None, torch.preserve_format):
+            entry = rec.find(other)
+            if (entry is None or entry.allocated) and not other.is_contiguous():
+                return NotImplemented
+        return _create(rec, tuple(other.size()), kwargs, recipe_of(rec), like=other)
+
+    return handler
+
+
+HANDLERS[torch.empty_like] = _like_factory(lambda rec: ())
+HANDLERS[torch.zeros_like] = _like_factory(lambda rec: (Write(CONSTANT, (0.0,)),))
+HANDLERS[torch.ones_like] = _like_factory(lambda rec: (Write(CONSTANT, (1.0,)),))
+HANDLERS[torch.rand_like] = _like_factory(lambda rec: (Write(UNIFORM, (0.0, 1.0), rec.next_stream()),))
+HANDLERS[torch.randn_like] = _like_factory(lambda rec: (Write(NORMAL, (0.0, 1.0), rec.next_stream()),))
+
+
+@_handles("full_like")
+def _full_like(rec: Recorder, func, other, fill_value, **kwargs):
+    if type(fill_value) not in (int, float):
+        return NotImplemented
+    return _like_factory(lambda rec: (Write(CONSTANT, (float(fill_value),)),))(rec, func, other, **kwargs)
+
+
+def _new_factory(recipe: tuple[Write, ...]) -> Handler:
+    def handler(rec: Recorder, func, other, *args, **kwargs):
+        return _create(rec, _size(args, kwargs), kwargs, recipe, like=other)
+
+    return handler
+
+
+HANDLERS[torch.Tensor.new_empty] = _new_factory(())
+HANDLERS[torch.Tensor.new_zeros] = _new_factory((Write(CONSTANT, (0.0,)),))
+HANDLERS[torch.Tensor.new_ones] = _new_factory((Write(CONSTANT, (1.0,)),))
+
+
+@_handles("new_full")
+def _new_full(rec: Recorder, func, other, size, fill_value, **kwargs):
+    if type(fill_value) not in (int, float):
+        return NotImplemented
+    return _new_factory((Write(CONSTANT, (float(fill_value),)),))(rec, func, other, size, **kwargs)
+
+
+@_handles("new_tensor")
+def _new_tensor(rec: Recorder, func, other, data, **kwargs):
+    kwargs.setdefault("dtype", other.dtype)
+    kwargs.setdefault("device", other.device)
+    return _in_torch(rec, torch.tensor, (data,), kwargs)
+
+
+def _torch_factory(rec: Recorder, func, *args, **kwargs):
+    """Factories whose values torch computes; an integer result stays one."""
+    return _in_torch(rec, func, args, kwargs)
+
+
+for _target in _callables(
+    *"arange range eye linspace logspace bartlett_window blackman_window hamming_window hann_window kaiser_window "
+    "empty_strided empty_permuted tril_indices triu_indices scalar_tensor sparse_coo_tensor".split()
+):
+    HANDLERS[_target] = _torch_factory
+HANDLERS[torch.fft.fftfreq] = _torch_factory
+HANDLERS[torch.fft.rfftfreq] = _torch_factory
+
+
+def _eye_out(rec: Recorder, func, *args, **kwargs):
+    out = kwargs.get("out")
+    if out is None:
+        return _torch_factory(rec, func, *args, **kwargs)
+    # torch.nn.init.eye_ writes through out=; the tensor is overwritten whole.
+    entry = rec.find(out)
+    if entry is None:
+        return func(*args, **kwargs)
+    kwargs.update(out=None, device=entry.device, dtype=torch.float32, requires_grad=False)
+    values = func(*args, **kwargs)
+    if values.shape != out.shape or not rec.is_whole(entry, out):
+        return NotImplemented
+    return _write_values(rec, entry, out, values)
+
+
+HANDLERS[torch.eye] = _eye_out
+
+
+@_handles("tensor", "as_tensor", "asarray")
+def _tensor(rec: Recorder, func, data, *args, **kwargs):
+    if isinstance(data, torch.Tensor):
+        # Copies and moves of a tensor: what torch does with one that has memory.
+        return NotImplemented
+    if func is torch.as_tensor and args:
+        return NotImplemented
+    if kwargs.get("dtype") is None and (hasattr(data, "dtype") or hasattr(data, "__array_interface__")):
+        # The dtype is the array's, not the default.
+        kwargs.setdefault("device", rec.factory_device())
+        return func(data, *args, **kwargs)
+    if kwargs.get("dtype") is None:
+        kwargs["device"] = kwargs.get("device") or rec.factory_device()
+        values = func(data, *args, **kwargs)
+        if values.dtype == torch.float32 and not values.requires_grad and not values.is_meta:
+            if rec.default_dtype in (torch.float16, torch.bfloat16) and not torch._C._len_torch_dispatch_stack():
+                return rec.wrap(values, rec.default_dtype)
+        return values
+    return _in_torch(rec, func, (data, *args), kwargs)
+
+
+def legacy_tensor(rec: Recorder, sizes: tuple) -> Any:
+    """``torch.Tensor(2, 3)``: uninitialised, of the default dtype."""
+    return _create(rec, _size(sizes, {}), {}, ())
+
+
+# --- fills in place -------------------------------------------------------------------------------------------------
+
+
+def _refuse_leaf(tensor: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        # Let torch raise what it raises for a leaf that is written in place outside of no_grad.
+        torch.zeros(1, requires_grad=True).zero_()
+
+
+def _fill(rec: Recorder, func, tensor, kind: int, parameters: tuple[float, ...], *args, **kwargs):
+    if rec.fill(tensor, kind, parameters):
+        return tensor
+    if kind == CONSTANT:
+        return NotImplemented
+    return _random_in_torch(rec, func, (tensor, *args), kwargs, rec.streams - 1)
+
+
+@_handles("uniform_")
+def _uniform(rec: Recorder, func, tensor, *args, generator=None, **kwargs):
+    low, high = _pair(args, kwargs, ("from", "to"), (0.0, 1.0))
+    if generator is not None or low is None or not 0.0 <= high - low < math.inf:
+        return NotImplemented
+    _refuse_leaf(tensor)
+    return _fill(rec, func, tensor, UNIFORM, (low, high), low, high)
+
+
+@_handles("normal_")
+def _normal(rec: Recorder, func, tensor, *args, generator=None, **kwargs):
+    mean, std = _pair(args, kwargs, ("mean", "std"), (0.0, 1.0))
+    if generator is not None or mean is None or not 0.0 <= std < math.inf or not math.isfinite(mean):
+        return NotImplemented
+    _refuse_leaf(tensor)
+    return _fill(rec, func, tensor, NORMAL, (mean, std), mean, std)
+
+
+def _pair(args, kwargs, names, defaults) -> tuple[float, float] | tuple[None, None]:
+    """The two float parameters of a fill by position or name, or Nones if they are something else."""
+    values = [*args, *(kwargs.get(name, default) for name, default in zip(names, defaults))][: len(args)]
+    values += [kwargs.get(name, default) for name, default in list(zip(names, defaults))[len(args) :]]
+    if len(values) != 2 or not all(type(value) in (int, float) for value in values) or kwargs.keys() - set(names):
+        return None, None
+    return float(values[0]), float(values[1])
+
+
+@_handles("fill_")
+def _fill_constant(rec: Recorder, func, tensor, value):
+    if type(value) not in (int, float):
+        return NotImplemented
+    entry = rec.find(tensor)
+    if entry is None:
+        return NotImplemented
+    _refuse_leaf(tensor)
+    return _fill(rec, func, tensor, CONSTANT, (float(value),))
+
+
+@_handles("zero_")
+def _zero(rec: Recorder, func, tensor):
+    return _fill_constant(rec, func, tensor, 0.0)
+
+
+@_handles("__setitem__")
+def _setitem(rec: Recorder, func, tensor, index, value):
+    entry = rec.find(tensor)
+    if entry is None or type(value) not in (int, float) or torch.is_grad_enabled() and tensor.requires_grad:
+        return NotImplemented
+    if _has_tensor(index):
+        return NotImplemented
+    view = _view(rec, torch.Tensor.__getitem__, tensor, index)
+    if view is NotImplemented or not rec.fill(view, CONSTANT, (float(value),)):
+        return NotImplemented
+    return None
+
+
+def _has_tensor(index) -> bool:
+    return isinstance(index, (torch.Tensor, list)) or (
+        isinstance(index, tuple) and any(isinstance(item, (torch.Tensor, list)) for item in index)
+    )
+
+
+# --- torch.nn.init functions that a mode sees whole -----------------------------------------------------------------
+
+
+def _init_handler(function: Callable) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        HANDLERS[function] = handler
+        return handler
+
+    return register
+
+
+def _init_fill(rec: Recorder, method, tensor, kind: int, parameters: tuple[float, float]):
+    with torch.no_grad():
+        return _fill(rec, method, tensor, kind, parameters, *parameters)
+
+
+@_init_handler(init.uniform_)
+def _init_uniform(rec: Recorder, func, tensor, a=0.0, b=1.0, generator=None):
+    if generator is not None or not 0.0 <= b - a < math.inf:
+        return NotImplemented
+    return _init_fill(rec, torch.Tensor.uniform_, tensor, UNIFORM, (float(a), float(b)))
+
+
+@_init_handler(init.normal_)
+def _init_normal(rec: Recorder, func, tensor, mean=0.0, std=1.0, generator=None):
+    if generator is not None or not 0.0 <= std < math.inf:
+        return NotImplemented
+    return _init_fill(rec, torch.Tensor.normal_, tensor, NORMAL, (float(mean), float(std)))
+
+
+@_init_handler(init.constant_)
+def _init_constant(rec: Recorder, func, tensor, val):
+    with torch.no_grad():
+        return _fill_constant(rec, func, tensor, val)
+
+
+@_init_handler(init.kaiming_uniform_)
+def _init_kaiming_uniform(
+    rec: Recorder, func, tensor, a=0, mode="fan_in", nonlinearity="leaky_relu", generator=None
+):
+    if generator is not None:
+        return NotImplemented
+    if 0 in tensor.shape:
+        warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=4)
+        return tensor
+    fan = init._calculate_correct_fan(tensor, mode)
+    bound = math.sqrt(3.0) * init.calculate_gain(nonlinearity, a) / math.sqrt(fan)
+    return _init_fill(rec, torch.Tensor.uniform_, tensor, UNIFORM, (-bound, bound))
+
+
+def trunc_normal(rec: Recorder, tensor: torch.Tensor, mean: float, std: float, a: float, b: float) -> bool:
+    """``torch.nn.init.trunc_normal_``; False where it is torch's to execute."""
+    if not (std > 0 and a < b and math.isfinite(std) and math.isfinite(mean)):
+        return False
+    if tensor.dtype not in DTYPES or tensor.device.type not in ("cpu", rec.device.type):
+        return False
+    return rec.fill(tensor, TRUNCATED_NORMAL, (float(mean), float(std), float(a), float(b)))
+
+
+# --- element-wise steps ---------------------------------------------------------------------------------------------
+
+_Steps = tuple[tuple[int, float, float], ...]
+
+
+def _pending(rec: Recorder, tensor) -> Entry | None:
+    """The entry of a tensor whose whole value is a pending recipe."""
+    if not isinstance(tensor, torch.Tensor):
+        return None
+    entry = rec.find(tensor)
+    return entry if entry is not None and entry.recipe and rec.is_whole(entry, tensor) else None
+
+
+def _stepped(entry: Entry, steps: _Steps) -> tuple[Write, ...] | None:
+    recipe = entry.recipe
+    for op, a, b in steps:
+        recipe = with_step(recipe, op, a, b) if recipe is not None else None
+    return recipe
+
+
+def _step(names: str, steps_of: Callable[..., _Steps | None]) -> None:
+    """Record `names` and its in-place twin as steps; steps_of gets the arguments behind the tensor."""
+
+    def out_of_place(rec: Recorder, func, tensor, *args, **kwargs):
+        entry = _pending(rec, tensor)
+        if entry is None:
+            return NotImplemented
+        steps = steps_of(*args, **kwargs)
+        recipe = None if steps is None else _stepped(entry, steps)
+        if recipe is None or torch.is_grad_enabled() and tensor.requires_grad:
+            return NotImplemented
+        return rec.placeholder(entry.shape, entry.dtype, entry.device, recipe)
+
+    def in_place(rec: Recorder, func, tensor, *args, **kwargs):
+        entry = _pending(rec, tensor)
+        if entry is None:
+            return NotImplemented
+        steps = steps_of(*args, **kwargs)
+        recipe = None if steps is None else _stepped(entry, steps)
+        if recipe is None:
+            return NotImplemented
+        _refuse_leaf(tensor)
+        entry.recipe = recipe
+        return tensor
+
+    for name in names.split():
+        for target in _callables(name):
+            HANDLERS[target] = out_of_place
+        for target in _callables(f"{name}_") + _callables(f"__i{name}__"):
+            HANDLERS[target] = in_place
+
+
+def _scalar(op: int, sign: float = 1.0) -> Callable[..., _Steps | None]:
+    def steps(*args, **kwargs):
+        if len(args) == 1 and not kwargs and type(args[0]) in (int, float):
+            return ((op, sign * args[0], 0.0),)
+        return None
+
+    return steps
+
+
+def _reversed_subtract(*args, **kwargs) -> _Steps | None:
+    if len(args) == 1 and not kwargs and type(args[0]) in (int, float):
+        return ((MULTIPLY, -1.0, 0.0), (ADD, float(args[0]), 0.0))
+    return None
+
+
+def _clamp(min=None, max=None, **kwargs) -> _Steps | None:
+    if kwargs or not all(value is None or type(value) in (int, float) for value in (min, max)):
+        return None
+    if min is None and max is None:
+        return None
+    return ((CLAMP, -math.inf if min is None else float(min), math.inf if max is None else float(max)),)
+
+
+_step("mul multiply", _scalar(MULTIPLY))
+_step("div divide true_divide truediv", _scalar(DIVIDE))
+_step("add", _scalar(ADD))
+_step("sub subtract", _scalar(ADD, -1.0))
+_step("__rsub__", _reversed_subtract)
+_step("neg negative", lambda *args, **kwargs: None if args or kwargs else ((MULTIPLY, -1.0, 0.0),))
+_step("clamp clip", _clamp)
+_step("clamp_min", lambda min=None, **kwargs: _clamp(min=min, **kwargs))
+_step("clamp_max", lambda max=None, **kwargs: _clamp(max=max, **kwargs))
+_step("erfinv", lambda *args, **kwargs: None if args or kwargs else ((ERFINV, 0.0, 0.0),))
+
+
+# --- copies, views, conversions -------------------------------------------------------------------------------------
+
+
+def _write_values(rec: Recorder, entry: Entry, tensor: torch.Tensor, values: torch.Tensor):
+    """Overwrite a whole tensor by fp32 values that the constructor computed."""
+    if entry.dtype == torch.float32:
+        rec.replace_by_real(entry)
+        with torch.no_grad():
+            return tensor.copy_(values)
+    rec.overwrite_by_shadow(entry, values.expand(entry.shape).clone(memory_format=torch.contiguous_format))
+    return tensor
+
+
+@_handles("copy_")
+def _copy(rec: Recorder, func, tensor, source, *args, **kwargs):
+    entry = rec.find(tensor)
+    if entry is None or not rec.is_whole(entry, tensor) or not isinstance(source, torch.Tensor):
+        return NotImplemented
+    origin = rec.find(source)
+    _refuse_leaf(tensor)
+    if origin is entry:
+        return tensor
+    if origin is None:
+        # Data from outside, a checkpoint say: converted while it is copied, and what was pending is dropped.
+        if torch.broadcast_shapes(tuple(source.shape), entry.shape) != torch.Size(entry.shape):
+            return NotImplemented
+        rec.replace_by_real(entry)
+        return func(tensor, source, *args, **kwargs)
+    same_values = origin.dtype in (torch.float32, entry.dtype) and origin.recipe and rec.is_whole(origin, source)
+    if same_values and origin.shape == entry.shape:
+        rec.overwrite(entry, origin.recipe)
+        return tensor
+    return NotImplemented
+
+
+def _clone(rec: Recorder, func, tensor, **kwargs):
+    entry = _pending(rec, tensor)
+    if entry is None or kwargs.get("memory_format") not in (None, torch.preserve_format, torch.contiguous_format):
+        return NotImplemented
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return NotImplemented
+    return rec.placeholder(entry.shape, entry.dtype, entry.device, entry.recipe)
+
+
+for _target in _callables("clone"):
+    HANDLERS[_target] = _clone
+
+
+def _view(rec: Recorder, func, tensor, *args, **kwargs):
+    """Views share the tensor's memory, so it gets some; its values stay pending."""
+    entry = rec.find(tensor) if isinstance(tensor, torch.Tensor) else None
+    if entry is None:
+        return NotImplemented
+    rec.give_memory(entry)
+    result = func(tensor, *args, **kwargs)
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    if all(_is_view_of(entry, item) for item in results):
+        return result
+    # A copy after all: of values that are not there yet.
+    return NotImplemented
+
+
+def _is_view_of(entry: Entry, tensor) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata == entry.storage_key
+
+
+for _target in _callables(
+    *"view view_as reshape reshape_as flatten unflatten t transpose swapaxes swapdims permute movedim moveaxis select "
+    "narrow chunk split tensor_split unsafe_chunk unsafe_split hsplit vsplit dsplit unbind squeeze unsqueeze expand "
+    "expand_as diagonal as_strided ravel unfold t_ transpose_ squeeze_ unsqueeze_ swapaxes_ swapdims_ as_strided_ "
+    "adjoint contiguous".split()
+):
+    HANDLERS[_target] = _view
+for _name in ("T", "mT", "H", "mH"):
+    HANDLERS[getattr(torch.Tensor, _name).__get__] = _view
+
+
+@_handles("__getitem__")
+def _getitem(rec: Recorder, func, tensor, index):
+    return NotImplemented if _has_tensor(index) else _view(rec, func, tensor, index)
+
+
+def _alias(rec: Recorder, func, tensor, *args):
+    """``.data`` and ``.detach()``: the whole tensor under another name, which needs no memory yet."""
+    entry = rec.find(tensor)
+    if entry is None:
+        return NotImplemented
+    alias = func(tensor, *args)
+    if not entry.allocated:
+        rec.stand_for(alias, entry)
+    return alias
+
+
+HANDLERS[torch.Tensor.data.__get__] = _alias
+for _target in _callables("detach", "detach_"):
+    HANDLERS[_target] = _alias
+
+
+def _set_data(rec: Recorder, func, tensor, value):
+    entry = rec.find(value)
+    own = rec._by_id.get(id(tensor))
+    if own is not None and own() is tensor:
+        # The tensor leaves its old entry; other aliases of that one keep it.
+        own.entry.refs.remove(own)
+        rec._forget(own)
+    func(tensor, value)
+    if entry is not None and not entry.allocated:
+        rec.stand_for(tensor, entry)
+
+
+HANDLERS[torch.Tensor.data.__set__] = _set_data
+
+
+def _convert(rec: Recorder, func, tensor, *args, **kwargs):
+    """``.to`` and its kind. Naming a dtype gives a tensor of that dtype, from the fp32 values."""
+    dtype, device, copy = _conversion(func, tensor, args, kwargs)
+    entry = rec.find(tensor)
+    if device is not None and device.type == "cuda":
+        device = _concrete(device)
+    target_entry = entry is not None and entry.dtype in (torch.float16, torch.bfloat16)
+    if entry is not None and not copy and dtype in (None, entry.dtype) and device in (None, entry.device):
+        return tensor
+    if not target_entry:
+        return NotImplemented
+    values = rec._shadow_view(entry, tensor)
+    if dtype in (None, entry.dtype):
+        return rec.wrap(values.to(device=device or entry.device, copy=True), entry.dtype)
+    return values.to(dtype=dtype, device=device or entry.device, copy=True)
+
+
+_NAMED_CONVERSIONS = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int": torch.int32,
+    "long": torch.int64,
+    "bool": torch.bool,
+    "short": torch.int16,
+    "char": torch.int8,
+    "byte": torch.uint8,
+}
+
+
+def _conversion(func, tensor, args, kwargs) -> tuple[torch.dtype | None, torch.device | None, bool]:
+    name = func.__name__
+    if name in _NAMED_CONVERSIONS:
+        return _NAMED_CONVERSIONS[name], None, False
+    if name == "cpu":
+        return None, torch.device("cpu"), False
+    if name == "cuda":
+        return None, torch.device("cuda", *args[:1]) if args and type(args[0]) is int else torch.device("cuda"), False
+    copy = bool(kwargs.get("copy"))
+    other = args[0] if args else kwargs.get("other")
+    if isinstance(other, torch.Tensor):
+        return other.dtype, other.device, copy
+    if name == "type":
+        dtype = args[0] if args else kwargs.get("dtype")
+        return dtype if isinstance(dtype, torch.dtype) else None, None, False
+    options = {key: value for key, value in kwargs.items() if key not in ("copy", "other")}
+    device, dtype, *_ = torch._C._nn._parse_to(*args[: 2 if len(args) > 1 else 1], **options)
+    return dtype, device, copy
+
+
+for _target in _callables("to", "type_as", "cpu", "cuda", *_NAMED_CONVERSIONS):
+    HANDLERS[_target] = _convert
+
+
+@_init_handler(torch.Tensor.type)
+def _type(rec: Recorder, func, tensor, dtype=None, **kwargs):
+    if dtype is None:
+        return func(tensor)
+    if isinstance(dtype, torch.dtype):
+        return _convert(rec, func, tensor, dtype)
+    return NotImplemented
+
+
+# --- access to memory -----------------------------------------------------------------------------------------------
+
+
+def _memory_access(rec: Recorder, func, tensor, *args, **kwargs):
+    """Whoever asks for the address gets final values behind it."""
+    entry = rec.find(tensor)
+    if entry is not None:
+        rec.settle([entry])
+    return func(tensor, *args, **kwargs)
+
+
+for _target in _callables(
+    *"data_ptr untyped_storage storage _typed_storage storage_offset storage_type __dlpack__ share_memory_ is_shared "
+    "pin_memory is_pinned __reduce_ex__ set_ resize_ resize_as_ record_stream is_set_to".split()
+):
+    HANDLERS[_target] = _memory_access
+
+
+# --- random functions that torch executes ---------------------------------------------------------------------------
+
+
+def _random_in_torch(rec: Recorder, func, args, kwargs, stream: int):
+    """Run a random function with a generator of its own, seeded by key and stream, on the CPU.
+
+    So its values depend on the key and the ordinal alone, on no device, and torch's generators stay as they are.
+    """
+    generator = torch.Generator("cpu").manual_seed(_mix(rec.seed, stream))
+    kwargs["generator"] = generator
+    target = args[0] if args and isinstance(args[0], torch.Tensor) else None
+    if target is None:
+        device = _concrete(kwargs.get("device") or rec.factory_device())
+        if device.type == "meta":
+            del kwargs["generator"]
+            return func(*args, **kwargs)
+        kwargs["device"] = "cpu"
+        return func(*args, **kwargs).to(device)
+    if func in IN_PLACE:
+        entry = rec.find(target)
+        if entry is not None:
+            view = rec._shadow_view(entry, target) if entry.dtype in (torch.float16, torch.bfloat16) else target
+            if view is target:
+                rec.settle([entry])
+        else:
+            view = target
+        if view.is_cpu:
+            func(view, *args[1:], **kwargs)
+        elif not view.is_meta:
+            with torch.no_grad():
+                view.copy_(func(view.detach().cpu(), *args[1:], **kwargs))
+        return target
+    return NotImplemented
+
+
+def _mix(seed: int, stream: int) -> int:
+    """A 64-bit seed for torch's generator from key and stream (the finaliser of SplitMix64)."""
+    x = (seed + (stream + 1) * 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def _random(rec: Recorder, func, *args, **kwargs):
+    if kwargs.get("generator") is not None:
+        return NotImplemented
+    return _random_in_torch(rec, func, args, dict(kwargs), rec.next_stream())
+
+
+for _target in _callables(
+    *"randint randperm random_ exponential_ geometric_ cauchy_ log_normal_ bernoulli_".split()
+):
+    HANDLERS[_target] = _random
+
+
+@_handles("bernoulli", "multinomial", "poisson")
+def _random_of_tensor(rec: Recorder, func, tensor, *args, **kwargs):
+    if kwargs.get("generator") is not None or tensor.is_meta:
+        return NotImplemented
+    entry = rec.find(tensor)
+    values = tensor
+    if entry is not None:
+        if entry.dtype in (torch.float16, torch.bfloat16):
+            values = rec._shadow_view(entry, tensor)
+        else:
+            rec.settle([entry])
+    generator = torch.Generator("cpu").manual_seed(_mix(rec.seed, rec.next_stream()))
+    result = func(values.detach().cpu(), *args, **kwargs, generator=generator).to(tensor.device)
+    return rec.wrap(result, entry.dtype) if values is not tensor and result.dtype == torch.float32 else result
+
+
+@_init_handler(torch.normal)
+def _torch_normal(rec: Recorder, func, mean, std=None, size=None, **kwargs):
+    if type(mean) in (int, float) and type(std) in (int, float) and size is not None:
+        return _random_factory(NORMAL, (float(mean), float(std)))(rec, _SizedNormal(mean, std), size, **kwargs)
+    if kwargs.get("generator") is not None or kwargs.get("out") is not None:
+        return NotImplemented
+    like = mean if isinstance(mean, torch.Tensor) else std
+    shape = torch.broadcast_shapes(*(tuple(x.shape) for x in (mean, std) if isinstance(x, torch.Tensor)))
+    noise = _create(rec, tuple(shape), {}, (Write(NORMAL, (0.0, 1.0), rec.next_stream()),), like=like)
+    if noise is NotImplemented:
+        return NotImplemented
+    scaled = rec.run_in_torch(torch.mul, (noise, 1.0 if std is None else std), {})
+    return rec.run_in_torch(torch.add, (scaled, mean), {})
+
+
+class _SizedNormal:
+    """torch.normal(mean, std, size) as a function of the size alone."""
+
+    def __init__(self, mean: float, std: float) -> None:
+        self._parameters = (mean, std)
+
+    def __call__(self, size, **kwargs):
+        return torch.normal(*self._parameters, size, **kwargs)
+
+
+# --- functions that must see the tensor itself ----------------------------------------------------------------------
+
+
+@_init_handler(torch.linalg.qr)
+def _qr(rec: Recorder, func, tensor, *args, **kwargs):
+    """QR on the CPU, whatever the device: the factorisations of LAPACK and cuSOLVER differ in their last bits."""
+    if tensor.is_cpu or kwargs.get("out") is not None:
+        return NotImplemented
+    device = tensor.device
+    entry = rec.find(tensor)
+    if entry is None:
+        return NotImplemented
+    half = entry.dtype if entry.dtype in (torch.float16, torch.bfloat16) else None
+    if half is None:
+        rec.settle([entry])
+    values = tensor if half is None else rec._shadow_view(entry, tensor)
+    factors = [factor.to(device) for factor in func(values.cpu(), *args, **kwargs)]
+    return type(func(torch.eye(1)))([rec.wrap(factor, half) if half else factor for factor in factors])
+
+
+HANDLERS[torch.qr] = _qr
+
+
+def _is_in_place(name: str) -> bool:
+    if name.startswith("__i") and name.endswith("__"):
+        return name not in ("__index__", "__int__", "__invert__", "__init__")
+    return name == "__setitem__" or name.endswith("_") and not name.endswith("__")
+
+
+IN_PLACE = {
+    target
+    for owner in (torch.Tensor, torch, torch.nn.functional, init)
+    for name in dir(owner)
+    if _is_in_place(name) and callable(target := getattr(owner, name, None))
+}

@@ -1,0 +1,127 @@
+"""What a mode cannot see, replaced while a context is active in any thread.
+
+A few things in torch do not pass through torch functions: making a Parameter, the legacy constructor
+``torch.Tensor(2, 3)``, the default dtype and device, and the body of ``trunc_normal_``. They are replaced by functions
+that ask for the recorder of the calling thread and otherwise do what they did before. The first context to be entered
+installs them, the last one to be left puts everything back.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch.nn import init
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from .interception import legacy_tensor, trunc_normal
+from .recorder import Recorder, _modes_off, current
+
+_lock = threading.Lock()
+_users = 0
+_restore: list = []
+
+
+def install() -> None:
+    """Install the replacements, or count one more user of them."""
+    global _users
+    with _lock:
+        _users += 1
+        if _users == 1:
+            _install()
+
+
+def remove() -> None:
+    """Take them back when the last user leaves."""
+    global _users
+    with _lock:
+        _users -= 1
+        if _users == 0:
+            while _restore:
+                _restore.pop()()
+
+
+def _active() -> Recorder | None:
+    recorder = current()
+    return None if recorder is None or recorder._suspended else recorder
+
+
+def _install() -> None:
+    new_parameter = torch.nn.Parameter.__new__
+    no_grad_trunc_normal = init._no_grad_trunc_normal_
+    get_default_dtype, set_default_dtype = torch.get_default_dtype, torch.set_default_dtype
+    get_default_device = torch.get_default_device
+    new_tensor = torch._C.TensorBase.__new__
+
+    def parameter_new(cls, data=None, requires_grad=True):
+        parameter = new_parameter(cls, data, requires_grad)
+        recorder = _active()
+        if recorder is not None and data is not None:
+            ref = recorder._by_id.get(id(data))
+            if ref is not None and ref() is data:
+                recorder.stand_for(parameter, ref.entry)
+        return parameter
+
+    # No named parameters: torch._dynamo compares this signature with its own when it is first imported.
+    def tensor_new(*args, **kwargs):
+        recorder = _active()
+        if recorder is not None and args[0] is torch.Tensor and not kwargs and all(type(a) is int for a in args[1:]):
+            with _modes_off():
+                tensor = legacy_tensor(recorder, args[1:] or (0,))
+            if tensor is not NotImplemented:
+                return tensor
+        return new_tensor(*args, **kwargs)
+
+    def trunc_normal_(tensor, mean, std, a, b, generator=None):
+        recorder = _active()
+        if recorder is not None and generator is None:
+            with _modes_off(), torch.no_grad():
+                if trunc_normal(recorder, tensor, mean, std, a, b):
+                    return tensor
+        return no_grad_trunc_normal(tensor, mean, std, a, b, generator=generator)
+
+    def default_dtype():
+        recorder = _active()
+        return get_default_dtype() if recorder is None else recorder.default_dtype
+
+    def change_default_dtype(d, /):
+        recorder = _active()
+        if recorder is None:
+            return set_default_dtype(d)
+        if not isinstance(d, torch.dtype) or not d.is_floating_point:
+            raise TypeError(f"only floating-point types are supported as the default type, not {d}")
+        recorder.default_dtype = d
+
+    def default_device():
+        recorder = _active()
+        return get_default_device() if recorder is None else recorder.factory_device()
+
+    _replace(torch.nn.Parameter, "__new__", staticmethod(parameter_new), staticmethod(new_parameter))
+    _replace(init, "_no_grad_trunc_normal_", trunc_normal_, no_grad_trunc_normal)
+    _replace(torch, "get_default_dtype", default_dtype, get_default_dtype)
+    _replace(torch, "set_default_dtype", change_default_dtype, set_default_dtype)
+    _replace(torch, "get_default_device", default_device, get_default_device)
+    torch.Tensor.__new__ = staticmethod(tensor_new)
+    _restore.append(lambda: delattr(torch.Tensor, "__new__"))
+    for register, is_parameter in (
+        (register_module_parameter_registration_hook, True),
+        (register_module_buffer_registration_hook, False),
+    ):
+        _restore.append(register(_registration_hook(is_parameter)).remove)
+
+
+def _replace(owner, name: str, new, old) -> None:
+    setattr(owner, name, new)
+    _restore.append(lambda: setattr(owner, name, old))
+
+
+def _registration_hook(is_parameter: bool):
+    def hook(module, name, tensor):
+        recorder = _active()
+        if recorder is not None and tensor is not None:
+            recorder.registered(module, name, tensor, is_parameter)
+
+    return hook

@@ -1,0 +1,622 @@
+"""The recorder: a TorchFunctionMode that sees every initialisation and defers it.
+
+While a recorder is active, a factory such as ``torch.empty`` returns a *placeholder*: a tensor of the right shape,
+dtype and device whose strides are zero over a single element, so that it costs no memory and an in-place write that
+the recorder does not see raises instead of corrupting memory. What the tensor is to contain is its *entry*:
+
+- a recipe (fastinit.recipe): the fills that have been asked for and not been executed, or
+- a *shadow*: an fp32 tensor with the values as the fp32 model would have them, for half-precision tensors that were
+  computed, or that the constructor reads. Operations run on shadows, so no value is ever the result of a computation
+  in half precision; the shadow is rounded once, when the tensor gets its memory.
+
+An fp32 tensor needs no shadow: it gets its memory and values as soon as torch has to compute with it, and is then an
+ordinary tensor that the recorder forgets. Everything is settled when the context ends.
+
+A tensor object stands for its entry by identity (`_by_id`) while it is a placeholder, and by its storage
+(`_by_storage`) afterwards, because views of it share that.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
+
+from .interception import HANDLERS, IN_PLACE, PASS
+from .layout import numel
+from .materialize import DTYPES, Fills, allocate
+from .recipe import CONSTANT, Region, Write
+
+# Handlers work below every mode: neither an outer context nor an outer device context may see what they do.
+_modes_off = torch._C.DisableTorchFunction
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+# Shadows are kept until the context ends, so that a chain of operations rounds once, but not more of them than this
+# in all: contract 4 grants 64 MiB beyond the model.
+_SHADOW_BYTES = 32 << 20
+
+# A tensor that is written piece by piece, in more pieces than this, gets its memory at once.
+_MAX_WRITES = 8
+
+# Device memory is reserved in steps of about this size: one cudaMalloc per parameter would cost more than the fills.
+_RESERVE_BYTES = 2 << 30
+
+_thread = threading.local()
+
+
+def current() -> Recorder | None:
+    """The innermost recorder that is active in this thread."""
+    return getattr(_thread, "recorder", None)
+
+
+class _Ref(weakref.ref):
+    """Weak reference to a placeholder, which knows its entry and leaves the recorder's table with its tensor."""
+
+    __slots__ = ("entry", "key")
+
+    def __new__(cls, tensor: torch.Tensor, forget, entry: Entry):
+        return super().__new__(cls, tensor, forget)
+
+    def __init__(self, tensor: torch.Tensor, forget, entry: Entry) -> None:
+        super().__init__(tensor, forget)
+        self.entry = entry
+        self.key = id(tensor)
+
+
+class Entry:
+    """What one tensor is to contain, and where, once it has memory."""
+
+    __slots__ = ("shape", "dtype", "device", "recipe", "shadow", "refs", "storage_key", "storage_weak", "data_ptr", "name")
+
+    def __init__(self, shape, dtype, device, recipe, shadow=None) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.device = device
+        self.recipe: tuple[Write, ...] | None = recipe  # None: the shadow or the memory has the values
+        self.shadow: torch.Tensor | None = shadow
+        self.refs: list[_Ref] = []  # the placeholders that stand for it, while it has no memory
+        self.storage_key: int | None = None  # its storage, once it has memory
+        self.storage_weak: int | None = None
+        self.data_ptr = 0
+        self.name: str | None = None  # "Linear.weight", once a module owns it
+
+    @property
+    def allocated(self) -> bool:
+        return self.storage_key is not None
+
+    @property
+    def alive(self) -> bool:
+        if self.allocated:
+            return not torch.UntypedStorage._expired(self.storage_weak)
+        return any(ref() is not None for ref in self.refs)
+
+
+class Recorder(TorchFunctionMode):
+    """Records the initialisations of one context; see the module's docstring."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+        super().__init__()
+        self.device = device
+        self.default_dtype = dtype
+        self.seed = seed
+        self.streams = 0
+        self.executed = 0
+        self.dropped = 0
+        self.modules_parameters: list[weakref.ref] = []
+        self._by_id: dict[int, _Ref] = {}
+        self._by_storage: dict[int, Entry] = {}
+        self._shadows: OrderedDict[Entry, None] = OrderedDict()
+        self._outer: Recorder | None = None
+        self._outer_device_context: Any = None
+        self._suspended = False
+
+    # --- entering and leaving -----------------------------------------------------------------------------------
+
+    def __enter__(self) -> Recorder:
+        outer = current()
+        if outer is not None:
+            # What the outer context has pending may be read in here, where it does not look.
+            outer.settle_all()
+            outer._suspended = True
+        self._outer = outer
+        self._outer_device_context = _device_context()
+        _thread.recorder = self
+        super().__enter__()
+        return self
+
+    def __exit__(self, exc_type, exc_value, traceback) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        _thread.recorder = self._outer
+        if self._outer is not None:
+            self._outer._suspended = False
+        # Also after an exception: what the code in the context has handed out must not be left as raw memory.
+        with _modes_off():
+            self.settle_all()
+
+    # --- dispatch ------------------------------------------------------------------------------------------------
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self._suspended:
+            return func(*args, **kwargs)
+        handler = HANDLERS.get(func)
+        if handler is not None:
+            with _modes_off():
+                if handler is PASS:
+                    return func(*args, **kwargs)
+                result = handler(self, func, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return self.run_in_torch(func, args, kwargs)
+
+    # --- the state of tensors ------------------------------------------------------------------------------------
+
+    def find(self, tensor: torch.Tensor) -> Entry | None:
+        """The entry that a tensor, or a view of it, belongs to."""
+        ref = self._by_id.get(id(tensor))
+        if ref is not None and ref() is tensor:
+            return ref.entry
+        if not self._by_storage:
+            return None
+        try:
+            key = tensor.untyped_storage()._cdata
+        except (RuntimeError, NotImplementedError):  # sparse and wrapper tensors have no storage
+            return None
+        return self._by_storage.get(key)
+
+    def is_whole(self, entry: Entry, tensor: torch.Tensor) -> bool:
+        """Whether a tensor of this entry covers all of it, in its order."""
+        return not entry.allocated or (tensor.numel() == numel(entry.shape) and tensor.is_contiguous())
+
+    def factory_device(self) -> torch.device:
+        """Where a factory without a device argument puts its result: an inner ``torch.device`` context wins."""
+        if torch._C._len_torch_function_stack():
+            context = _device_context()
+            if context is not None and context is not self._outer_device_context:
+                return concrete(context.device)
+        return self.device
+
+    def placeholder(self, shape, dtype, device, recipe, shadow=None) -> torch.Tensor:
+        """A new tensor without memory; the recipe or the shadow says what it contains."""
+        tensor = torch.empty_strided(shape, (0,) * len(shape), dtype=dtype, device=device)
+        self.stand_for(tensor, Entry(shape, dtype, device, recipe, shadow))
+        return tensor
+
+    def stand_for(self, tensor: torch.Tensor, entry: Entry) -> None:
+        """Let a tensor that shares a placeholder's element stand for its entry too."""
+        ref = _Ref(tensor, self._forget, entry)
+        self._by_id[ref.key] = ref
+        entry.refs.append(ref)
+
+    def _forget(self, ref: _Ref) -> None:
+        if self._by_id.get(ref.key) is ref:
+            del self._by_id[ref.key]
+
+    def next_stream(self) -> int:
+        """Ordinal of the next random fill."""
+        stream = self.streams
+        self.streams += 1
+        return stream
+
+    def give_memory(self, entry: Entry) -> None:
+        """Allocate an entry's tensor in its final dtype; what it is to contain stays pending."""
+        if entry.allocated:
+            return
+        memory = allocate(entry.shape, entry.dtype, entry.device)
+        self._rebind(entry, memory)
+        storage = memory.untyped_storage()
+        entry.storage_key = storage._cdata
+        entry.storage_weak = storage._weak_ref()
+        entry.data_ptr = memory.data_ptr()
+        self._by_storage[entry.storage_key] = entry
+
+    def _rebind(self, entry: Entry, memory: torch.Tensor) -> None:
+        for ref in entry.refs:
+            tensor = ref()
+            self._by_id.pop(ref.key, None)
+            if tensor is not None:
+                tensor.data = memory
+        entry.refs = []
+
+    def _memory(self, entry: Entry) -> torch.Tensor:
+        """A tensor over an allocated entry's memory."""
+        storage = torch.UntypedStorage._new_with_weak_ptr(entry.storage_weak)
+        return torch.empty(0, dtype=entry.dtype, device=entry.device).set_(storage, 0, entry.shape)
+
+    def _untrack(self, entry: Entry) -> None:
+        self._shadows.pop(entry, None)
+        entry.shadow = None
+        if entry.allocated:
+            del self._by_storage[entry.storage_key]
+            torch.UntypedStorage._free_weak_ref(entry.storage_weak)
+
+    def overwrite(self, entry: Entry, recipe: tuple[Write, ...]) -> None:
+        """Replace all that an entry is to contain."""
+        if entry.recipe:
+            self.dropped += len(entry.recipe)
+        if entry.shadow is not None:
+            self._shadows.pop(entry, None)
+            entry.shadow = None
+        entry.recipe = recipe
+
+    def replace_by_real(self, entry: Entry) -> None:
+        """Forget an entry whose tensor torch is about to overwrite whole."""
+        self.overwrite(entry, ())
+        self.give_memory(entry)
+        self._untrack(entry)
+
+    def overwrite_by_shadow(self, entry: Entry, shadow: torch.Tensor) -> None:
+        """Replace all that a half-precision entry is to contain by these fp32 values."""
+        self.overwrite(entry, ())
+        self._keep_shadow(entry, shadow)
+
+    # --- fills ---------------------------------------------------------------------------------------------------
+
+    def fill(self, tensor: torch.Tensor, kind: int, parameters: tuple[float, ...]) -> bool:
+        """Record a fill of a tensor of any origin, or execute it at once where it cannot be deferred.
+
+        Returns False, and counts the stream all the same, where no native fill reaches the tensor.
+        """
+        stream = 0 if kind == CONSTANT else self.next_stream()
+        write = Write(kind, parameters, stream)
+        entry = self.find(tensor)
+        if entry is None:
+            return self._fill_now(tensor, write)
+        if self.is_whole(entry, tensor):
+            self.overwrite(entry, (write,))
+            return True
+        sizes, strides = tuple(tensor.size()), tensor.stride()
+        if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides)):
+            return False
+        if entry.recipe is not None and len(entry.recipe) < _MAX_WRITES:
+            if tensor.numel():
+                entry.recipe += (write._replace(region=Region(tensor.storage_offset(), sizes, strides)),)
+            return True
+        if entry.dtype in _HALVES:
+            return self._fill_now(self._shadow_view(entry, tensor), write)
+        self.settle([entry])
+        return self._fill_now(tensor, write)
+
+    def _fill_now(self, tensor: torch.Tensor, write: Write) -> bool:
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided or type(tensor).__torch_dispatch__ is not _PLAIN:
+            return False
+        if tensor.device.type not in ("cpu", self.device.type):
+            return False
+        sizes, strides = tuple(tensor.size()), tensor.stride()
+        if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides)) or _other_dispatch():
+            return False
+        if tensor.numel() == 0:
+            return True
+        region = None if tensor.is_contiguous() else Region(0, sizes, strides)
+        fills = Fills(self.seed)
+        fills.add(tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.device, (write._replace(region=region),))
+        self._run(fills)
+        torch.autograd.graph.increment_version(tensor)
+        return True
+
+    def _run(self, fills: Fills) -> None:
+        fills.run()
+        self.executed += fills.count
+        fills.count = 0
+
+    # --- shadows -------------------------------------------------------------------------------------------------
+
+    def shadow(self, entry: Entry) -> torch.Tensor:
+        """The fp32 values of a half-precision entry, made from its recipe at the first use."""
+        if entry.shadow is None:
+            shadow = torch.empty(entry.shape, dtype=torch.float32, device=entry.device)
+            self._write(entry, shadow, entry.recipe)
+            entry.recipe = None
+            self._keep_shadow(entry, shadow)
+        elif entry in self._shadows:
+            self._shadows.move_to_end(entry)
+        return entry.shadow
+
+    def _write(self, entry: Entry, memory: torch.Tensor, recipe: tuple[Write, ...]) -> None:
+        if not recipe or recipe[0].region is not None:
+            memory.zero_()
+        if recipe:
+            fills = Fills(self.seed)
+            fills.add(memory.data_ptr(), memory.numel(), memory.dtype, memory.device, recipe)
+            self._run(fills)
+
+    def _keep_shadow(self, entry: Entry, shadow: torch.Tensor) -> None:
+        entry.shadow = shadow
+        entry.recipe = None
+        self._shadows[entry] = None
+        if sum(numel(other.shape) for other in self._shadows) * 4 <= _SHADOW_BYTES:
+            return
+        for other in [other for other in self._shadows if not other.alive]:
+            self._untrack_dead(other)
+        excess = sum(numel(other.shape) for other in self._shadows) * 4 - _SHADOW_BYTES
+        oldest = []
+        for other in self._shadows:
+            if excess <= 0 or other is entry:
+                break
+            oldest.append(other)
+            excess -= numel(other.shape) * 4
+        self.settle(oldest)
+
+    def _untrack_dead(self, entry: Entry) -> None:
+        if entry.allocated:
+            self._untrack(entry)
+        else:
+            self._shadows.pop(entry, None)
+
+    def _shadow_view(self, entry: Entry, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of an entry's shadow that a tensor of the entry covers."""
+        shadow = self.shadow(entry)
+        if not entry.allocated:
+            return shadow.view(entry.shape)
+        return shadow.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def wrap(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A half-precision tensor whose fp32 values were just computed."""
+        if values.numel() == 0:
+            return values.to(dtype)
+        shadow = values.detach()
+        if not shadow.is_contiguous() or shadow.untyped_storage().nbytes() != shadow.numel() * 4:
+            shadow = shadow.clone(memory_format=torch.contiguous_format)
+        tensor = self.placeholder(tuple(shadow.shape), dtype, shadow.device, None)
+        self._keep_shadow(self.find(tensor), shadow)
+        return tensor
+
+    # --- operations that torch executes --------------------------------------------------------------------------
+
+    def run_in_torch(self, func, args, kwargs):
+        """Let torch execute a function: on shadows for half-precision tensors of ours, on settled memory otherwise."""
+        substitutes: dict[int, tuple[torch.Tensor, Entry, torch.Tensor]] = {}
+        tensors: list[torch.Tensor] = []
+        with _modes_off():
+            _collect(args, tensors)
+            _collect(kwargs, tensors)
+            to_settle = []
+            for tensor in tensors:
+                entry = self.find(tensor)
+                if entry is None or id(tensor) in substitutes:
+                    continue
+                if entry.dtype in _HALVES:
+                    substitutes[id(tensor)] = (tensor, entry, self._shadow_view(entry, tensor))
+                else:
+                    to_settle.append(entry)
+            self.settle(to_settle)
+            in_place = func in IN_PLACE
+            replaced = {key: substitute for key, (_, _, substitute) in substitutes.items()}
+            if substitutes:
+                if in_place and torch.is_grad_enabled() and args and getattr(args[0], "requires_grad", False):
+                    # The substitute is no leaf; let torch raise what it raises for one.
+                    torch.zeros(1, requires_grad=True).zero_()
+                if not in_place:
+                    for tensor in tensors:
+                        if id(tensor) not in replaced and tensor.dtype in _HALVES and tensor.dim():
+                            replaced[id(tensor)] = tensor.float()
+                args = _replace(args, replaced)
+                kwargs = _replace(kwargs, replaced)
+        result = func(*args, **kwargs)
+        if not substitutes and self.default_dtype not in _HALVES:
+            return result
+        with _modes_off():
+            return self._map_result(result, tensors, substitutes, _names_dtype(args, kwargs))
+
+    def _map_result(self, result, tensors, substitutes, dtype_named: bool):
+        if isinstance(result, torch.Tensor):
+            return self._map_tensor(result, tensors, substitutes, dtype_named)
+        if type(result) in (list, tuple):
+            return type(result)(self._map_result(item, tensors, substitutes, dtype_named) for item in result)
+        if isinstance(result, tuple) and type(result).__module__ == "torch.return_types":
+            return type(result)([self._map_result(item, tensors, substitutes, dtype_named) for item in result])
+        return result
+
+    def _map_tensor(self, result, tensors, substitutes, dtype_named: bool):
+        for original, entry, substitute in substitutes.values():
+            if result is substitute:
+                return original
+        if result.dtype != torch.float32 or result.layout != torch.strided:
+            return result
+        if substitutes:
+            key = result.untyped_storage()._cdata
+            for original, entry, substitute in substitutes.values():
+                if substitute.untyped_storage()._cdata == key:
+                    # A view: the caller gets the same view of the tensor itself.
+                    self.give_memory(entry)
+                    return self._memory(entry).as_strided(result.size(), result.stride(), result.storage_offset())
+        if dtype_named or result.requires_grad or _other_dispatch():
+            return result
+        dtype = self._promoted(tensors)
+        return self.wrap(result, dtype) if dtype in _HALVES else result
+
+    def _promoted(self, tensors) -> torch.dtype:
+        """The dtype that torch's promotion gives the result of an operation on these tensors."""
+        floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+        if not floats:
+            return self.default_dtype
+        dimensioned = [t.dtype for t in floats if t.dim()] or [t.dtype for t in floats]
+        dtype = dimensioned[0]
+        for other in dimensioned[1:]:
+            dtype = torch.promote_types(dtype, other)
+        return dtype
+
+    # --- giving tensors their memory and values ------------------------------------------------------------------
+
+    def settle(self, entries: list[Entry]) -> None:
+        """Give entries their memory and final values, and forget them."""
+        fills = Fills(self.seed)
+        for entry in entries:
+            if entry.allocated and entry.storage_key not in self._by_storage:
+                continue  # twice in the list
+            self.give_memory(entry)
+            if entry.shadow is not None:
+                self._memory(entry).copy_(entry.shadow)
+            elif entry.recipe is not None:
+                if not entry.recipe or entry.recipe[0].region is not None:
+                    self._memory(entry).zero_()
+                fills.add(entry.data_ptr, numel(entry.shape), entry.dtype, entry.device, entry.recipe)
+            self._untrack(entry)
+        self._run(fills)
+
+    def settle_all(self) -> None:
+        """Give everything that is still alive its memory and values, in the order of creation."""
+        given: list[tuple[Entry, list[torch.Tensor]]] = []
+        try:
+            for group in self._groups():
+                self._settle_group(group, given)
+            self.settle([entry for entry in list(self._by_storage.values()) if entry.alive])
+        except BaseException:
+            # Nothing half-made stays behind: give the memory back.
+            for entry, tensors in given:
+                for tensor in tensors:
+                    tensor.data = torch.empty(0, dtype=entry.dtype, device=entry.device)
+            raise
+        finally:
+            for entry in list(self._by_storage.values()):
+                self._untrack(entry)
+            self._by_id.clear()
+            self._shadows.clear()
+
+    def _groups(self):
+        """Entries without memory, in groups that are allocated and filled together."""
+        entries = OrderedDict((ref.entry, None) for ref in self._by_id.values() if ref() is not None)
+        group, size = [], 0
+        for entry in entries:
+            nbytes = numel(entry.shape) * entry.dtype.itemsize
+            if group and (size + nbytes > _RESERVE_BYTES or entry.device != group[0].device):
+                yield group
+                group, size = [], 0
+            group.append(entry)
+            size += nbytes
+        if group:
+            yield group
+
+    def _settle_group(self, group: list[Entry], given: list) -> None:
+        device = group[0].device
+        if device.type == "cuda":
+            _reserve([numel(entry.shape) * entry.dtype.itemsize for entry in group], device)
+        fills = Fills(self.seed)
+        for entry in group:
+            memory = allocate(entry.shape, entry.dtype, device)
+            tensors = [tensor for ref in entry.refs if (tensor := ref()) is not None]
+            for tensor in tensors:
+                tensor.data = memory
+            given.append((entry, tensors))
+            if entry.shadow is not None:
+                memory.copy_(entry.shadow)
+                self._shadows.pop(entry, None)
+                entry.shadow = None
+                continue
+            recipe = entry.recipe
+            if not recipe and entry.name is not None:
+                _warn_unwritten(entry)
+            if entry.name is not None and (not recipe or recipe[0].region is not None):
+                memory.zero_()
+            fills.add(memory.data_ptr(), memory.numel(), entry.dtype, device, recipe)
+        self._run(fills)
+
+    # --- what modules own ----------------------------------------------------------------------------------------
+
+    def registered(self, module: torch.nn.Module, name: str, tensor: torch.Tensor, is_parameter: bool) -> None:
+        """A module has taken a tensor as a parameter or a buffer."""
+        if is_parameter:
+            self.modules_parameters.append(weakref.ref(tensor))
+        ref = self._by_id.get(id(tensor))
+        if ref is not None and ref() is tensor:
+            ref.entry.name = f"{type(module).__name__}.{name}"
+            return
+        with _modes_off():
+            if tensor.layout == torch.strided and not _other_dispatch():
+                self._adopt(tensor)
+
+    def _adopt(self, tensor: torch.Tensor) -> None:
+        """Recognise a tensor that was made from a placeholder without the recorder seeing it."""
+        if tensor.numel() < 2 or any(tensor.stride()) or not tensor.is_cpu and not tensor.is_cuda:
+            return
+        key = tensor.untyped_storage()._cdata
+        for ref in list(self._by_id.values()):
+            other = ref()
+            if other is not None and other.untyped_storage()._cdata == key:
+                self.stand_for(tensor, ref.entry)
+                return
+
+
+_PLAIN = torch.Tensor.__torch_dispatch__
+
+
+def concrete(device) -> torch.device:
+    """A device with its index: ``cuda`` means the current one."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _device_context() -> DeviceContext | None:
+    # torch keeps the only device context at the bottom of its mode stack.
+    if torch._C._len_torch_function_stack():
+        mode = torch._C._get_function_stack_at(0)
+        if isinstance(mode, DeviceContext):
+            return mode
+    return None
+
+
+def _other_dispatch() -> bool:
+    """Whether a mode below autograd (fake tensors, say) is active: its tensors have no memory to fill."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _collect(values, tensors: list[torch.Tensor]) -> None:
+    if isinstance(values, dict):
+        values = values.values()
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        elif isinstance(value, (list, tuple, dict)):
+            _collect(value, tensors)
+
+
+def _replace(values, replaced: dict[int, torch.Tensor]):
+    if isinstance(values, torch.Tensor):
+        return replaced.get(id(values), values)
+    if isinstance(values, dict):
+        return {key: _replace(value, replaced) for key, value in values.items()}
+    if type(values) in (list, tuple):
+        return type(values)(_replace(value, replaced) for value in values)
+    return values
+
+
+def _names_dtype(args, kwargs) -> bool:
+    return any(isinstance(value, torch.dtype) for value in args) or isinstance(kwargs.get("dtype"), torch.dtype)
+
+
+def _warn_unwritten(entry: Entry) -> None:
+    import warnings
+
+    warnings.warn(
+        f"fastinit: {entry.name} of shape {tuple(entry.shape)} is never initialised by its module; it was filled "
+        "with zeros instead of being left as raw memory. Initialise it in the constructor, or load a checkpoint "
+        "that supplies it inside the context.",
+        stacklevel=2,
+    )
+
+
+def _reserve(sizes: list[int], device: torch.device) -> None:
+    """Let torch's allocator hold one free segment that the next allocations of these sizes are cut from.
+
+    Freed memory stays in the allocator's cache, so this replaces one cudaMalloc per tensor by one in all. The sum is
+    exact: nothing stays reserved and unused, and the peak does not exceed what the tensors take.
+    """
+    # The allocator rounds to 512 bytes and serves up to 1 MiB from small segments of its own.
+    needed = sum((size + 511) // 512 * 512 for size in sizes if size > 1 << 20)
+    stats = torch.cuda.memory_stats(device)
+    cached = stats.get("reserved_bytes.all.current", 0) - stats.get("allocated_bytes.all.current", 0)
+    if needed <= cached or needed <= 20 << 20:
+        return
+    try:
+        torch.empty(needed, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        # Memory may still do in pieces; if it does not, the tensor that fails names itself.
+        return
