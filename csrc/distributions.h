@@ -136,7 +136,8 @@ FASTINIT_HOST_DEVICE float at_most(float x, float high) { return x > high ? high
 // Inverse normal CDF: z >= 0 with P(X > z) = |f| 2^-32, for |f| = 0 or 1 <= |f| <= 2^31, given f's bits.
 // The row is the low 5 exponent bits and the top 3 mantissa bits of f; t is f's place in the row's cell, in
 // [-1/16, 1/16). |f| = 2^31 gives 0; f = 0 has the bits of row 0's left end and gives the z of |f| = 2, 6.12.
-// The largest z is that of |f| = 1, 6.23. Largest error against the exact inverse CDF 5.2e-7. Other f, in (0, 1) say, give a z of some other row.
+// The largest z is that of |f| = 1, 6.23. Largest error against the exact inverse CDF: 5.2e-7. Other f, those in (0, 1)
+// for one, are outside the domain: they meet the row of another octave.
 FASTINIT_HOST_DEVICE float normal_icdf(uint32_t f, const float (*rows)[4]) {
     const float* c = rows[(f >> 20) & 255];
     const float t = add(float_of((f & 0x000FFFFFu) | 0x3F800000u), -1.0625f);

@@ -11,10 +11,12 @@
 
 #include <cstdint>
 
+// static: the CPU kernels compile these functions once per instruction set, and a linker that merged the copies could
+// put AVX-512 code on the portable path.
 #if defined(__CUDACC__)
-#define FASTINIT_HOST_DEVICE __host__ __device__ __forceinline__
+#define FASTINIT_HOST_DEVICE static __host__ __device__ __forceinline__
 #else
-#define FASTINIT_HOST_DEVICE inline
+#define FASTINIT_HOST_DEVICE static inline
 #endif
 
 namespace fastinit {

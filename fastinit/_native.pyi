@@ -1,0 +1,86 @@
+"""fastinit's fill kernels: stream v1 into raw memory. Import them from fastinit.native."""
+
+from collections.abc import Sequence
+from typing import TypedDict, final
+
+_Step = tuple[int, float, float]
+
+class _BuildInfo(TypedDict):
+    cuda: bool
+    cuda_version: str | None
+    cuda_architectures: list[str]
+    compiler: str
+
+@final
+class Batch:
+    """Fills that are executed together, in no particular order. It runs once and is empty afterwards.
+
+    Memory belongs to the caller, who keeps it alive until the fills are written. A ``ValueError`` names the argument
+    that a fill was refused for; the batch is then as before.
+    """
+
+    def __init__(self) -> None: ...
+    def add(
+        self,
+        data_ptr: int,
+        numel: int,
+        dtype: int,
+        kind: int,
+        parameters: Sequence[float],
+        seed: int,
+        stream: int,
+        steps: Sequence[_Step] = ...,
+    ) -> None:
+        """Fill a whole contiguous tensor: element k of memory is element k of the stream."""
+
+    def add_region(
+        self,
+        data_ptr: int,
+        dtype: int,
+        kind: int,
+        parameters: Sequence[float],
+        seed: int,
+        stream: int,
+        steps: Sequence[_Step],
+        index_offset: int,
+        sizes: Sequence[int],
+        index_strides: Sequence[int],
+        memory_strides: Sequence[int],
+    ) -> None:
+        """Fill a box of 1 to 8 dimensions of a larger tensor.
+
+        The element at multi-index m is written to ``data_ptr + itemsize * sum(m * memory_strides)`` and is element
+        ``index_offset + sum(m * index_strides)`` of the stream. Strides are in elements and positive where the size is
+        above 1; distinct elements must have distinct memory.
+        """
+
+    def __len__(self) -> int: ...
+    @property
+    def elements(self) -> int:
+        """How many elements the fills will write."""
+
+    def run_cpu(self, threads: int, isa: str | None = None) -> None:
+        """Write all fills and return. At most ``threads`` threads take part, the calling one included; the GIL is
+        released. ``isa`` is one of :func:`cpu_isas`; None means :func:`cpu_isa`. It never changes a bit."""
+
+    def run_cuda(self, device: int, stream: int) -> None:
+        """Enqueue all fills on the ``cudaStream_t`` handle ``stream`` of GPU ``device`` and return at once.
+
+        Raises ``RuntimeError`` naming the CUDA error, or saying that CUDA was not built.
+        """
+
+def apply_steps(value: float, steps: Sequence[_Step]) -> float:
+    """``value`` rounded to float32 and taken through the steps, exactly as a fill computes it."""
+
+def advise_huge_pages(data_ptr: int, nbytes: int) -> bool:
+    """Ask the system to back the 2 MiB-aligned inside of the range with huge pages. False where it does not."""
+
+def cpu_isa() -> str:
+    """The instruction set of CPU fills: the environment variable FASTINIT_CPU_ISA as it was at the first use, or the
+    best of :func:`cpu_isas`. ``ValueError`` if the variable names another."""
+
+def cpu_isas() -> list[str]:
+    """The instruction sets that this machine can run, best first: "avx512", "avx2", "portable"."""
+
+def build_info() -> _BuildInfo:
+    """What was compiled in: CUDA, its version and architectures, and the C++ compiler."""

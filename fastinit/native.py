@@ -1,0 +1,52 @@
+"""The compiled module, typed: the only file that touches ``fastinit._native``.
+
+A :class:`Batch` collects fills of raw memory and runs them together; what a fill writes is specified in
+docs/stream-v1.md. Everything here works on addresses and sizes and knows nothing of torch: who calls it keeps the
+memory alive until the batch has run, and on CUDA until the stream has.
+"""
+
+from __future__ import annotations
+
+from fastinit._native import (
+    Batch,
+    advise_huge_pages,
+    apply_steps,
+    build_info,
+    cpu_isa,
+    cpu_isas,
+)
+
+__all__ = [
+    "ADD",
+    "BFLOAT16",
+    "CLAMP",
+    "CONSTANT",
+    "DIVIDE",
+    "FLOAT16",
+    "FLOAT32",
+    "MAX_DIMS",
+    "MAX_STEPS",
+    "MULTIPLY",
+    "NORMAL",
+    "TRUNCATED_NORMAL",
+    "UNIFORM",
+    "Batch",
+    "advise_huge_pages",
+    "apply_steps",
+    "build_info",
+    "cpu_isa",
+    "cpu_isas",
+]
+
+# dtypes
+FLOAT32, FLOAT16, BFLOAT16 = range(3)
+# kinds of distribution, with their parameters
+CONSTANT = 0  # (value,)
+UNIFORM = 1  # (low, high)
+NORMAL = 2  # (mean, std)
+TRUNCATED_NORMAL = 3  # (mean, std, threshold, *(offset, scale, low, high) of the negative, then of the positive side)
+# steps, as (op, a, b)
+MULTIPLY, ADD, DIVIDE, CLAMP = range(4)
+
+MAX_STEPS = 4
+MAX_DIMS = 8
