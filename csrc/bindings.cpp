@@ -139,7 +139,7 @@ py::dict build_info() {
     info["cuda_version"] = FASTINIT_CUDA_VERSION;
     const std::string archs = FASTINIT_CUDA_ARCHS;
     for (size_t begin = 0, end; begin < archs.size(); begin = end + 1) {
-        end = std::min(archs.find(';', begin), archs.size());
+        end = std::min(archs.find(',', begin), archs.size());
         architectures.append(archs.substr(begin, end - begin));
     }
 #else
