@@ -205,7 +205,9 @@ inline Distribution make_distribution(int64_t kind, const std::vector<double>& p
         default:
             d.location = detail::finite("mean", p[0]);
             d.scale = detail::finite("std", p[1]);
-            if (p[1] < 0) detail::refuse("std", detail::text(p[1]), "it must not be negative");
+            // A truncated normal's sign of std says on which side of the mean its one-sided interval lies.
+            if (d.kind == Kind::normal && p[1] < 0)
+                detail::refuse("std", detail::text(p[1]), "it must not be negative");
     }
     if (d.kind == Kind::truncated_normal) {
         if (!(p[2] >= -2147483648.0 && p[2] <= 2147483647.0) || p[2] != std::floor(p[2]))

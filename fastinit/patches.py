@@ -1,13 +1,15 @@
 """What a mode cannot see, replaced while a context is active in any thread.
 
 A few things in torch do not pass through torch functions: making a Parameter, the legacy constructor
-``torch.Tensor(2, 3)``, the default dtype and device, and the body of ``trunc_normal_``. They are replaced by functions
-that ask for the recorder of the calling thread and otherwise do what they did before. The first context to be entered
+``torch.Tensor(2, 3)``, the default dtype and device, and what the body of ``trunc_normal_`` means. They, and for speed the
+functions of torch.nn.init, are replaced by functions that ask for the recorder of the calling thread and otherwise do what they did before. The first context to be entered
 installs them, the last one to be left puts everything back.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
 import threading
 
 import torch
@@ -17,8 +19,11 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from .interception import legacy_tensor, trunc_normal
+from .interception import INIT_REPLACEMENTS, legacy_tensor
 from .recorder import Recorder, _modes_off, current
+
+# Python objects made between two runs of the garbage collector while a model is created.
+_COLLECT_EVERY = 50_000
 
 _lock = threading.Lock()
 _users = 0
@@ -51,7 +56,6 @@ def _active() -> Recorder | None:
 
 def _install() -> None:
     new_parameter = torch.nn.Parameter.__new__
-    no_grad_trunc_normal = init._no_grad_trunc_normal_
     get_default_dtype, set_default_dtype = torch.get_default_dtype, torch.set_default_dtype
     get_default_device = torch.get_default_device
     new_tensor = torch._C.TensorBase.__new__
@@ -75,14 +79,6 @@ def _install() -> None:
                 return tensor
         return new_tensor(*args, **kwargs)
 
-    def trunc_normal_(tensor, mean, std, a, b, generator=None):
-        recorder = _active()
-        if recorder is not None and generator is None:
-            with _modes_off(), torch.no_grad():
-                if trunc_normal(recorder, tensor, mean, std, a, b):
-                    return tensor
-        return no_grad_trunc_normal(tensor, mean, std, a, b, generator=generator)
-
     def default_dtype():
         recorder = _active()
         return get_default_dtype() if recorder is None else recorder.default_dtype
@@ -99,8 +95,14 @@ def _install() -> None:
         recorder = _active()
         return get_default_device() if recorder is None else recorder.factory_device()
 
+    thresholds = gc.get_threshold()
+    if gc.isenabled() and thresholds[0]:
+        # A model is thousands of objects that stay: collecting every few hundred of them looks at all the others again.
+        gc.set_threshold(max(thresholds[0], _COLLECT_EVERY), *thresholds[1:])
+        _restore.append(lambda: gc.set_threshold(*thresholds))
     _replace(torch.nn.Parameter, "__new__", staticmethod(parameter_new), staticmethod(new_parameter))
-    _replace(init, "_no_grad_trunc_normal_", trunc_normal_, no_grad_trunc_normal)
+    for name, handler in INIT_REPLACEMENTS.items():
+        _replace(init, name, _straight_to(handler, getattr(init, name)), getattr(init, name))
     _replace(torch, "get_default_dtype", default_dtype, get_default_dtype)
     _replace(torch, "set_default_dtype", change_default_dtype, set_default_dtype)
     _replace(torch, "get_default_device", default_device, get_default_device)
@@ -111,6 +113,20 @@ def _install() -> None:
         (register_module_buffer_registration_hook, False),
     ):
         _restore.append(register(_registration_hook(is_parameter)).remove)
+
+
+def _straight_to(handler, function):
+    @functools.wraps(function)
+    def replacement(*args, **kwargs):
+        recorder = _active()
+        if recorder is not None:
+            with _modes_off():
+                result = handler(recorder, function, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return function(*args, **kwargs)
+
+    return replacement
 
 
 def _replace(owner, name: str, new, old) -> None:

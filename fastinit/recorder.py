@@ -21,13 +21,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
-from .interception import HANDLERS, IN_PLACE, PASS
+from .interception import HANDLERS, IN_PLACE, INIT_HANDLERS, PASS
 from .layout import numel
 from .materialize import DTYPES, Fills, allocate
 from .recipe import CONSTANT, Region, Write
@@ -60,31 +61,23 @@ class _Ref(weakref.ref):
 
     __slots__ = ("entry", "key")
 
-    def __new__(cls, tensor: torch.Tensor, forget, entry: Entry):
-        return super().__new__(cls, tensor, forget)
-
-    def __init__(self, tensor: torch.Tensor, forget, entry: Entry) -> None:
-        super().__init__(tensor, forget)
-        self.entry = entry
-        self.key = id(tensor)
-
 
 class Entry:
     """What one tensor is to contain, and where, once it has memory."""
 
-    __slots__ = ("shape", "dtype", "device", "recipe", "shadow", "refs", "storage_key", "storage_weak", "data_ptr", "name")
+    recipe: tuple[Write, ...] | None  # None: the shadow or the memory has the values
+    shadow: torch.Tensor | None = None
+    storage_key: int | None = None  # its storage, once it has memory
+    storage_weak: int | None = None
+    data_ptr = 0
+    name: str | None = None  # "Linear.weight", once a module owns it
 
-    def __init__(self, shape, dtype, device, recipe, shadow=None) -> None:
+    def __init__(self, shape, dtype, device, recipe) -> None:
         self.shape = shape
         self.dtype = dtype
         self.device = device
-        self.recipe: tuple[Write, ...] | None = recipe  # None: the shadow or the memory has the values
-        self.shadow: torch.Tensor | None = shadow
+        self.recipe = recipe
         self.refs: list[_Ref] = []  # the placeholders that stand for it, while it has no memory
-        self.storage_key: int | None = None  # its storage, once it has memory
-        self.storage_weak: int | None = None
-        self.data_ptr = 0
-        self.name: str | None = None  # "Linear.weight", once a module owns it
 
     @property
     def allocated(self) -> bool:
@@ -146,6 +139,8 @@ class Recorder(TorchFunctionMode):
         if self._suspended:
             return func(*args, **kwargs)
         handler = HANDLERS.get(func)
+        if handler is None and type(func) is FunctionType and "tensor" in kwargs:
+            handler = INIT_HANDLERS.get(func.__name__)
         if handler is not None:
             with _modes_off():
                 if handler is PASS:
@@ -182,19 +177,22 @@ class Recorder(TorchFunctionMode):
                 return concrete(context.device)
         return self.device
 
-    def placeholder(self, shape, dtype, device, recipe, shadow=None) -> torch.Tensor:
-        """A new tensor without memory; the recipe or the shadow says what it contains."""
+    def placeholder(self, shape, dtype, device, recipe) -> torch.Tensor:
+        """A new tensor without memory; the recipe says what it contains."""
         tensor = torch.empty_strided(shape, (0,) * len(shape), dtype=dtype, device=device)
-        self.stand_for(tensor, Entry(shape, dtype, device, recipe, shadow))
+        self.stand_for(tensor, Entry(shape, dtype, device, recipe))
         return tensor
 
     def stand_for(self, tensor: torch.Tensor, entry: Entry) -> None:
         """Let a tensor that shares a placeholder's element stand for its entry too."""
-        ref = _Ref(tensor, self._forget, entry)
+        ref = _Ref(tensor, self._forget)
+        ref.entry = entry
+        ref.key = id(tensor)
         self._by_id[ref.key] = ref
         entry.refs.append(ref)
 
     def _forget(self, ref: _Ref) -> None:
+        # A dead tensor's id may belong to another one by now.
         if self._by_id.get(ref.key) is ref:
             del self._by_id[ref.key]
 
@@ -219,7 +217,7 @@ class Recorder(TorchFunctionMode):
     def _rebind(self, entry: Entry, memory: torch.Tensor) -> None:
         for ref in entry.refs:
             tensor = ref()
-            self._by_id.pop(ref.key, None)
+            self._forget(ref)
             if tensor is not None:
                 tensor.data = memory
         entry.refs = []
