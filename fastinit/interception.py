@@ -620,7 +620,9 @@ def _copy(rec: Recorder, func, tensor, source, *args, **kwargs):
         return tensor
     if origin is None:
         # Data from outside, a checkpoint say: converted while it is copied, and what was pending is dropped.
-        if torch.broadcast_shapes(tuple(source.shape), entry.shape) != torch.Size(entry.shape):
+        # A view of all of it may have another shape. Not torch.broadcast_shapes, which imports the decompositions.
+        pairs = zip(reversed(source.shape), reversed(tensor.shape))
+        if source.dim() > tensor.dim() or any(size not in (1, target) for size, target in pairs):
             return NotImplemented
         rec.replace_by_real(entry)
         return func(tensor, source, *args, **kwargs)
