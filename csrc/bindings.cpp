@@ -89,6 +89,7 @@ public:
 private:
     void append(const py::int_& data_ptr, int64_t dtype, int64_t kind, const std::vector<double>& parameters,
                 const py::int_& seed, const py::int_& stream, const PythonSteps& steps, const Box& box) {
+        const FloatEnvironment environment;  // parameters are rounded to float32 here
         Fill fill{};
         fill.data = reinterpret_cast<void*>(static_cast<uintptr_t>(unsigned64("data_ptr", data_ptr)));
         fill.dtype = make_dtype(dtype);
