@@ -162,15 +162,18 @@ def _in_torch(rec: Recorder, func, args, kwargs, dtype: torch.dtype | None = Non
         kwargs["device"] = rec.factory_device()
     named = kwargs.get("dtype")
     half = dtype or named or rec.default_dtype
-    if half in (torch.float16, torch.bfloat16) and "out" not in kwargs and not kwargs.get("requires_grad"):
-        if named is not None:
-            kwargs["dtype"] = torch.float32
-        result = func(*args, **kwargs)
-        if result.dtype == torch.float32 and result.layout == torch.strided and not result.is_meta:
-            if not torch._C._len_torch_dispatch_stack():
-                return rec.wrap(result, half)
-        return result.to(half) if named is not None else result
-    return func(*args, **kwargs)
+    if half not in (torch.float16, torch.bfloat16) or "out" in kwargs:
+        return func(*args, **kwargs)
+    requires_grad = kwargs.pop("requires_grad", False)
+    if named is not None:
+        kwargs["dtype"] = torch.float32
+    result = func(*args, **kwargs)
+    if result.dtype == torch.float32 or named is not None:
+        if result.layout != torch.strided or result.is_meta or torch._C._len_torch_dispatch_stack():
+            result = result.to(half)
+        else:
+            result = rec.wrap(result, half)
+    return result.requires_grad_() if requires_grad else result
 
 
 @_handles("empty")
@@ -208,8 +211,7 @@ def _full(rec: Recorder, func, *args, **kwargs):
 def _random_factory(kind: int, parameters: tuple[float, ...]) -> Handler:
     def handler(rec: Recorder, func, *args, **kwargs):
         if kwargs.get("generator") is not None or kwargs.get("out") is not None:
-            kwargs.setdefault("device", rec.factory_device())
-            return func(*args, **kwargs)
+            return _in_torch(rec, func, args, kwargs)
         options = {name: value for name, value in kwargs.items() if name != "generator"}
         stream = rec.next_stream()
         result = _create(rec, _size(args, options), options, (Write(kind, parameters, stream),))
@@ -320,13 +322,6 @@ def _tensor(rec: Recorder, func, data, *args, **kwargs):
         # The dtype is the array's, not the default.
         kwargs.setdefault("device", rec.factory_device())
         return func(data, *args, **kwargs)
-    if kwargs.get("dtype") is None:
-        kwargs["device"] = kwargs.get("device") or rec.factory_device()
-        values = func(data, *args, **kwargs)
-        if values.dtype == torch.float32 and not values.requires_grad and not values.is_meta:
-            if rec.default_dtype in (torch.float16, torch.bfloat16) and not torch._C._len_torch_dispatch_stack():
-                return rec.wrap(values, rec.default_dtype)
-        return values
     return _in_torch(rec, func, (data, *args), kwargs)
 
 
@@ -808,7 +803,7 @@ def _random_in_torch(rec: Recorder, func, args, kwargs, stream: int):
         device = _concrete(kwargs.get("device") or rec.factory_device())
         if device.type == "meta":
             del kwargs["generator"]
-            return func(*args, **kwargs)
+            return _in_torch(rec, func, args, kwargs)
         kwargs["device"] = "cpu"
         return func(*args, **kwargs).to(device)
     if func in IN_PLACE:
