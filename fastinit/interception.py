@@ -693,11 +693,7 @@ for _target in _callables("detach", "detach_"):
 
 def _set_data(rec: Recorder, func, tensor, value):
     entry = rec.find(value)
-    own = rec._by_id.get(id(tensor))
-    if own is not None and own() is tensor:
-        # The tensor leaves its old entry; other aliases of that one keep it.
-        own.entry.refs.remove(own)
-        rec._forget(own)
+    rec.leave(tensor)
     func(tensor, value)
     if entry is not None and not entry.allocated:
         rec.stand_for(tensor, entry)

@@ -32,7 +32,7 @@ def allocate(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
             f"no memory for a tensor of shape {tuple(shape)} and dtype {dtype} on device={str(device)!r}: "
             f"choose a smaller dtype or model, free memory, or create it as shards. {error}"
         ) from error
-    if device.type == "cpu" and tensor.nbytes >= _HUGE_PAGES_FROM:
+    if tensor.nbytes >= _HUGE_PAGES_FROM and device.type == "cpu":
         native.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
 

@@ -20,7 +20,7 @@ from torch.nn.modules.module import (
 )
 
 from .interception import INIT_REPLACEMENTS, legacy_tensor
-from .recorder import Recorder, _modes_off, current
+from .recorder import _modes_off, _thread
 
 # Python objects made between two runs of the garbage collector while a model is created.
 _COLLECT_EVERY = 50_000
@@ -49,11 +49,6 @@ def remove() -> None:
                 _restore.pop()()
 
 
-def _active() -> Recorder | None:
-    recorder = current()
-    return None if recorder is None or recorder._suspended else recorder
-
-
 def _install() -> None:
     new_parameter = torch.nn.Parameter.__new__
     get_default_dtype, set_default_dtype = torch.get_default_dtype, torch.set_default_dtype
@@ -62,16 +57,16 @@ def _install() -> None:
 
     def parameter_new(cls, data=None, requires_grad=True):
         parameter = new_parameter(cls, data, requires_grad)
-        recorder = _active()
+        recorder = _thread.recorder
         if recorder is not None and data is not None:
-            ref = recorder._by_id.get(id(data))
-            if ref is not None and ref() is data:
-                recorder.stand_for(parameter, ref.entry)
+            known = recorder._by_id.get(id(data))
+            if known is not None and known[0]() is data:
+                recorder.stand_for(parameter, known[1])
         return parameter
 
     # No named parameters: torch._dynamo compares this signature with its own when it is first imported.
     def tensor_new(*args, **kwargs):
-        recorder = _active()
+        recorder = _thread.recorder
         if recorder is not None and args[0] is torch.Tensor and not kwargs and all(type(a) is int for a in args[1:]):
             with _modes_off():
                 tensor = legacy_tensor(recorder, args[1:] or (0,))
@@ -80,11 +75,11 @@ def _install() -> None:
         return new_tensor(*args, **kwargs)
 
     def default_dtype():
-        recorder = _active()
+        recorder = _thread.recorder
         return get_default_dtype() if recorder is None else recorder.default_dtype
 
     def change_default_dtype(d, /):
-        recorder = _active()
+        recorder = _thread.recorder
         if recorder is None:
             return set_default_dtype(d)
         if not isinstance(d, torch.dtype) or not d.is_floating_point:
@@ -92,7 +87,7 @@ def _install() -> None:
         recorder.default_dtype = d
 
     def default_device():
-        recorder = _active()
+        recorder = _thread.recorder
         return get_default_device() if recorder is None else recorder.factory_device()
 
     thresholds = gc.get_threshold()
@@ -118,7 +113,7 @@ def _install() -> None:
 def _straight_to(handler, function):
     @functools.wraps(function)
     def replacement(*args, **kwargs):
-        recorder = _active()
+        recorder = _thread.recorder
         if recorder is not None:
             with _modes_off():
                 result = handler(recorder, function, *args, **kwargs)
@@ -136,7 +131,7 @@ def _replace(owner, name: str, new, old) -> None:
 
 def _registration_hook(is_parameter: bool):
     def hook(module, name, tensor):
-        recorder = _active()
+        recorder = _thread.recorder
         if recorder is not None and tensor is not None:
             recorder.registered(module, name, tensor, is_parameter)
 

@@ -48,18 +48,18 @@ _MAX_WRITES = 8
 # Device memory is reserved in steps of about this size: one cudaMalloc per parameter would cost more than the fills.
 _RESERVE_BYTES = 2 << 30
 
-_thread = threading.local()
+
+
+class _Thread(threading.local):
+    recorder: Recorder | None = None
+
+
+_thread = _Thread()
 
 
 def current() -> Recorder | None:
     """The innermost recorder that is active in this thread."""
-    return getattr(_thread, "recorder", None)
-
-
-class _Ref(weakref.ref):
-    """Weak reference to a placeholder, which knows its entry and leaves the recorder's table with its tensor."""
-
-    __slots__ = ("entry", "key")
+    return _thread.recorder
 
 
 class Entry:
@@ -70,14 +70,14 @@ class Entry:
     storage_key: int | None = None  # its storage, once it has memory
     storage_weak: int | None = None
     data_ptr = 0
-    name: str | None = None  # "Linear.weight", once a module owns it
+    name: tuple[type, str] | None = None  # class of the module that owns it, and the name there
 
     def __init__(self, shape, dtype, device, recipe) -> None:
         self.shape = shape
         self.dtype = dtype
         self.device = device
         self.recipe = recipe
-        self.refs: list[_Ref] = []  # the placeholders that stand for it, while it has no memory
+        self.refs: list[weakref.ref[torch.Tensor]] = []  # the placeholders that stand for it, while it has no memory
 
     @property
     def allocated(self) -> bool:
@@ -102,7 +102,8 @@ class Recorder(TorchFunctionMode):
         self.executed = 0
         self.dropped = 0
         self.modules_parameters: list[weakref.ref] = []
-        self._by_id: dict[int, _Ref] = {}
+        self._by_id: dict[int, tuple[weakref.ref[torch.Tensor], Entry]] = {}
+        self._purge_at = 10_000
         self._by_storage: dict[int, Entry] = {}
         self._shadows: OrderedDict[Entry, None] = OrderedDict()
         self._outer: Recorder | None = None
@@ -154,9 +155,9 @@ class Recorder(TorchFunctionMode):
 
     def find(self, tensor: torch.Tensor) -> Entry | None:
         """The entry that a tensor, or a view of it, belongs to."""
-        ref = self._by_id.get(id(tensor))
-        if ref is not None and ref() is tensor:
-            return ref.entry
+        known = self._by_id.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
         if not self._by_storage:
             return None
         try:
@@ -181,20 +182,24 @@ class Recorder(TorchFunctionMode):
         """A new tensor without memory; the recipe says what it contains."""
         tensor = torch.empty_strided(shape, (0,) * len(shape), dtype=dtype, device=device)
         self.stand_for(tensor, Entry(shape, dtype, device, recipe))
+        if len(self._by_id) > self._purge_at:
+            self._by_id = {key: known for key, known in self._by_id.items() if known[0]() is not None}
+            self._purge_at = 2 * len(self._by_id) + 10_000
         return tensor
 
     def stand_for(self, tensor: torch.Tensor, entry: Entry) -> None:
         """Let a tensor that shares a placeholder's element stand for its entry too."""
-        ref = _Ref(tensor, self._forget)
-        ref.entry = entry
-        ref.key = id(tensor)
-        self._by_id[ref.key] = ref
+        # A tensor that died leaves its id in the table, which another tensor may have by now: find() compares.
+        ref = weakref.ref(tensor)
+        self._by_id[id(tensor)] = (ref, entry)
         entry.refs.append(ref)
 
-    def _forget(self, ref: _Ref) -> None:
-        # A dead tensor's id may belong to another one by now.
-        if self._by_id.get(ref.key) is ref:
-            del self._by_id[ref.key]
+    def leave(self, tensor: torch.Tensor) -> None:
+        """A tensor that gets other memory no longer stands for its entry."""
+        known = self._by_id.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            del self._by_id[id(tensor)]
+            known[1].refs.remove(known[0])
 
     def next_stream(self) -> int:
         """Ordinal of the next random fill."""
@@ -217,8 +222,8 @@ class Recorder(TorchFunctionMode):
     def _rebind(self, entry: Entry, memory: torch.Tensor) -> None:
         for ref in entry.refs:
             tensor = ref()
-            self._forget(ref)
             if tensor is not None:
+                del self._by_id[id(tensor)]
                 tensor.data = memory
         entry.refs = []
 
@@ -479,7 +484,7 @@ class Recorder(TorchFunctionMode):
 
     def _groups(self):
         """Entries without memory, in groups that are allocated and filled together."""
-        entries = OrderedDict((ref.entry, None) for ref in self._by_id.values() if ref() is not None)
+        entries = {entry: None for ref, entry in self._by_id.values() if ref() is not None}
         group, size = [], 0
         for entry in entries:
             nbytes = numel(entry.shape) * entry.dtype.itemsize
@@ -498,20 +503,25 @@ class Recorder(TorchFunctionMode):
         fills = Fills(self.seed)
         for entry in group:
             memory = allocate(entry.shape, entry.dtype, device)
-            tensors = [tensor for ref in entry.refs if (tensor := ref()) is not None]
-            for tensor in tensors:
-                tensor.data = memory
+            tensors = []
+            for ref in entry.refs:
+                tensor = ref()
+                if tensor is not None:
+                    tensor.data = memory
+                    tensors.append(tensor)
             given.append((entry, tensors))
+            recipe = entry.recipe
             if entry.shadow is not None:
                 memory.copy_(entry.shadow)
                 self._shadows.pop(entry, None)
                 entry.shadow = None
                 continue
-            recipe = entry.recipe
-            if not recipe and entry.name is not None:
-                _warn_unwritten(entry)
-            if entry.name is not None and (not recipe or recipe[0].region is not None):
-                memory.zero_()
+            if not recipe or recipe[0].region is not None:
+                # Raw memory is for those alone who asked for it with torch.empty and keep it outside of a module.
+                if entry.name is not None:
+                    memory.zero_()
+                    if not recipe:
+                        _warn_unwritten(entry)
             fills.add(memory.data_ptr(), memory.numel(), entry.dtype, device, recipe)
         self._run(fills)
 
@@ -521,9 +531,9 @@ class Recorder(TorchFunctionMode):
         """A module has taken a tensor as a parameter or a buffer."""
         if is_parameter:
             self.modules_parameters.append(weakref.ref(tensor))
-        ref = self._by_id.get(id(tensor))
-        if ref is not None and ref() is tensor:
-            ref.entry.name = f"{type(module).__name__}.{name}"
+        known = self._by_id.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            known[1].name = (type(module), name)
             return
         with _modes_off():
             if tensor.layout == torch.strided and not _other_dispatch():
@@ -534,10 +544,10 @@ class Recorder(TorchFunctionMode):
         if tensor.numel() < 2 or any(tensor.stride()) or not tensor.is_cpu and not tensor.is_cuda:
             return
         key = tensor.untyped_storage()._cdata
-        for ref in list(self._by_id.values()):
+        for ref, entry in list(self._by_id.values()):
             other = ref()
             if other is not None and other.untyped_storage()._cdata == key:
-                self.stand_for(tensor, ref.entry)
+                self.stand_for(tensor, entry)
                 return
 
 
@@ -594,7 +604,7 @@ def _warn_unwritten(entry: Entry) -> None:
     import warnings
 
     warnings.warn(
-        f"fastinit: {entry.name} of shape {tuple(entry.shape)} is never initialised by its module; it was filled "
+        f"fastinit: {entry.name[0].__name__}.{entry.name[1]} of shape {tuple(entry.shape)} is never initialised by its module; it was filled "
         "with zeros instead of being left as raw memory. Initialise it in the constructor, or load a checkpoint "
         "that supplies it inside the context.",
         stacklevel=2,
