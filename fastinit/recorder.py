@@ -46,7 +46,7 @@ _SHADOW_BYTES = 32 << 20
 _MAX_WRITES = 8
 
 # Device memory is reserved in steps of about this size: one cudaMalloc per parameter would cost more than the fills.
-_RESERVE_BYTES = 2 << 30
+_RESERVE_BYTES = 1 << 30
 
 
 
