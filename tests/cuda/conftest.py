@@ -1,0 +1,24 @@
+"""Tests that need a GPU: skipped as a whole where there is none, or where the native module was built without CUDA."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastinit import native
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `reference`
+
+
+def pytest_collection_modifyitems(items):
+    if not native.build_info()["cuda"]:
+        reason = "fastinit was built without CUDA"
+    elif not torch.cuda.is_available():
+        reason = "no CUDA device"
+    else:
+        return
+    here = Path(__file__).resolve().parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=reason))
