@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Builds, tests, sanitizes and measures the CUDA half on a machine with a GPU:
+#
+#     bash benchmarks/device_check.sh [--out DIRECTORY] [STEP...]
+#
+# STEP is any of build, test, slow, sanitize, bench, profile; without one: build test sanitize bench. All steps run even
+# if one fails; the exit status is 1 then. Uses the python3 that is first on PATH, which needs torch with CUDA, pytest,
+# hypothesis, pybind11, cmake and ninja; sanitize and profile also need NVIDIA's compute-sanitizer and ncu.
+# Environment: FASTINIT_CUDA_ARCHS, the architecture to build for (default: that of GPU 0).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+out=bench-out
+steps=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --out) out=$2; shift 2 ;;
+        build | test | slow | sanitize | bench | profile) steps+=("$1"); shift ;;
+        *) echo "device_check.sh: unknown step '$1': choose from build test slow sanitize bench profile" >&2; exit 2 ;;
+    esac
+done
+[ ${#steps[@]} -gt 0 ] || steps=(build test sanitize bench)
+mkdir -p "$out"
+tests=tests/cuda/test_native_cuda.py
+
+build() {
+    local archs=${FASTINIT_CUDA_ARCHS:-}
+    [ -n "$archs" ] || archs=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader --id=0 | tr -d .)
+    FASTINIT_CUDA=1 FASTINIT_CUDA_ARCHS=$archs python3 setup.py build_ext --inplace &&
+        python3 -c 'from fastinit import native; print(native.build_info())'
+}
+
+test() { python3 -m pytest -q -p no:cacheprovider tests/cuda; }
+
+slow() { python3 -m pytest -q -p no:cacheprovider -m slow tests/cuda; }
+
+# torch's allocator hands out parts of large blocks, inside which memcheck sees nothing: hence one allocation a tensor.
+sanitizer() {
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
+        python3 -m pytest -q -p no:cacheprovider "$tests" -k "$2"
+}
+
+sanitize() {
+    local failed=0
+    sanitizer memcheck 'alignment or boxes or many_fills' || failed=1
+    sanitizer racecheck 'whole_tensors and float16 and 4095' || failed=1
+    sanitizer initcheck 'whole_tensors and float16 and 4095' || failed=1
+    return $failed
+}
+
+bench() { python3 benchmarks/cuda_fills.py --out "$out"; }
+
+# Where the cycles of the plain fills go: issue slots, the pipes of Philox and of the table, occupancy.
+profile() {
+    local metrics=gpu__time_duration.sum,sm__warps_active.avg.pct_of_peak_sustained_active
+    metrics+=,sm__inst_issued.avg.pct_of_peak_sustained_active
+    metrics+=,sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active
+    metrics+=,sm__pipe_fmaheavy_cycles_active.avg.pct_of_peak_sustained_active
+    metrics+=,sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active
+    metrics+=,sm__inst_executed_pipe_lsu.avg.pct_of_peak_sustained_active
+    metrics+=,l1tex__data_pipe_lsu_wavefronts_mem_shared_op_ld.sum,smsp__inst_executed_op_shared_ld.sum
+    metrics+=,l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed
+    metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed
+    ncu --clock-control none --kernel-name regex:fill_ --launch-skip 1 --launch-count 12 --metrics "$metrics" \
+        python3 benchmarks/cuda_fills.py --out "$out/profiled" --dtypes bf16 --repeats 1 --elements 268435456
+}
+
+status=0
+for step in "${steps[@]}"; do
+    echo "== $step"
+    begin=$SECONDS
+    if "$step"; then result=passed; else result=FAILED status=1; fi
+    echo "== $step $result, $((SECONDS - begin)) s"
+done
+exit $status
