@@ -174,7 +174,6 @@ def with_step(recipe: tuple[Write, ...], op: int, a: float, b: float = 0.0) -> t
     return tuple(result)
 
 
-@lru_cache(maxsize=256)
 def canonical(
     kind: int, parameters: tuple[float, ...], steps: tuple[tuple[int, float, float], ...]
 ) -> tuple[int, tuple[float, ...], tuple[tuple[int, float, float], ...]]:
@@ -191,6 +190,8 @@ def canonical(
     return kind, parameters, steps
 
 
+# Only what is costly is cached: a cache takes 0.0 and -0.0 for one key, which are two constants.
+@lru_cache(maxsize=256)
 def _from_erfinv_chain(uniform, steps):
     standard = NormalDist()
     cdf_low, cdf_high = ((bound + 1.0) / 2.0 for bound in uniform)
