@@ -16,6 +16,7 @@ import torch
 from torch.nn import init
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
+    register_module_forward_pre_hook,
     register_module_parameter_registration_hook,
 )
 
@@ -108,6 +109,7 @@ def _install() -> None:
         (register_module_buffer_registration_hook, False),
     ):
         _restore.append(register(_registration_hook(is_parameter)).remove)
+    _restore.append(register_module_forward_pre_hook(_settle_before_use).remove)
 
 
 def _straight_to(handler, function):
@@ -127,6 +129,14 @@ def _straight_to(handler, function):
 def _replace(owner, name: str, new, old) -> None:
     setattr(owner, name, new)
     _restore.append(lambda: setattr(owner, name, old))
+
+
+def _settle_before_use(module, args) -> None:
+    # A module that is called under autograd is in use, perhaps in training: from here on its tensors are torch's alone.
+    recorder = _thread.recorder
+    if recorder is not None and torch.is_grad_enabled():
+        with _modes_off():
+            recorder.settle_all()
 
 
 def _registration_hook(is_parameter: bool):

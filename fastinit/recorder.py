@@ -333,17 +333,20 @@ class Recorder(TorchFunctionMode):
         entry.shadow = shadow
         entry.recipe = None
         self._shadows[entry] = None
-        if sum(numel(other.shape) for other in self._shadows) * 4 <= _SHADOW_BYTES:
+
+    def _trim_shadows(self) -> None:
+        """Settle the oldest shadows while there are too many, but not the newest: the next operation may need it."""
+        if sum(numel(entry.shape) for entry in self._shadows) * 4 <= _SHADOW_BYTES:
             return
-        for other in [other for other in self._shadows if not other.alive]:
-            self._untrack_dead(other)
-        excess = sum(numel(other.shape) for other in self._shadows) * 4 - _SHADOW_BYTES
+        for entry in [entry for entry in self._shadows if not entry.alive]:
+            self._untrack_dead(entry)
+        excess = sum(numel(entry.shape) for entry in self._shadows) * 4 - _SHADOW_BYTES
         oldest = []
-        for other in self._shadows:
-            if excess <= 0 or other is entry:
+        for entry in list(self._shadows)[:-1]:
+            if excess <= 0:
                 break
-            oldest.append(other)
-            excess -= numel(other.shape) * 4
+            oldest.append(entry)
+            excess -= numel(entry.shape) * 4
         self.settle(oldest)
 
     def _untrack_dead(self, entry: Entry) -> None:
@@ -377,27 +380,18 @@ class Recorder(TorchFunctionMode):
         substitutes: dict[int, tuple[torch.Tensor, Entry, torch.Tensor]] = {}
         tensors: list[torch.Tensor] = []
         with _modes_off():
+            self._trim_shadows()
             _collect(args, tensors)
             _collect(kwargs, tensors)
-            to_settle = []
-            for tensor in tensors:
-                entry = self.find(tensor)
-                if entry is None or id(tensor) in substitutes:
-                    continue
-                if entry.dtype in _HALVES:
-                    substitutes[id(tensor)] = (tensor, entry, self._shadow_view(entry, tensor))
-                else:
-                    to_settle.append(entry)
-            self.settle(to_settle)
-            in_place = func in IN_PLACE
-            replaced = {key: substitute for key, (_, _, substitute) in substitutes.items()}
+            entries = [self.find(tensor) for tensor in tensors]
+            if any(entries):
+                substitutes = self._prepare(func, args, kwargs, tensors, entries)
             if substitutes:
-                if in_place and torch.is_grad_enabled() and args and getattr(args[0], "requires_grad", False):
-                    # The substitute is no leaf; let torch raise what it raises for one.
-                    torch.zeros(1, requires_grad=True).zero_()
-                if not in_place:
-                    for tensor in tensors:
-                        if id(tensor) not in replaced and tensor.dtype in _HALVES and tensor.dim():
+                replaced = {key: substitute for key, (_, _, substitute) in substitutes.items()}
+                written = _written(func, args, kwargs)
+                for tensor in tensors:
+                    if id(tensor) not in replaced and tensor.dtype in _HALVES and tensor.dim():
+                        if all(tensor is not other for other in written):
                             replaced[id(tensor)] = tensor.float()
                 args = _replace(args, replaced)
                 kwargs = _replace(kwargs, replaced)
@@ -406,6 +400,27 @@ class Recorder(TorchFunctionMode):
             return result
         with _modes_off():
             return self._map_result(result, tensors, substitutes, _names_dtype(args, kwargs))
+
+    def _prepare(self, func, args, kwargs, tensors, entries):
+        """Settle what torch is to see itself, and make the shadows that it is to see instead of the rest."""
+        written = _written(func, args, kwargs)
+        # What autograd records through tensors that are in use already is no initialisation, and neither is what an
+        # optimizer does: torch's own business, as is an operation that writes to a half-precision tensor of others.
+        others = (
+            torch.is_grad_enabled() and any(e is None and t.requires_grad for t, e in zip(tensors, entries))
+        ) or any(tensor.dtype in _HALVES and self.find(tensor) is None for tensor in written)
+        if others or getattr(func, "__name__", "").startswith(("_foreach", "_fused")):
+            self.settle([entry for entry in entries if entry is not None])
+            return {}
+        self.settle([entry for entry in entries if entry is not None and entry.dtype not in _HALVES])
+        substitutes = {}
+        for tensor, entry in zip(tensors, entries):
+            if entry is not None and entry.dtype in _HALVES and id(tensor) not in substitutes:
+                substitutes[id(tensor)] = (tensor, entry, self._shadow_view(entry, tensor))
+        if torch.is_grad_enabled() and any(tensor.requires_grad and tensor.is_leaf for tensor in written):
+            # A substitute is no leaf; let torch raise what it raises for one.
+            torch.zeros(1, requires_grad=True).zero_()
+        return substitutes
 
     def _map_result(self, result, tensors, substitutes, dtype_named: bool):
         if isinstance(result, torch.Tensor):
@@ -594,6 +609,16 @@ def _replace(values, replaced: dict[int, torch.Tensor]):
     if type(values) in (list, tuple):
         return type(values)(_replace(value, replaced) for value in values)
     return values
+
+
+def _written(func, args, kwargs) -> list[torch.Tensor]:
+    """The tensors that a function writes to."""
+    written: list[torch.Tensor] = []
+    if func in IN_PLACE:
+        _collect(args[:1], written)
+    if kwargs.get("out") is not None:
+        _collect((kwargs["out"],), written)
+    return written
 
 
 def _names_dtype(args, kwargs) -> bool:
