@@ -1,0 +1,31 @@
+"""The command line, `python -m fastinit doctor|demo|bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import __version__
+from .cli import bench, demo, doctor
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastinit", description=sys.modules["fastinit"].__doc__)
+    parser.add_argument("--version", action="version", version=f"torch-fastinit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="doctor|demo|bench")
+    for command in (doctor, demo, bench):
+        name = command.__name__.rpartition(".")[2]
+        description = (command.__doc__ or "").strip()
+        subparser = commands.add_parser(name, help=description.splitlines()[0], description=description)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, RuntimeError) as error:
+        print(f"python -m fastinit {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

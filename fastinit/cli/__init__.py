@@ -1,0 +1,1 @@
+"""The commands of `python -m fastinit`. Each module offers add_arguments(parser) and run(arguments) -> exit status."""

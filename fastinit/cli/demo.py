@@ -1,0 +1,102 @@
+"""Create a decoder in half precision with fastinit, train it for a step, and compare two other ways of creating it.
+
+Every way runs in a process of its own. Without --params the model has 1.3B parameters, or as many as the memory allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastinit import native
+
+from . import machine as machines
+from . import measure, text, worker
+from .models import DecoderConfig
+
+PARAMETERS = 1_300_000_000
+NAIVE_PARAMETERS = 1_500_000_000  # the naive way takes seconds for each 1e9
+SHARE_OF_MEMORY = 0.7  # of what is free now, to leave some to activations and to everybody else
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--params", metavar="N", help='parameters of the model, such as "1.3B" or "50M"')
+    parser.add_argument("--device", help='"cpu", "cuda" or "cuda:1" (default: a GPU if there is one)')
+    parser.add_argument("--dtype", default="bf16", choices=measure.DTYPES, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of torch.manual_seed, default: %(default)s")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write what was measured to this file")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    device = arguments.device or default_device()
+    config, wanted = choose_config(arguments.params, device, arguments.dtype)
+    if wanted is not None:
+        print(f"Memory is short for {text.count(wanted)} parameters; the model is scaled down.")
+    print(
+        f"A decoder of {text.count(config.parameters)} parameters ({config.layers} layers of width {config.width}) on "
+        f"{device} in {arguments.dtype}, each way in a process of its own:\n",
+        flush=True,
+    )
+    results = {}
+    for way in text.progress(list(measure.WAYS), "creating", "way"):
+        part = naive_part(config) if way == "naive" else config
+        measured = worker.create_decoder(
+            way, part, device, arguments.dtype, seed=arguments.seed, train=way == "fastinit"
+        )
+        results[way] = {**measured, "layers": part.layers, "scale": config.parameters / part.parameters}
+    machine = machines.describe()
+    print(comparison(results, config, device))
+    print(f"\n{machines.summary(machine)}")
+    if arguments.json:
+        settings = {"device": device, "dtype": arguments.dtype, "seed": arguments.seed, "parameters": config.parameters}
+        arguments.json.write_text(json.dumps({"machine": machine, "settings": settings, "ways": results}, indent=2) + "\n")
+    return 0
+
+
+def default_device() -> str:
+    return "cuda" if native.build_info()["cuda"] and torch.cuda.is_available() else "cpu"
+
+
+def choose_config(params: str | None, device: str, dtype: str) -> tuple[DecoderConfig, int | None]:
+    """The model to create, and the number of parameters that memory was too short for, if it was."""
+    if params is not None:
+        return DecoderConfig.of_size(text.parse_count(params)), None
+    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else machines.available_memory()
+    bytes_per_parameter = 2 * measure.DTYPES[dtype].itemsize  # a training step adds a gradient to each
+    fitting = PARAMETERS if free is None else int(SHARE_OF_MEMORY * free / bytes_per_parameter)
+    if fitting >= PARAMETERS:
+        return DecoderConfig.of_size(PARAMETERS), None
+    return DecoderConfig.of_size(fitting).at_most(fitting), PARAMETERS
+
+
+def naive_part(config: DecoderConfig) -> DecoderConfig:
+    """As many of the layers as the naive way can create in fp32 on the CPU in bearable time."""
+    free = machines.available_memory()
+    fitting = NAIVE_PARAMETERS if free is None else SHARE_OF_MEMORY * free / torch.float32.itemsize
+    return config.at_most(min(fitting, NAIVE_PARAMETERS))
+
+
+def comparison(results: dict[str, dict[str, Any]], config: DecoderConfig, device: str) -> str:
+    """A table of the ways, those that created a part of the model scaled up to the whole and marked."""
+    on_gpu = device.startswith("cuda")
+    header = ["", "time", "x fastinit", "host memory", *(["device memory"] if on_gpu else [])]
+    rows, notes = [], []
+    for way, result in results.items():
+        scale, mark = result["scale"], "~" if result["scale"] > 1 else ""
+        seconds = result["seconds"] * scale
+        memory = ["host_growth", "device_peak"] if on_gpu else ["host_growth"]
+        sizes = ["unknown" if result[key] is None else mark + text.size(result[key] * scale) for key in memory]
+        ratio = seconds / results["fastinit"]["seconds"]
+        rows.append([measure.WAYS[way], mark + text.seconds(seconds), f"{mark}{ratio:.3g}", *sizes])
+        if mark:
+            notes.append(f"~ measured on {result['layers']} of {config.layers} layers, scaled by the number of parameters")
+    notes.append(
+        f"The model itself is {text.size(results['fastinit']['tensor_bytes'])}. Memory is the growth of the peak while it "
+        "is created."
+    )
+    notes.append(f"One training step of fastinit's model: loss {results['fastinit']['loss']:.3f}, finite.")
+    return "\n".join([text.table(header, rows), "", *notes])

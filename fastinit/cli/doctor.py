@@ -1,0 +1,140 @@
+"""Say what was built, what this machine has, whether fills work, and what to do about what is missing.
+
+The exit status is 0 if fills work wherever they are expected to, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+import fastinit
+from fastinit import native
+
+from . import machine as machines
+from . import text
+
+PACKAGES = {
+    "tqdm": "a progress bar in `python -m fastinit demo` and `bench`",
+    "matplotlib": "the plot of `python -m fastinit bench`",
+    "transformers": "its models in `python -m fastinit bench`",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    machine = machines.describe()
+    checks = self_checks(machine)
+    report = {**machine, "checks": checks, "advice": advice(machine)}
+    print(json.dumps(report, indent=2) if arguments.json else readable(report))
+    return 0 if all(check["passed"] for check in checks) else 1
+
+
+def self_checks(machine: dict[str, Any]) -> list[dict[str, Any]]:
+    """Fill a little with each backend that is there and compare bits with the portable code."""
+    expected = torch.empty(1001)
+    run_normal(expected, "portable")
+    checks = []
+    for isa in machine["cpu_isas"]:
+        checks.append(check(f"cpu, {isa}", lambda isa=isa: run_normal(torch.empty(1001), isa), expected))
+    if machine["build"]["cuda"]:
+        for index, gpu in enumerate(machine["gpus"]):
+            device = f"cuda:{index}"
+            checks.append(
+                check(
+                    f"{device}, {gpu['name']}",
+                    lambda device=device: fastinit.fill_(torch.empty(1001, device=device), fastinit.Normal(), seed=1),
+                    expected,
+                )
+            )
+    return checks
+
+
+def run_normal(tensor: torch.Tensor, isa: str) -> torch.Tensor:
+    batch = native.Batch()
+    batch.add(tensor.data_ptr(), tensor.numel(), native.FLOAT32, native.NORMAL, (0.0, 1.0), 1, 0)
+    batch.run_cpu(1, isa)
+    return tensor
+
+
+def check(name: str, fill, expected: torch.Tensor) -> dict[str, Any]:
+    try:
+        equal = torch.equal(fill().cpu(), expected)
+    except RuntimeError as error:
+        return {"name": name, "passed": False, "detail": str(error)}
+    return {"name": name, "passed": equal, "detail": "same bits" if equal else "bits differ from the portable code's"}
+
+
+def advice(machine: dict[str, Any]) -> list[str]:
+    """One sentence for each thing that is missing and what to do about it."""
+    build, remedies = machine["build"], []
+    if machine["driver"] and not machine["gpus"]:
+        remedies.append(
+            f"The NVIDIA driver {machine['driver']} is there but torch {machine['torch']} sees no GPU: install a CUDA build "
+            "of torch that this driver supports, or check CUDA_VISIBLE_DEVICES."
+        )
+    if machine["gpus"] and not build["cuda"]:
+        remedies.append(
+            "torch sees a GPU but fastinit was built without CUDA: install the CUDA toolkit (nvcc on PATH), then reinstall "
+            "with FASTINIT_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir (the same source as before)."
+        )
+    if build["cuda"]:
+        compiled = sorted(map(int, build["cuda_architectures"]))
+        for gpu in machine["gpus"]:
+            if not runs_on(gpu["architecture"], compiled):
+                remedies.append(
+                    f"{gpu['name']} is sm_{gpu['architecture']}, which this build ({', '.join(map(str, compiled))}) does not "
+                    f"reach: rebuild with FASTINIT_CUDA_ARCHS={gpu['architecture']}."
+                )
+    if machine["huge_pages"] == "never":
+        remedies.append(
+            "Transparent huge pages are off, which makes filling fresh CPU memory slower: "
+            "set /sys/kernel/mm/transparent_hugepage/enabled to madvise."
+        )
+    remedies += [f"{name} is not installed, for {PACKAGES[name]}." for name in PACKAGES if not machine["packages"][name]]
+    return remedies
+
+
+def runs_on(architecture: int, compiled: list[int]) -> bool:
+    """Whether a GPU can run code compiled for those architectures, the highest of which is also there as PTX.
+
+    Binary code runs on GPUs of the same major version and no lower minor one, PTX on all later ones (CUDA C++
+    Programming Guide, compute capability).
+    """
+    return architecture >= compiled[-1] or any(
+        arch // 10 == architecture // 10 and arch <= architecture for arch in compiled
+    )
+
+
+def readable(report: dict[str, Any]) -> str:
+    build = report["build"]
+    cuda = "no" if not build["cuda"] else f"{build['cuda_version']}, for {', '.join(build['cuda_architectures'])} and PTX"
+    lines = {
+        "fastinit": f"{report['fastinit']} in {report['fastinit_path']}",
+        "built by": build["compiler"],
+        "CUDA half": cuda,
+        "torch": f"{report['torch']}, {'CUDA ' + report['torch_cuda'] if report['torch_cuda'] else 'CPU build'}",
+        "python": f"{report['python']} on {report['system']}",
+        "CPU": f"{report['cpu']}, {report['cpu_cores']} cores, {report['torch_threads']} torch threads",
+        "instruction set": f"{report['cpu_isa']} (of {', '.join(report['cpu_isas'])}; FASTINIT_CPU_ISA forces one)",
+        "memory": "unknown" if report["memory"] is None else text.size(report["memory"]),
+        "huge pages": report["huge_pages"] or "unknown",
+        "driver": report["driver"] or "none found",
+    }
+    for index, gpu in enumerate(report["gpus"]):
+        lines[f"cuda:{index}"] = f"{gpu['name']}, sm_{gpu['architecture']}, {text.size(gpu['memory'])}"
+    for name, version in report["packages"].items():
+        lines[name] = version or "not installed"
+    width = max(map(len, lines))
+    output = [f"{name.ljust(width)}  {value}" for name, value in lines.items()]
+    output += ["", "Fills:"]
+    output += [f"  {'ok    ' if each['passed'] else 'FAILED'} {each['name']}: {each['detail']}" for each in report["checks"]]
+    if report["advice"]:
+        output += ["", "What to do:"] + [f"  - {sentence}" for sentence in report["advice"]]
+    return "\n".join(output)

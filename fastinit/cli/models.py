@@ -1,0 +1,184 @@
+"""Plain torch.nn models for the demo and the benchmarks: ordinary model code that knows nothing of fastinit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """The shape of a `Decoder`.
+
+    Args:
+        vocabulary, width, layers, heads: sizes; `width` is a multiple of `heads`.
+        hidden: width of the feed-forward layers.
+    """
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+
+    @property
+    def parameters(self) -> int:
+        layer = 4 * self.width**2 + 3 * self.width * self.hidden + 2 * self.width
+        return 2 * self.vocabulary * self.width + self.layers * layer + self.width
+
+    @classmethod
+    def of_size(cls, parameters: int) -> DecoderConfig:
+        """The config nearest to a number of parameters: 128 wide heads, feed-forward layers 8/3 as wide as the model,
+        as many layers as a 1.3B model has for its width."""
+        vocabulary = 32_000 if parameters >= 200_000_000 else 1_000
+        candidates = (
+            cls(vocabulary, width, layers, max(width // 128, 1), -(-width * 8 // 3 // 128) * 128)
+            for width in (64, *range(128, 16_384, 128))
+            for layers in (max(round(width * 24 / 2048), 1),)
+        )
+        return min(candidates, key=lambda config: abs(config.parameters - parameters))
+
+    def with_layers(self, layers: int) -> DecoderConfig:
+        return replace(self, layers=layers)
+
+    def at_most(self, parameters: float) -> DecoderConfig:
+        """The same with fewer layers (one at least), so that it has no more than so many parameters."""
+        smaller = (self.with_layers(layers) for layers in range(self.layers, 1, -1))
+        return next((config for config in smaller if config.parameters <= parameters), self.with_layers(1))
+
+
+LLAMA_7B = DecoderConfig(vocabulary=32_000, width=4096, layers=32, heads=32, hidden=11_008)
+"""The shape of Llama 7B: 6.74B parameters in 291 tensors (Touvron et al. 2023, table 2)."""
+
+
+class Decoder(nn.Module):
+    """A decoder as Llama has it: rotary attention, SwiGLU, RMSNorm before each.
+
+    Example:
+        >>> Decoder(DecoderConfig.of_size(1_000_000))(torch.zeros(1, 8, dtype=torch.long)).shape
+        torch.Size([1, 8, 1000])
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (batch, length, vocabulary) of tokens (batch, length)."""
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width)
+        self.attention = RotaryAttention(config.width, config.heads)
+        self.hidden_norm = nn.RMSNorm(config.width)
+        self.gate = nn.Linear(config.width, config.hidden, bias=False)
+        self.up = nn.Linear(config.width, config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        hidden = self.hidden_norm(x)
+        return x + self.down(functional.silu(self.gate(hidden)) * self.up(hidden))
+
+
+class RotaryAttention(nn.Module):
+    """Causal self-attention with rotary position embeddings (Su et al. 2021), frequencies kept in fp32."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+        exponents = torch.arange(0, width // heads, 2, dtype=torch.float32) / (width // heads)
+        self.register_buffer("frequencies", 10_000.0**-exponents, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
+        )
+        positions = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
+        angles = torch.outer(positions, self.frequencies)
+        query, key = (rotated(each, angles.cos(), angles.sin()) for each in (query, key))
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.output(attended.transpose(1, 2).flatten(2))
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
+
+
+class GPT2Medium(nn.Module):
+    """The shape of GPT-2 medium, 355M parameters, its head tied to the embedding (Radford et al. 2019)."""
+
+    def __init__(self, layers: int = 24) -> None:
+        super().__init__()
+        width = 1024
+        self.tokens = nn.Embedding(50_257, width)
+        self.positions = nn.Embedding(1024, width)
+        self.layers = nn.ModuleList(GPT2Layer(width, heads=16) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 50_257, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (batch, length, vocabulary) of tokens (batch, length)."""
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+class GPT2Layer(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+        self.hidden_norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected = self.query_key_value(self.attention_norm(x)).chunk(3, dim=-1)
+        query, key, value = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in projected)
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.output(attended.transpose(1, 2).flatten(2))
+        return x + self.down(functional.gelu(self.up(self.hidden_norm(x)), approximate="tanh"))
+
+
+def training_step(model: nn.Module, vocabulary: int, device: torch.device) -> float:
+    """One step of SGD on a few random tokens, and its loss.
+
+    Raises:
+        RuntimeError: the loss is not finite, or a parameter got no gradient.
+    """
+    # Few tokens: on CPUs without bf16 arithmetic a matrix product in bf16 is slow.
+    tokens = torch.randint(vocabulary, (1, 5), generator=torch.Generator().manual_seed(0)).to(device)
+    logits = model(tokens[:, :-1])
+    loss = functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            raise RuntimeError(f"{name} got no gradient in the first training step")
+    # foreach would hold an update of every parameter at once.
+    torch.optim.SGD(model.parameters(), lr=1e-3, foreach=False).step()
+    if not loss.isfinite():
+        raise RuntimeError(f"the loss of the first training step is {loss.item()}")
+    return loss.item()
