@@ -1,10 +1,10 @@
-"""Builds the native module fastinit._native by driving CMakeLists.txt; everything else about the package is in pyproject.toml.
+"""Builds the native module fastinit._native by driving CMakeLists.txt; pyproject.toml has all else about the package.
 
-Three environment variables decide about the CUDA half of the module:
+Environment variables decide about the CUDA half of the module:
 
     FASTINIT_CUDA        unset: built if a CUDA compiler is found.  1: built, its absence is an error.  0: left out.
-    FASTINIT_CUDA_ARCHS  compute capabilities to compile for, as in "90" or "80;90". Unset: all of 80 86 89 90 100 120 that
-                         the compiler knows. The highest one is also embedded as PTX, for GPUs newer than it.
+    FASTINIT_CUDA_ARCHS  compute capabilities to compile for, as in "90" or "80;90". Unset: all of 80 86 89 90 100 120
+                         that the compiler knows. The highest one is also embedded as PTX, for GPUs newer than it.
     CUDACXX, CUDA_HOME   where the compiler is, if nvcc on PATH is not the one to use.
 
 The decision is printed (`pip install -v .` shows it).
@@ -25,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 OLDEST_ARCHITECTURE = 80  # the first with bfloat16
 OLDEST_NVCC = (11, 8)  # the first that knows Hopper, and has __grid_constant__
+OLDEST = ".".join(map(str, OLDEST_NVCC))
 
 
 class BuildError(Exception):
@@ -56,7 +57,8 @@ def find_nvcc(environ):
             found = shutil.which(candidate, path=path)
             if found is None:
                 raise BuildError(
-                    f"{variable}={environ[variable]!r}, but {candidate!r} is not an executable: correct {variable} or unset it"
+                    f"{variable}={environ[variable]!r}, but {candidate!r} is not an executable: "
+                    f"correct {variable} or unset it"
                 )
             return os.path.abspath(found)
     return shutil.which("nvcc", path=path) or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -73,7 +75,7 @@ def choose_architectures(environ, known):
     if not value:
         chosen = [arch for arch in ARCHITECTURES if arch in known]
         if not chosen:
-            raise BuildError(f"nvcc knows none of the architectures {ARCHITECTURES}, only {known}: install a newer CUDA toolkit")
+            raise BuildError(f"nvcc knows none of {ARCHITECTURES}, only {known}: install a newer CUDA toolkit")
         return chosen
     if not re.fullmatch(r"\d+(;\d+)*;?", value):
         raise BuildError(
@@ -85,8 +87,8 @@ def choose_architectures(environ, known):
     unusable = [arch for arch in chosen if arch not in usable]
     if unusable:
         raise BuildError(
-            f"FASTINIT_CUDA_ARCHS={value!r} asks for {unusable}; fastinit supports those of this nvcc's that are {OLDEST_ARCHITECTURE} "
-            f"or higher: {usable}"
+            f"FASTINIT_CUDA_ARCHS={value!r} asks for {unusable}, which this nvcc or fastinit does not support; "
+            f"choose from {usable}"
         )
     return chosen
 
@@ -103,8 +105,9 @@ def run_nvcc(nvcc, *arguments):
 
 
 def broken_nvcc(nvcc, reason):
+    indented = reason[-2000:].replace("\n", "\n    ")
     return BuildError(
-        f"The CUDA compiler {nvcc} was found but does not work:\n\n    " + reason[-2000:].replace("\n", "\n    ") + "\n\n"
+        f"The CUDA compiler {nvcc} was found but does not work:\n\n    {indented}\n\n"
         "Repair the CUDA toolkit (a common cause is a host compiler that this nvcc is too old for: choose another with "
         "NVCC_CCBIN or CUDAHOSTCXX), point CUDACXX at a working nvcc, or set FASTINIT_CUDA=0 to build without CUDA."
     )
@@ -114,7 +117,7 @@ def check_nvcc(nvcc):
     """The architectures nvcc knows, once it has proved to be new enough and able to compile with its host compiler."""
     version = re.search(r"release (\d+)\.(\d+)", run_nvcc(nvcc, "--version"))
     if version and tuple(map(int, version.groups())) < OLDEST_NVCC:
-        raise broken_nvcc(nvcc, f"it is CUDA {'.'.join(version.groups())}, fastinit needs {'.'.join(map(str, OLDEST_NVCC))} or newer")
+        raise broken_nvcc(nvcc, f"it is CUDA {version[1]}.{version[2]}, fastinit needs {OLDEST} or newer")
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, "probe.cu")
         source.write_text("#include <cuda_runtime.h>\n#include <vector>\n__global__ void probe(int* p) { *p = 1; }\n")
@@ -132,9 +135,9 @@ def decide_cuda(environ, find=find_nvcc, check=check_nvcc):
     if nvcc is None:
         if wanted:
             raise BuildError(
-                "FASTINIT_CUDA=1, but no CUDA compiler was found: CUDACXX and CUDA_HOME are not set and nvcc is not on PATH. "
-                "Install the CUDA toolkit (NVIDIA's package cuda-toolkit, or conda's cuda-nvcc and cuda-cudart-dev; "
-                f"{'.'.join(map(str, OLDEST_NVCC))} or newer) and put nvcc on PATH, or unset FASTINIT_CUDA to build without CUDA"
+                "FASTINIT_CUDA=1, but no CUDA compiler was found: CUDACXX and CUDA_HOME are not set and nvcc is not on "
+                f"PATH. Install the CUDA toolkit, {OLDEST} or newer (NVIDIA's package cuda-toolkit, or conda's "
+                "cuda-nvcc and cuda-cudart-dev), and put nvcc on PATH, or unset FASTINIT_CUDA to build without CUDA"
             )
         return None, "no CUDA compiler found (CUDACXX, CUDA_HOME and PATH were searched)"
     return nvcc, choose_architectures(environ, check(nvcc))
@@ -149,7 +152,7 @@ def build_tool(name):
         directory = None
     found = (directory and shutil.which(name, path=directory)) or shutil.which(name)
     if found is None:
-        raise BuildError(f"{name} was not found: `pip install {name}`, or build with build isolation, which provides it")
+        raise BuildError(f"{name} was not found: `pip install {name}`, or build with build isolation, which brings it")
     return found
 
 
@@ -170,15 +173,15 @@ class CMakeBuild(build_ext):
         check_python_headers()
         nvcc, choice = decide_cuda(os.environ)
         if nvcc:
-            print(f"fastinit: building the CUDA half with {nvcc} for {';'.join(map(str, choice))}, PTX of {choice[-1]}", flush=True)
+            print(f"fastinit: building the CUDA half with {nvcc} for {choice}, PTX of {choice[-1]}", flush=True)
         else:
             print(f"fastinit: building without CUDA: {choice}", flush=True)
 
         cmake = build_tool("cmake")
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
-        # --fresh: pip's isolated environments come and go, and a cache that remembers the last one's paths breaks the next build.
-        # Ninja still rebuilds only what changed.
+        # --fresh: pip's isolated environments come and go, and a cache that remembers the last one's paths breaks the
+        # next build. Ninja still rebuilds only what changed.
         configure = [cmake, "--fresh", "-S", str(Path(__file__).resolve().parent), "-B", str(build), "-G", "Ninja",
                      f"-DCMAKE_MAKE_PROGRAM={build_tool('ninja')}",
                      f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",

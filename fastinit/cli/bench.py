@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", choices=("kernels", "models", "all"), default="all", help="default: %(default)s")
     parser.add_argument("--device", help='"cpu", "cuda" or "cuda:1" (default: a GPU if there is one)')
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("bench-out"), help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="small tensors, few layers and repeats: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="small, few repeats: to see that it runs")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -85,10 +85,11 @@ def measure_kernels(device: torch.device, quick: bool) -> list[dict[str, Any]]:
         elements = 2**24 if quick else 2**30
         while 2 * 4 * elements > torch.cuda.mem_get_info(device)[0]:
             elements //= 2
-        repeats, thread_counts = (3 if quick else 11), [None]
+        repeats = 3 if quick else 11
+        thread_counts: list[int | None] = [None]
     else:
         elements, repeats = (2**18, 3) if quick else (2**24, 5)
-        thread_counts = sorted({1, torch.get_num_threads()})
+        thread_counts = [*sorted({1, torch.get_num_threads()})]
     cases = [
         (distribution, dtype, threads)
         for distribution in DISTRIBUTIONS
@@ -122,9 +123,7 @@ def measure_kernels(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     return records
 
 
-def take_turns(
-    fills: dict[str, Callable[[], None]], device: torch.device, repeats: int
-) -> dict[str, list[float]]:
+def take_turns(fills: dict[str, Callable[[], None]], device: torch.device, repeats: int) -> dict[str, list[float]]:
     """Seconds of each call, the first of each (which may load code) left out."""
     times: dict[str, list[float]] = {name: [] for name in fills}
     for _ in range(repeats + 1):
@@ -254,13 +253,13 @@ def measure_models(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     """A record for each model and way in bf16: what `measure.timed_creation` gives, `seconds` for each repeat, the rest
     from the repeat with the most. A model whose library is not installed is recorded as `missing`."""
     repeats = 1 if quick else 5
-    records = []
+    records: list[dict[str, Any]] = []
     for case in text.progress(model_cases(device, quick), "models", "model"):
         if case.requires is not None and not importable(case.requires):
             records.append({"model": case.name, "cache": case.cache, "missing": case.requires})
             continue
         for way, measured in measure_case(case, device, repeats).items():
-            record = {"model": case.name, "cache": case.cache, "way": way}
+            record: dict[str, Any] = {"model": case.name, "cache": case.cache, "way": way}
             record["seconds"] = [each["seconds"] for each in measured]
             for key in ("parameters", "tensor_bytes", "host_growth", "device_peak", "device_unused"):
                 record[key] = max((each[key] for each in measured if each[key] is not None), default=None)
@@ -327,9 +326,8 @@ def importable(name: str) -> bool:
 
 def find(records: Iterable[dict[str, Any]], like: dict[str, Any], way: str) -> dict[str, Any]:
     """The record of another way of creating the same model."""
-    return next(
-        each for each in records if (each["model"], each["cache"], each.get("way")) == (like["model"], like["cache"], way)
-    )
+    wanted = (like["model"], like["cache"], way)
+    return next(each for each in records if (each["model"], each["cache"], each.get("way")) == wanted)
 
 
 # Tables
@@ -358,8 +356,8 @@ def kernel_table(records: list[dict[str, Any]]) -> str:
 
 
 def model_table(records: list[dict[str, Any]]) -> str:
-    header = ["model", "cache", "way", "parameters", "repeats", "time", "way / fastinit", "host growth", "device peak - model",
-              "unused"]  # fmt: skip
+    header = ["model", "cache", "way", "parameters", "repeats", "time", "way / fastinit"]
+    header += ["host growth", "device peak - model", "unused"]
     rows = []
     for record in records:
         cache = record["cache"] or "-"

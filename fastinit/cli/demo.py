@@ -53,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"\n{machines.summary(machine)}")
     if arguments.json:
         settings = {"device": device, "dtype": arguments.dtype, "seed": arguments.seed, "parameters": config.parameters}
-        arguments.json.write_text(json.dumps({"machine": machine, "settings": settings, "ways": results}, indent=2) + "\n")
+        measured = {"machine": machine, "settings": settings, "ways": results}
+        arguments.json.write_text(json.dumps(measured, indent=2) + "\n")
     return 0
 
 
@@ -93,10 +94,8 @@ def comparison(results: dict[str, dict[str, Any]], config: DecoderConfig, device
         ratio = seconds / results["fastinit"]["seconds"]
         rows.append([measure.WAYS[way], mark + text.seconds(seconds), f"{mark}{ratio:.3g}", *sizes])
         if mark:
-            notes.append(f"~ measured on {result['layers']} of {config.layers} layers, scaled by the number of parameters")
-    notes.append(
-        f"The model itself is {text.size(results['fastinit']['tensor_bytes'])}. Memory is the growth of the peak while it "
-        "is created."
-    )
+            notes.append(f"~ measured on {result['layers']} of {config.layers} layers, scaled up")
+    model = text.size(results["fastinit"]["tensor_bytes"])
+    notes.append(f"The model itself is {model}. Memory is the growth of the peak while it is created.")
     notes.append(f"One training step of fastinit's model: loss {results['fastinit']['loss']:.3f}, finite.")
     return "\n".join([text.table(header, rows), "", *notes])

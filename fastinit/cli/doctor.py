@@ -76,28 +76,32 @@ def advice(machine: dict[str, Any]) -> list[str]:
     build, remedies = machine["build"], []
     if machine["driver"] and not machine["gpus"]:
         remedies.append(
-            f"The NVIDIA driver {machine['driver']} is there but torch {machine['torch']} sees no GPU: install a CUDA build "
-            "of torch that this driver supports, or check CUDA_VISIBLE_DEVICES."
+            f"The NVIDIA driver {machine['driver']} is there but torch {machine['torch']} sees no GPU: install a CUDA "
+            "build of torch that this driver supports, or check CUDA_VISIBLE_DEVICES."
         )
     if machine["gpus"] and not build["cuda"]:
         remedies.append(
-            "torch sees a GPU but fastinit was built without CUDA: install the CUDA toolkit (nvcc on PATH), then reinstall "
-            "with FASTINIT_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir (the same source as before)."
+            "torch sees a GPU but fastinit was built without CUDA: install the CUDA toolkit (nvcc on PATH), then "
+            "reinstall with FASTINIT_CUDA=1 and pip install --force-reinstall --no-deps --no-cache-dir."
         )
     if build["cuda"]:
         compiled = sorted(map(int, build["cuda_architectures"]))
+        reach = ", ".join(map(str, compiled))
         for gpu in machine["gpus"]:
-            if not runs_on(gpu["architecture"], compiled):
+            name, architecture = gpu["name"], gpu["architecture"]
+            if not runs_on(architecture, compiled):
                 remedies.append(
-                    f"{gpu['name']} is sm_{gpu['architecture']}, which this build ({', '.join(map(str, compiled))}) does not "
-                    f"reach: rebuild with FASTINIT_CUDA_ARCHS={gpu['architecture']}."
+                    f"{name} is sm_{architecture}, which this build for {reach} does not reach: "
+                    f"rebuild with FASTINIT_CUDA_ARCHS={architecture}."
                 )
     if machine["huge_pages"] == "never":
         remedies.append(
             "Transparent huge pages are off, which makes filling fresh CPU memory slower: "
             "set /sys/kernel/mm/transparent_hugepage/enabled to madvise."
         )
-    remedies += [f"{name} is not installed, for {PACKAGES[name]}." for name in PACKAGES if not machine["packages"][name]]
+    remedies += [
+        f"{name} is not installed, for {use}." for name, use in PACKAGES.items() if not machine["packages"][name]
+    ]
     return remedies
 
 
@@ -114,7 +118,7 @@ def runs_on(architecture: int, compiled: list[int]) -> bool:
 
 def readable(report: dict[str, Any]) -> str:
     build = report["build"]
-    cuda = "no" if not build["cuda"] else f"{build['cuda_version']}, for {', '.join(build['cuda_architectures'])} and PTX"
+    cuda = f"{build['cuda_version']}, for {', '.join(build['cuda_architectures'])} and PTX" if build["cuda"] else "no"
     lines = {
         "fastinit": f"{report['fastinit']} in {report['fastinit_path']}",
         "built by": build["compiler"],
@@ -134,7 +138,8 @@ def readable(report: dict[str, Any]) -> str:
     width = max(map(len, lines))
     output = [f"{name.ljust(width)}  {value}" for name, value in lines.items()]
     output += ["", "Fills:"]
-    output += [f"  {'ok    ' if each['passed'] else 'FAILED'} {each['name']}: {each['detail']}" for each in report["checks"]]
+    for each in report["checks"]:
+        output.append(f"  {'ok    ' if each['passed'] else 'FAILED'} {each['name']}: {each['detail']}")
     if report["advice"]:
         output += ["", "What to do:"] + [f"  - {sentence}" for sentence in report["advice"]]
     return "\n".join(output)

@@ -96,6 +96,8 @@ class DecoderLayer(nn.Module):
 class RotaryAttention(nn.Module):
     """Causal self-attention with rotary position embeddings (Su et al. 2021), frequencies kept in fp32."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads

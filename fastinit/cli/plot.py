@@ -10,9 +10,9 @@ import matplotlib
 
 matplotlib.use("Agg")  # draws to files, needs no display
 
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
-from . import machine as machines  # noqa: E402
+from . import machine as machines
 
 COLOURS = {"fastinit": "#1f77b4", "torch": "#ff7f0e", "torch fp32": "#ffbb78", "naive": "#999999"}
 
@@ -37,8 +37,9 @@ def plot_kernels(results: dict[str, Any], axis) -> None:
         if name == "fastinit":
             for x, (rate, record) in enumerate(zip(rates, records, strict=True)):
                 axis.annotate(f"{record['ratio']:.1f}x", (x + offset, rate), ha="center", va="bottom", fontsize=8)
-    threads = [f"\n{record['threads']} threads" if record["threads"] else "" for record in records]
-    labels = [f"{record['distribution']}\n{record['dtype']}{extra}" for record, extra in zip(records, threads, strict=True)]
+    labels = [f"{record['distribution']}\n{record['dtype']}" for record in records]
+    if records[0]["threads"] is not None:
+        labels = [f"{label}, {record['threads']} thr." for label, record in zip(labels, records, strict=True)]
     axis.set_xticks(range(len(records)), labels, fontsize=7, rotation=0 if len(records) < 12 else 60)
     axis.set_ylabel("1e9 elements per second")
     axis.set_title(f"Fills of {records[0]['elements']:,} elements on {results['settings']['device']}")

@@ -1,7 +1,7 @@
 """One creation of a `Decoder` in a process of its own: `python -m fastinit.cli.worker SPECIFICATION`, both ends JSON.
 
-Nothing that an earlier creation left behind (allocator caches, imported modules, resident memory) can then favour a later
-one. The last line printed is the result.
+Nothing that an earlier creation left behind (allocator caches, imported modules, resident memory) can then favour a
+later one. The last line printed is the result.
 """
 
 from __future__ import annotations
