@@ -32,12 +32,12 @@ class DecoderConfig:
     @classmethod
     def of_size(cls, parameters: int) -> DecoderConfig:
         """The config nearest to a number of parameters: 128 wide heads, feed-forward layers 8/3 as wide as the model,
-        as many layers as a 1.3B model has for its width."""
+        about as many layers as a 1.3B model has for its width."""
         vocabulary = 32_000 if parameters >= 200_000_000 else 1_000
         candidates = (
             cls(vocabulary, width, layers, max(width // 128, 1), -(-width * 8 // 3 // 128) * 128)
             for width in (64, *range(128, 16_384, 128))
-            for layers in (max(round(width * 24 / 2048), 1),)
+            for layers in range(max(width * 24 // 2048, 1), width * 24 // 2048 + 4)
         )
         return min(candidates, key=lambda config: abs(config.parameters - parameters))
 
