@@ -228,15 +228,18 @@ def _available_device(device: torch.device) -> torch.device:
 
 
 def _allocated_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return _peak_bytes(device)
+    return _cuda_bytes(device, "current") if device.type == "cuda" else _peak_bytes(device)
 
 
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return _cuda_bytes(device, "peak")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _cuda_bytes(device: torch.device, which: str) -> int:
+    # torch.cuda.max_memory_allocated asks for the same numbers, and flattens all the others on the way.
+    return torch.cuda.memory.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"][which]
 
 
 def _readable(nbytes: float) -> str:

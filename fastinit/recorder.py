@@ -18,7 +18,9 @@ A tensor object stands for its entry by identity (`_by_id`) while it is a placeh
 
 from __future__ import annotations
 
+import sys
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
 from types import FunctionType
@@ -70,6 +72,8 @@ class Entry:
     storage_key: int | None = None  # its storage, once it has memory
     storage_weak: int | None = None
     data_ptr = 0
+    again = False  # its recipe replaced another one
+    filled = False  # the memory has the values of the recipe, which is kept because they may be wanted in fp32
     name: tuple[type, str] | None = None  # class of the module that owns it, and the name there
 
     def __init__(self, shape, dtype, device, recipe) -> None:
@@ -109,6 +113,11 @@ class Recorder(TorchFunctionMode):
         self._outer: Recorder | None = None
         self._outer_device_context: Any = None
         self._suspended = False
+        # On a GPU, fills run while the constructor goes on: entries that are ready for it, and their size.
+        self._overlap = device.type == "cuda"
+        self._ready: list[Entry] = []
+        self._ready_bytes = 0
+        self._given: list[Entry] = []
 
     # --- entering and leaving -----------------------------------------------------------------------------------
 
@@ -211,21 +220,20 @@ class Recorder(TorchFunctionMode):
         """Allocate an entry's tensor in its final dtype; what it is to contain stays pending."""
         if entry.allocated:
             return
-        memory = allocate(entry.shape, entry.dtype, entry.device)
-        self._rebind(entry, memory)
-        storage = memory.untyped_storage()
-        entry.storage_key = storage._cdata
-        entry.storage_weak = storage._weak_ref()
-        entry.data_ptr = memory.data_ptr()
-        self._by_storage[entry.storage_key] = entry
+        self._hold(entry, allocate(entry.shape, entry.dtype, entry.device))
 
-    def _rebind(self, entry: Entry, memory: torch.Tensor) -> None:
+    def _hold(self, entry: Entry, memory: torch.Tensor) -> None:
+        """Put an entry's tensors on this memory, and find them by it from now on."""
         for ref in entry.refs:
             tensor = ref()
             if tensor is not None:
                 del self._by_id[id(tensor)]
                 tensor.data = memory
-        entry.refs = []
+        storage = memory.untyped_storage()
+        entry.storage_key = storage._cdata
+        entry.storage_weak = storage._weak_ref()
+        entry.data_ptr = memory.data_ptr()
+        self._by_storage[entry.storage_key] = entry
 
     def _memory(self, entry: Entry) -> torch.Tensor:
         """A tensor over an allocated entry's memory."""
@@ -242,7 +250,10 @@ class Recorder(TorchFunctionMode):
     def overwrite(self, entry: Entry, recipe: tuple[Write, ...]) -> None:
         """Replace all that an entry is to contain."""
         if entry.recipe:
-            self.dropped += len(entry.recipe)
+            entry.again = True
+            if not entry.filled:
+                self.dropped += len(entry.recipe)
+        entry.filled = False
         if entry.shadow is not None:
             self._shadows.pop(entry, None)
             entry.shadow = None
@@ -273,6 +284,8 @@ class Recorder(TorchFunctionMode):
             return self._fill_now(tensor, write)
         if self.is_whole(entry, tensor):
             self.overwrite(entry, (write,))
+            if self._overlap and entry.name is not None and not entry.allocated:
+                self._make_ready(entry)
             return True
         sizes, strides = tuple(tensor.size()), tensor.stride()
         if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides)):
@@ -280,6 +293,7 @@ class Recorder(TorchFunctionMode):
         if entry.recipe is not None and len(entry.recipe) < _MAX_WRITES:
             if tensor.numel():
                 entry.recipe += (write._replace(region=Region(tensor.storage_offset(), sizes, strides)),)
+                entry.filled = False
             return True
         if entry.dtype in _HALVES:
             return self._fill_now(self._shadow_view(entry, tensor), write)
@@ -332,6 +346,7 @@ class Recorder(TorchFunctionMode):
     def _keep_shadow(self, entry: Entry, shadow: torch.Tensor) -> None:
         entry.shadow = shadow
         entry.recipe = None
+        entry.filled = False
         self._shadows[entry] = None
 
     def _trim_shadows(self) -> None:
@@ -471,7 +486,7 @@ class Recorder(TorchFunctionMode):
             self.give_memory(entry)
             if entry.shadow is not None:
                 self._memory(entry).copy_(entry.shadow)
-            elif entry.recipe is not None:
+            elif entry.recipe is not None and not entry.filled:
                 if not entry.recipe or entry.recipe[0].region is not None:
                     self._memory(entry).zero_()
                 fills.add(entry.data_ptr, numel(entry.shape), entry.dtype, entry.device, entry.recipe)
@@ -480,26 +495,46 @@ class Recorder(TorchFunctionMode):
 
     def settle_all(self) -> None:
         """Give everything that is still alive its memory and values, in the order of creation."""
-        given: list[tuple[Entry, list[torch.Tensor]]] = []
         try:
-            for group in self._groups():
-                self._settle_group(group, given)
+            for group in self._groups(self._by_creation()):
+                self._settle_group(group)
             self.settle([entry for entry in list(self._by_storage.values()) if entry.alive])
         except BaseException:
             # Nothing half-made stays behind: give the memory back.
-            for entry, tensors in given:
-                for tensor in tensors:
-                    tensor.data = torch.empty(0, dtype=entry.dtype, device=entry.device)
+            for entry in self._given:
+                for ref in entry.refs:
+                    tensor = ref()
+                    if tensor is not None:
+                        tensor.data = torch.empty(0, dtype=entry.dtype, device=entry.device)
             raise
         finally:
             for entry in list(self._by_storage.values()):
                 self._untrack(entry)
             self._by_id.clear()
             self._shadows.clear()
+            self._given.clear()
+            self._ready, self._ready_bytes = [], 0
 
-    def _groups(self):
+    def _make_ready(self, entry: Entry) -> None:
+        """Note that a parameter is initialised, and let the GPU fill earlier ones once that is worth a launch.
+
+        Values stay what they would be in any case: the recipe is kept, and what comes later overwrites what was filled.
+        """
+        if self._ready_bytes >= _RESERVE_BYTES:
+            ready = [entry for entry in self._ready if entry.alive and not entry.allocated and entry.recipe]
+            if _initialises_at_the_end():
+                ready = [entry for entry in ready if entry.again]
+            self._ready, self._ready_bytes = [], 0
+            for group in self._groups(ready):
+                self._settle_group(group, early=True)
+        self._ready.append(entry)
+        self._ready_bytes += numel(entry.shape) * entry.dtype.itemsize
+
+    def _by_creation(self) -> list[Entry]:
+        return list({entry: None for ref, entry in self._by_id.values() if ref() is not None})
+
+    def _groups(self, entries: list[Entry]):
         """Entries without memory, in groups that are allocated and filled together."""
-        entries = {entry: None for ref, entry in self._by_id.values() if ref() is not None}
         group, size = [], 0
         for entry in entries:
             nbytes = numel(entry.shape) * entry.dtype.itemsize
@@ -511,20 +546,22 @@ class Recorder(TorchFunctionMode):
         if group:
             yield group
 
-    def _settle_group(self, group: list[Entry], given: list) -> None:
+    def _settle_group(self, group: list[Entry], early: bool = False) -> None:
         device = group[0].device
         if device.type == "cuda":
             _reserve([numel(entry.shape) * entry.dtype.itemsize for entry in group], device)
         fills = Fills(self.seed)
         for entry in group:
             memory = allocate(entry.shape, entry.dtype, device)
-            tensors = []
-            for ref in entry.refs:
-                tensor = ref()
-                if tensor is not None:
-                    tensor.data = memory
-                    tensors.append(tensor)
-            given.append((entry, tensors))
+            self._given.append(entry)
+            if early:
+                self._hold(entry, memory)
+                entry.filled = True
+            else:
+                for ref in entry.refs:
+                    tensor = ref()
+                    if tensor is not None:
+                        tensor.data = memory
             recipe = entry.recipe
             if entry.shadow is not None:
                 memory.copy_(entry.shadow)
@@ -625,9 +662,26 @@ def _names_dtype(args, kwargs) -> bool:
     return any(isinstance(value, torch.dtype) for value in args) or isinstance(kwargs.get("dtype"), torch.dtype)
 
 
-def _warn_unwritten(entry: Entry) -> None:
-    import warnings
+# Methods by which model classes initialise, at the end of their constructor, what its modules have initialised before.
+_OWN_INITIALISERS = ("_init_weights", "init_weights", "post_init", "initialize_weights", "_initialize_weights")
 
+
+def _initialises_at_the_end() -> bool:
+    """Whether a module whose constructor is running brings an initialiser of its own, so that fills may be dropped yet.
+
+    This is a guess that costs or saves time alone: a fill that was executed too early is executed again.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__init__":
+            module = frame.f_locals.get("self")
+            if isinstance(module, torch.nn.Module) and any(hasattr(type(module), name) for name in _OWN_INITIALISERS):
+                return True
+        frame = frame.f_back
+    return False
+
+
+def _warn_unwritten(entry: Entry) -> None:
     warnings.warn(
         f"fastinit: {entry.name[0].__name__}.{entry.name[1]} of shape {tuple(entry.shape)} is never initialised by its module; it was filled "
         "with zeros instead of being left as raw memory. Initialise it in the constructor, or load a checkpoint "
@@ -644,9 +698,11 @@ def _reserve(sizes: list[int], device: torch.device) -> None:
     """
     # The allocator rounds to 512 bytes and serves up to 1 MiB from small segments of its own.
     needed = sum((size + 511) // 512 * 512 for size in sizes if size > 1 << 20)
-    stats = torch.cuda.memory_stats(device)
-    cached = stats.get("reserved_bytes.all.current", 0) - stats.get("allocated_bytes.all.current", 0)
-    if needed <= cached or needed <= 20 << 20:
+    if needed <= 20 << 20:
+        return
+    stats = torch.cuda.memory.memory_stats_as_nested_dict(device)
+    cached = stats["reserved_bytes"]["all"]["current"] - stats["allocated_bytes"]["all"]["current"]
+    if needed <= cached:
         return
     try:
         torch.empty(needed, dtype=torch.uint8, device=device)

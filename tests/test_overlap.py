@@ -1,0 +1,104 @@
+"""Fills that a GPU starts while the constructor still runs: the same values, whatever happens to the tensors afterwards.
+
+The order of work is the recorder's, not the device's, so it is tested here on the CPU, with groups of a few kilobytes.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+import fastinit
+from fastinit import recorder
+
+
+@pytest.fixture
+def early(monkeypatch):
+    """Execute fills as early as on a GPU; gives the number of tensors that were filled early."""
+    counts = []
+    settle_group, enter = recorder.Recorder._settle_group, recorder.Recorder.__enter__
+
+    def counting(self, group, early=False):
+        counts.append(len(group) if early else 0)
+        settle_group(self, group, early)
+
+    def overlapping(self):
+        self._overlap = True
+        return enter(self)
+
+    monkeypatch.setattr(recorder.Recorder, "_settle_group", counting)
+    monkeypatch.setattr(recorder.Recorder, "__enter__", overlapping)
+    monkeypatch.setattr(recorder, "_RESERVE_BYTES", 2048)
+    return lambda: sum(counts)
+
+
+class Meddling(nn.Module):
+    """Does to early parameters what constructors do: initialise again, in part, compute from, scale, drop, tie."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(24))
+        nn.init.normal_(self.layers[0].weight, std=0.02)
+        with torch.no_grad():
+            self.layers[1].weight[3].fill_(7.0)
+            self.layers[2].weight.mul_(0.5)
+            self.layers[3].weight[:4].normal_()
+            self.norm = nn.Parameter(self.layers[4].weight.norm(dim=0))
+            self.layers[5].weight.copy_(torch.eye(16))
+            self.layers[6].weight /= self.layers[6].weight.sum()
+        self.layers[7] = nn.Identity()
+        self.layers[8].weight = self.layers[9].weight
+        self.product = nn.Parameter(self.layers[10].weight.data @ self.layers[11].weight.data)
+        nn.init.orthogonal_(self.layers[12].weight)
+
+
+class Reinitialising(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(24))
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+
+def build(model, dtype):
+    with fastinit.on("cpu", dtype, seed=3) as report:
+        built = model()
+    return built.state_dict(), report
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", [Meddling, Reinitialising])
+def test_early_fills_leave_the_values_as_they_are(model, dtype, request):
+    expected, _ = build(model, dtype)
+    count = request.getfixturevalue("early")
+    state, _ = build(model, dtype)
+    assert count() > 0
+    assert state.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(state[name], expected[name]), name
+
+
+def test_a_model_that_initialises_again_at_its_end_is_filled_once(early):
+    _, report = build(Reinitialising, "bf16")
+    assert early() > 0
+    assert (report.fills_executed, report.fills_dropped) == (48, 48)
+
+
+def test_memory_that_was_given_early_is_given_back_when_the_rest_does_not_fit(early, monkeypatch):
+    allocate = recorder.allocate
+
+    def allocate_small(shape, dtype, device):
+        if tuple(shape) == (100, 100):
+            raise RuntimeError("no memory")
+        return allocate(shape, dtype, device)
+
+    monkeypatch.setattr(recorder, "allocate", allocate_small)
+    with pytest.raises(RuntimeError, match="no memory"):
+        with fastinit.on("cpu", "bf16", seed=3):
+            model = Meddling()
+            model.large = nn.Linear(100, 100)
+    assert early() > 0
+    assert all(parameter.untyped_storage().nbytes() <= 2 for parameter in model.parameters())
