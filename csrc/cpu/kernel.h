@@ -30,28 +30,28 @@ struct BFloat {
 };
 
 // Philox's keys, and what of its first three rounds is the same for all blocks of a fill that share the counter's
-// upper three words: round 0 multiplies two and round 1 one of them.
+// upper three words: round 0 multiplies two and round 1 one of them. Words are kept in 64 bits, ready to be broadcast.
 struct Schedule {
-    uint32_t key0[Philox::rounds];
-    uint32_t key1[Philox::rounds];
-    uint32_t round0_word2;  // xored to the high half of block low * multiplier0
-    uint32_t round1_word0;
-    uint32_t round1_word2;
-    uint32_t round2_word2;
+    uint64_t key0[Philox::rounds];
+    uint64_t key1[Philox::rounds];
+    uint64_t round0_word2;  // xored to the high half of block low * multiplier0
+    uint64_t round1_word0;
+    uint64_t round1_word2;
+    uint64_t round2_word2;
 };
 
 inline Schedule make_schedule(uint64_t seed, uint64_t stream, uint32_t block_high) {
     Schedule s;
     for (int r = 0; r < Philox::rounds; ++r) {
-        s.key0[r] = static_cast<uint32_t>(seed) + static_cast<uint32_t>(r) * Philox::key_step0;
-        s.key1[r] = static_cast<uint32_t>(seed >> 32) + static_cast<uint32_t>(r) * Philox::key_step1;
+        s.key0[r] = static_cast<uint32_t>(seed + uint64_t{Philox::key_step0} * r);
+        s.key1[r] = static_cast<uint32_t>((seed >> 32) + uint64_t{Philox::key_step1} * r);
     }
     const uint64_t p1 = uint64_t{Philox::multiplier1} * static_cast<uint32_t>(stream);
-    const uint32_t word0 = static_cast<uint32_t>(p1 >> 32) ^ block_high ^ s.key0[0];
-    const uint64_t p0 = uint64_t{Philox::multiplier0} * word0;
-    s.round0_word2 = static_cast<uint32_t>(stream >> 32) ^ s.key1[0];
+    const uint64_t word0 = (p1 >> 32) ^ block_high ^ s.key0[0];
+    const uint64_t p0 = Philox::multiplier0 * word0;
+    s.round0_word2 = (stream >> 32) ^ s.key1[0];
     s.round1_word0 = static_cast<uint32_t>(p1) ^ s.key0[1];
-    s.round1_word2 = static_cast<uint32_t>(p0 >> 32) ^ s.key1[1];
+    s.round1_word2 = (p0 >> 32) ^ s.key1[1];
     s.round2_word2 = static_cast<uint32_t>(p0) ^ s.key1[2];
     return s;
 }

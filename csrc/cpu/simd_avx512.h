@@ -17,13 +17,14 @@ struct Avx512 {
     using Wide = __m512i;
     using Mask = __mmask16;
 
-    static Wide wide(uint32_t x) { return _mm512_set1_epi64(x); }
+    static Wide wide(uint64_t x) { return _mm512_set1_epi64(x); }
     // Lanes hold blocks 0, 4, 1, 5, 2, 6, 3, 7 of the group, which is where store_blocks' unpacking leaves them in order.
     static Wide counters(uint32_t block) {
         return _mm512_add_epi64(_mm512_set1_epi64(block), _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0));
     }
     static Wide multiply(Wide a, Wide b) { return _mm512_mul_epu32(a, b); }
-    static Wide high(Wide a) { return _mm512_srli_epi64(a, 32); }
+    // A shuffle and not a shift: it leaves the multiplications' port alone. What it puts in the high half does not matter.
+    static Wide high(Wide a) { return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_ENUM>(0xF5)); }
     static Wide exclusive_or(Wide a, Wide b) { return _mm512_xor_si512(a, b); }
     static Wide exclusive_or(Wide a, Wide b, Wide c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
     // Low half: high half of the product ^ word ^ key. High half: low half of the product.

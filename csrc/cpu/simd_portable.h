@@ -38,7 +38,7 @@ struct Portable {
         return r;
     }
 
-    static Wide wide(uint32_t x) {
+    static Wide wide(uint64_t x) {
         return each_wide([=](int) { return x; });
     }
     static Wide counters(uint32_t block) {
