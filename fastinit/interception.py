@@ -11,6 +11,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,7 +111,10 @@ def _size(args: tuple, kwargs: dict) -> tuple[int, ...] | None:
         args = (kwargs["size"],)
     if len(args) == 1 and isinstance(args[0], (tuple, list)):
         args = tuple(args[0])
-    if {type(value) for value in args} == {int} and min(args) >= 0:
+    for value in args:
+        if type(value) is not int or value < 0:
+            break
+    else:
         return args
     try:
         size = tuple(value if type(value) is int else operator.index(value) for value in args)
@@ -128,7 +132,7 @@ def _create(rec: Recorder, size, options: dict, recipe: tuple[Write, ...], like:
     """A placeholder for a factory call, or NotImplemented."""
     if size is None or torch._C._len_torch_dispatch_stack():
         return NotImplemented
-    if not options.keys() <= _PLAIN_OPTIONS:
+    if options and not options.keys() <= _PLAIN_OPTIONS:
         if not options.keys() <= _RECORDED_OPTIONS or options.get("pin_memory"):
             return NotImplemented
         if options.get("layout") not in (None, torch.strided):
@@ -141,7 +145,7 @@ def _create(rec: Recorder, size, options: dict, recipe: tuple[Write, ...], like:
         device = rec.factory_device() if like is None else like.device
     elif type(device) is not torch.device or device.index is None:
         device = _concrete(device)
-    if dtype not in DTYPES or device.type not in ("cpu", rec.device.type):
+    if dtype not in DTYPES or (device is not rec.device and device.type not in ("cpu", rec.device.type)):
         return NotImplemented
     if 0 in size:
         result = torch.empty(size, dtype=dtype, device=device)
@@ -325,9 +329,17 @@ def _tensor(rec: Recorder, func, data, *args, **kwargs):
     return _in_torch(rec, func, (data, *args), kwargs)
 
 
-def legacy_tensor(rec: Recorder, sizes: tuple) -> Any:
-    """``torch.Tensor(2, 3)``: uninitialised, of the default dtype."""
-    return _create(rec, _size(sizes, {}), {}, ())
+def legacy_tensor(rec: Recorder, args: tuple) -> Any:
+    """``torch.Tensor(2, 3)``, uninitialised, and ``torch.Tensor([2, 3])``, both of the default dtype."""
+    if all(type(argument) is int for argument in args):
+        return _create(rec, _size(args or (0,), {}), {}, ())
+    if len(args) != 1:
+        return NotImplemented
+    if isinstance(args[0], torch.Size):
+        return _create(rec, _size(args, {}), {}, ())
+    if isinstance(args[0], (list, tuple)) or hasattr(args[0], "__array_interface__"):
+        return _in_torch(rec, torch.tensor, args, {"dtype": rec.default_dtype})
+    return NotImplemented
 
 
 # --- fills in place -------------------------------------------------------------------------------------------------
@@ -476,17 +488,24 @@ def _trunc_normal(rec: Recorder, func, tensor, mean, std, a, b, generator=None):
     return tensor if rec.fill(tensor, TRUNCATED_NORMAL, parameters) else NotImplemented
 
 
+@lru_cache(maxsize=1024)
+def _kaiming_bound(shape: torch.Size, a: float, mode: str, nonlinearity: str) -> float:
+    # He et al., "Delving Deep into Rectifiers" (2015), with torch's own fans and gains.
+    fan = init._calculate_correct_fan(torch.empty(shape, device="meta"), mode)
+    return math.sqrt(3.0) * (init.calculate_gain(nonlinearity, a) / math.sqrt(fan))
+
+
 @_handles_init(init.kaiming_uniform_)
 def _init_kaiming_uniform(
     rec: Recorder, func, tensor, a=0, mode="fan_in", nonlinearity="leaky_relu", generator=None
 ):
     if generator is not None:
         return NotImplemented
-    if 0 in tensor.shape:
+    shape = tensor.shape
+    if 0 in shape:
         warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=4)
         return tensor
-    fan = init._calculate_correct_fan(tensor, mode)
-    bound = math.sqrt(3.0) * init.calculate_gain(nonlinearity, a) / math.sqrt(fan)
+    bound = _kaiming_bound(shape, a, mode, nonlinearity)
     return _init_fill(rec, torch.Tensor.uniform_, tensor, UNIFORM, (-bound, bound))
 
 
@@ -547,6 +566,7 @@ def _step(names: str, steps_of: Callable[..., _Steps | None]) -> None:
             return NotImplemented
         _refuse_leaf(tensor)
         entry.recipe = recipe
+        entry.filled = False
         return tensor
 
     for name in names.split():
@@ -646,6 +666,9 @@ def _view(rec: Recorder, func, tensor, *args, **kwargs):
     entry = rec.find(tensor) if isinstance(tensor, torch.Tensor) else None
     if entry is None:
         return NotImplemented
+    if kwargs.get("memory_format") not in (None, torch.contiguous_format):
+        rec.settle([entry])
+        return NotImplemented
     rec.give_memory(entry)
     result = func(tensor, *args, **kwargs)
     results = result if isinstance(result, (tuple, list)) else (result,)
@@ -702,16 +725,35 @@ def _set_data(rec: Recorder, func, tensor, value):
 HANDLERS[torch.Tensor.data.__set__] = _set_data
 
 
+def set_memory(rec: Recorder, tensor: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """``tensor.set_(source)``, by which parametrizations replace a weight, often by itself; no mode sees it."""
+    source = args[0] if args else kwargs.get("source")
+    if not isinstance(source, torch.Tensor) or len(args) + len(kwargs) > 1 or source.dtype != tensor.dtype:
+        return _memory_access(rec, torch._C.TensorBase.set_, tensor, *args, **kwargs)
+    if source is not tensor:
+        _set_data(rec, torch.Tensor.data.__set__, tensor, source)
+    return tensor
+
+
 def _convert(rec: Recorder, func, tensor, *args, **kwargs):
     """``.to`` and its kind. Naming a dtype gives a tensor of that dtype, from the fp32 values."""
     dtype, device, copy = _conversion(func, tensor, args, kwargs)
     entry = rec.find(tensor)
     if device is not None and device.type == "cuda":
         device = _concrete(device)
-    target_entry = entry is not None and entry.dtype in (torch.float16, torch.bfloat16)
-    if entry is not None and not copy and dtype in (None, entry.dtype) and device in (None, entry.device):
+    if entry is None:
+        if dtype in (torch.float16, torch.bfloat16) and tensor.dtype == torch.float64 and not tensor.requires_grad:
+            tensor = tensor.float()  # what the fp32 model would have
+        elif not args or not isinstance(args[0], torch.Tensor):
+            return NotImplemented
+        # By name: the tensor whose dtype and device are asked for may be one of ours.
+        return tensor.to(dtype=dtype, device=device or tensor.device, copy=copy)
+    if kwargs.get("memory_format") not in (None, torch.preserve_format) or device is not None and device.type == "meta":
+        rec.settle([entry])
+        return NotImplemented
+    if not copy and dtype in (None, entry.dtype) and device in (None, entry.device):
         return tensor
-    if not target_entry:
+    if entry.dtype not in (torch.float16, torch.bfloat16):
         return NotImplemented
     values = rec._shadow_view(entry, tensor)
     if dtype in (None, entry.dtype):
@@ -779,7 +821,7 @@ def _memory_access(rec: Recorder, func, tensor, *args, **kwargs):
 
 for _target in _callables(
     *"data_ptr untyped_storage storage _typed_storage storage_offset storage_type __dlpack__ share_memory_ is_shared "
-    "pin_memory is_pinned __reduce_ex__ set_ resize_ resize_as_ record_stream is_set_to".split()
+    "pin_memory is_pinned __reduce_ex__ resize_ resize_as_ record_stream is_set_to".split()
 ):
     HANDLERS[_target] = _memory_access
 
@@ -837,6 +879,26 @@ for _target in _callables(
     *"randint randperm random_ exponential_ geometric_ cauchy_ log_normal_ bernoulli_".split()
 ):
     HANDLERS[_target] = _random
+
+
+def _random_without_generator(rec: Recorder, func, *args, **kwargs):
+    """Functions that take no generator, dropout say: torch's own is lent to them, seeded by key and stream."""
+    seed = _mix(rec.seed, rec.next_stream())
+    with torch.random.fork_rng([] if rec.device.type == "cpu" else [rec.device]):
+        torch.default_generator.manual_seed(seed)
+        if rec.device.type != "cpu":
+            torch.cuda.default_generators[rec.device.index].manual_seed(seed)
+        return rec.run_in_torch(func, args, kwargs)
+
+
+for _name in (
+    *"dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout rrelu".split(),
+    *"gumbel_softmax randint_like native_dropout fractional_max_pool2d fractional_max_pool3d".split(),
+):
+    for _owner in (torch, torch.nn.functional):
+        for _target in (getattr(_owner, _name, None), getattr(_owner, f"{_name}_", None)):
+            if _target is not None:
+                HANDLERS[_target] = _random_without_generator
 
 
 @_handles("bernoulli", "multinomial", "poisson")

@@ -19,9 +19,11 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
     register_module_parameter_registration_hook,
 )
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
-from .interception import INIT_REPLACEMENTS, legacy_tensor
-from .recorder import _modes_off, _thread
+from .interception import INIT_REPLACEMENTS, legacy_tensor, set_memory
+from .recorder import _modes_off, _thread, concrete
 
 # Python objects made between two runs of the garbage collector while a model is created.
 _COLLECT_EVERY = 50_000
@@ -68,12 +70,19 @@ def _install() -> None:
     # No named parameters: torch._dynamo compares this signature with its own when it is first imported.
     def tensor_new(*args, **kwargs):
         recorder = _thread.recorder
-        if recorder is not None and args[0] is torch.Tensor and not kwargs and all(type(a) is int for a in args[1:]):
+        if recorder is not None and args[0] is torch.Tensor and not kwargs:
             with _modes_off():
-                tensor = legacy_tensor(recorder, args[1:] or (0,))
+                tensor = legacy_tensor(recorder, args[1:])
             if tensor is not NotImplemented:
                 return tensor
         return new_tensor(*args, **kwargs)
+
+    def tensor_set(tensor, *args, **kwargs):
+        recorder = _thread.recorder
+        if recorder is None:
+            return torch._C.TensorBase.set_(tensor, *args, **kwargs)
+        with _modes_off():
+            return set_memory(recorder, tensor, *args, **kwargs)
 
     def default_dtype():
         recorder = _thread.recorder
@@ -89,7 +98,14 @@ def _install() -> None:
 
     def default_device():
         recorder = _thread.recorder
-        return get_default_device() if recorder is None else recorder.factory_device()
+        if recorder is None:
+            return get_default_device()
+        modes = _get_current_function_mode_stack()
+        if recorder in modes:
+            for mode in reversed(modes[modes.index(recorder) :]):
+                if isinstance(mode, DeviceContext):
+                    return concrete(mode.device)
+        return recorder.factory_device()
 
     thresholds = gc.get_threshold()
     if gc.isenabled() and thresholds[0]:
@@ -102,6 +118,8 @@ def _install() -> None:
     _replace(torch, "get_default_dtype", default_dtype, get_default_dtype)
     _replace(torch, "set_default_dtype", change_default_dtype, set_default_dtype)
     _replace(torch, "get_default_device", default_device, get_default_device)
+    torch.Tensor.set_ = tensor_set
+    _restore.append(lambda: delattr(torch.Tensor, "set_"))
     torch.Tensor.__new__ = staticmethod(tensor_new)
     _restore.append(lambda: delattr(torch.Tensor, "__new__"))
     for register, is_parameter in (

@@ -47,8 +47,11 @@ _SHADOW_BYTES = 32 << 20
 # A tensor that is written piece by piece, in more pieces than this, gets its memory at once.
 _MAX_WRITES = 8
 
-# Device memory is reserved in steps of about this size: one cudaMalloc per parameter would cost more than the fills.
-_RESERVE_BYTES = 1 << 30
+# Device memory is reserved in segments of up to this size: one cudaMalloc per parameter would cost more than the fills.
+_SEGMENT_BYTES = 4 << 30
+
+# Tensors of so many bytes are filled in one go, so that a GPU starts before all of them have their memory.
+_BATCH_BYTES = 1 << 30
 
 
 
@@ -73,6 +76,7 @@ class Entry:
     storage_weak: int | None = None
     data_ptr = 0
     again = False  # its recipe replaced another one
+    resident = False  # its tensors have memory already, though they are still found by identity
     filled = False  # the memory has the values of the recipe, which is kept because they may be wanted in fp32
     name: tuple[type, str] | None = None  # class of the module that owns it, and the name there
 
@@ -117,6 +121,7 @@ class Recorder(TorchFunctionMode):
         self._overlap = device.type == "cuda"
         self._ready: list[Entry] = []
         self._ready_bytes = 0
+        self._ready_limit = _SEGMENT_BYTES // 2
         self._given: list[Entry] = []
 
     # --- entering and leaving -----------------------------------------------------------------------------------
@@ -208,7 +213,7 @@ class Recorder(TorchFunctionMode):
         known = self._by_id.get(id(tensor))
         if known is not None and known[0]() is tensor:
             del self._by_id[id(tensor)]
-            known[1].refs.remove(known[0])
+            known[1].refs = [ref for ref in known[1].refs if ref is not known[0]]  # == would compare the tensors
 
     def next_stream(self) -> int:
         """Ordinal of the next random fill."""
@@ -220,14 +225,11 @@ class Recorder(TorchFunctionMode):
         """Allocate an entry's tensor in its final dtype; what it is to contain stays pending."""
         if entry.allocated:
             return
-        self._hold(entry, allocate(entry.shape, entry.dtype, entry.device))
-
-    def _hold(self, entry: Entry, memory: torch.Tensor) -> None:
-        """Put an entry's tensors on this memory, and find them by it from now on."""
-        for ref in entry.refs:
-            tensor = ref()
-            if tensor is not None:
-                del self._by_id[id(tensor)]
+        tensors = [tensor for ref in entry.refs if (tensor := ref()) is not None]
+        memory = tensors[0] if entry.resident else allocate(entry.shape, entry.dtype, entry.device)
+        for tensor in tensors:
+            del self._by_id[id(tensor)]
+            if not entry.resident:
                 tensor.data = memory
         storage = memory.untyped_storage()
         entry.storage_key = storage._cdata
@@ -496,8 +498,11 @@ class Recorder(TorchFunctionMode):
     def settle_all(self) -> None:
         """Give everything that is still alive its memory and values, in the order of creation."""
         try:
-            for group in self._groups(self._by_creation()):
-                self._settle_group(group)
+            entries = {entry: None for ref, entry in self._by_id.values() if ref() is not None}
+            self._settle_new([entry for entry in entries if not entry.resident])
+            for entry in entries:
+                if entry.resident and not entry.filled:
+                    self.give_memory(entry)
             self.settle([entry for entry in list(self._by_storage.values()) if entry.alive])
         except BaseException:
             # Nothing half-made stays behind: give the memory back.
@@ -516,52 +521,48 @@ class Recorder(TorchFunctionMode):
             self._ready, self._ready_bytes = [], 0
 
     def _make_ready(self, entry: Entry) -> None:
-        """Note that a parameter is initialised, and let the GPU fill earlier ones once that is worth a launch.
+        """Note that a parameter is initialised, and let the GPU fill earlier ones once that is worth a segment.
 
         Values stay what they would be in any case: the recipe is kept, and what comes later overwrites what was filled.
         """
-        if self._ready_bytes >= _RESERVE_BYTES:
-            ready = [entry for entry in self._ready if entry.alive and not entry.allocated and entry.recipe]
+        if self._ready_bytes >= self._ready_limit:
+            ready = {e: None for e in self._ready if e.alive and not (e.allocated or e.resident) and e.recipe}
             if _initialises_at_the_end():
-                ready = [entry for entry in ready if entry.again]
+                ready = {e: None for e in ready if e.again}
             self._ready, self._ready_bytes = [], 0
-            for group in self._groups(ready):
-                self._settle_group(group, early=True)
-        self._ready.append(entry)
-        self._ready_bytes += numel(entry.shape) * entry.dtype.itemsize
+            self._ready_limit = _SEGMENT_BYTES
+            self._settle_new(list(ready))
+            for other in ready:
+                other.resident = other.filled = True
+        if not entry.resident:
+            self._ready.append(entry)
+            self._ready_bytes += numel(entry.shape) * entry.dtype.itemsize
 
-    def _by_creation(self) -> list[Entry]:
-        return list({entry: None for ref, entry in self._by_id.values() if ref() is not None})
-
-    def _groups(self, entries: list[Entry]):
-        """Entries without memory, in groups that are allocated and filled together."""
-        group, size = [], 0
+    def _settle_new(self, entries: list[Entry]) -> None:
+        """Give entries that have no memory theirs, and fill it."""
+        segment, reserved = [], 0
         for entry in entries:
             nbytes = numel(entry.shape) * entry.dtype.itemsize
-            if group and (size + nbytes > _RESERVE_BYTES or entry.device != group[0].device):
-                yield group
-                group, size = [], 0
-            group.append(entry)
-            size += nbytes
-        if group:
-            yield group
+            if segment and (reserved + nbytes > _SEGMENT_BYTES or entry.device != segment[0][0].device):
+                self._settle_segment(segment)
+                segment, reserved = [], 0
+            segment.append((entry, nbytes))
+            reserved += nbytes
+        if segment:
+            self._settle_segment(segment)
 
-    def _settle_group(self, group: list[Entry], early: bool = False) -> None:
-        device = group[0].device
+    def _settle_segment(self, segment: list[tuple[Entry, int]]) -> None:
+        device = segment[0][0].device
         if device.type == "cuda":
-            _reserve([numel(entry.shape) * entry.dtype.itemsize for entry in group], device)
-        fills = Fills(self.seed)
-        for entry in group:
-            memory = allocate(entry.shape, entry.dtype, device)
+            _reserve([nbytes for _, nbytes in segment], device)
+        fills, size = Fills(self.seed), 0
+        for entry, nbytes in segment:
             self._given.append(entry)
-            if early:
-                self._hold(entry, memory)
-                entry.filled = True
-            else:
-                for ref in entry.refs:
-                    tensor = ref()
-                    if tensor is not None:
-                        tensor.data = memory
+            memory = allocate(entry.shape, entry.dtype, device)
+            for ref in entry.refs:
+                tensor = ref()
+                if tensor is not None:
+                    tensor.data = memory
             recipe = entry.recipe
             if entry.shadow is not None:
                 memory.copy_(entry.shadow)
@@ -575,6 +576,10 @@ class Recorder(TorchFunctionMode):
                     if not recipe:
                         _warn_unwritten(entry)
             fills.add(memory.data_ptr(), memory.numel(), entry.dtype, device, recipe)
+            size += nbytes
+            if size >= _BATCH_BYTES:
+                self._run(fills)
+                size = 0
         self._run(fills)
 
     # --- what modules own ----------------------------------------------------------------------------------------

@@ -109,9 +109,9 @@ def assert_same_structure(ours, reference):
     different = {name: (got[name], expected[name]) for name in expected if got[name] != expected[name]}
     assert not different, f"name: (got, expected) {different}"
     assert ties(ours) == ties(reference)
-    described = [(name, type(module), module.training) for name, module in ours.named_modules(remove_duplicate=False)]
+    described = [(name, type(module).__name__, module.training) for name, module in ours.named_modules(remove_duplicate=False)]
     assert described == [
-        (name, type(module), module.training) for name, module in reference.named_modules(remove_duplicate=False)
+        (name, type(module).__name__, module.training) for name, module in reference.named_modules(remove_duplicate=False)
     ]
 
 
