@@ -15,19 +15,23 @@ from fastinit import recorder
 def early(monkeypatch):
     """Execute fills as early as on a GPU; gives the number of tensors that were filled early."""
     counts = []
-    settle_group, enter = recorder.Recorder._settle_group, recorder.Recorder.__enter__
+    make_ready, enter = recorder.Recorder._make_ready, recorder.Recorder.__enter__
 
-    def counting(self, group, early=False):
-        counts.append(len(group) if early else 0)
-        settle_group(self, group, early)
+    def counting(self, entry):
+        before = self.executed
+        try:
+            make_ready(self, entry)
+        finally:
+            counts.append(self.executed - before)
 
     def overlapping(self):
         self._overlap = True
         return enter(self)
 
-    monkeypatch.setattr(recorder.Recorder, "_settle_group", counting)
+    monkeypatch.setattr(recorder.Recorder, "_make_ready", counting)
     monkeypatch.setattr(recorder.Recorder, "__enter__", overlapping)
-    monkeypatch.setattr(recorder, "_RESERVE_BYTES", 2048)
+    monkeypatch.setattr(recorder, "_SEGMENT_BYTES", 2048)
+    monkeypatch.setattr(recorder, "_BATCH_BYTES", 1024)
     return lambda: sum(counts)
 
 
@@ -91,7 +95,7 @@ def test_memory_that_was_given_early_is_given_back_when_the_rest_does_not_fit(ea
     allocate = recorder.allocate
 
     def allocate_small(shape, dtype, device):
-        if tuple(shape) == (100, 100):
+        if tuple(shape) == (100, 16):
             raise RuntimeError("no memory")
         return allocate(shape, dtype, device)
 
@@ -99,6 +103,6 @@ def test_memory_that_was_given_early_is_given_back_when_the_rest_does_not_fit(ea
     with pytest.raises(RuntimeError, match="no memory"):
         with fastinit.on("cpu", "bf16", seed=3):
             model = Meddling()
-            model.large = nn.Linear(100, 100)
+            model.large = nn.Linear(16, 100)
     assert early() > 0
     assert all(parameter.untyped_storage().nbytes() <= 2 for parameter in model.parameters())
