@@ -9,6 +9,8 @@
 # Environment: FASTINIT_CUDA_ARCHS, the architecture to build for (default: that of GPU 0).
 set -uo pipefail
 cd "$(dirname "$0")/.."
+# The build is in place: the package is this checkout's, wherever a script lies.
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 out=bench-out
 steps=()
