@@ -6,7 +6,7 @@ import torch
 
 from . import native
 from .layout import contiguous_strides
-from .recipe import Write, canonical
+from .recipe import TRUNCATED_NORMAL, Write, canonical
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -38,30 +38,30 @@ def allocate(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 class Fills:
-    """Writes waiting to be carried out together.
+    """Writes to tensors of one device that wait to be carried out together.
 
     The fills of one batch run in no particular order, so the second write of a tensor waits in a second batch.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: torch.device) -> None:
         self._seed = seed
-        self._batches: dict[tuple[torch.device, int], native.Batch] = {}
+        self._device = device
+        self._batches: list[native.Batch] = []
         self.count = 0
 
-    def add(
-        self, data_ptr: int, numel: int, dtype: torch.dtype, device: torch.device, recipe: tuple[Write, ...]
-    ) -> None:
-        """Add a recipe for the storage at data_ptr, whose numel elements of this dtype lie on this device."""
+    def add(self, data_ptr: int, numel: int, dtype: torch.dtype, recipe: tuple[Write, ...]) -> None:
+        """Add a recipe for the contiguous tensor of numel elements at data_ptr."""
         for order, write in enumerate(recipe):
-            batch = self._batches.get((device, order))
-            if batch is None:
-                batch = self._batches[device, order] = native.Batch()
-            kind, parameters, steps = canonical(write.kind, write.parameters, write.steps)
-            if write.region is None:
-                batch.add(data_ptr, numel, DTYPES[dtype], kind, parameters, self._seed, write.stream, steps)
+            kind, parameters, stream, steps, region = write
+            if order == len(self._batches):
+                self._batches.append(native.Batch())
+            if steps or kind == TRUNCATED_NORMAL:
+                kind, parameters, steps = canonical(kind, parameters, steps)
+            if region is None:
+                self._batches[order].add(data_ptr, numel, DTYPES[dtype], kind, parameters, self._seed, stream, steps)
             else:
-                self._add_region(batch, data_ptr, dtype, write, kind, parameters, steps)
-            self.count += 1
+                self._add_region(self._batches[order], data_ptr, dtype, write, kind, parameters, steps)
+        self.count += len(recipe)
 
     def _add_region(self, batch, data_ptr, dtype, write, kind, parameters, steps) -> None:
         offset, sizes, strides = write.region
@@ -81,8 +81,8 @@ class Fills:
 
     def run(self) -> None:
         """Run every batch: on a GPU on its current stream, on the CPU with torch's number of threads."""
-        for (device, _), batch in sorted(self._batches.items(), key=lambda item: item[0][1]):
-            run_batch(batch, device)
+        for batch in self._batches:
+            run_batch(batch, self._device)
         self._batches.clear()
 
 

@@ -61,6 +61,8 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 
+_ZERO_STRIDES = (0,) * 64  # torch has no tensors of more dimensions
+
 
 def current() -> Recorder | None:
     """The innermost recorder that is active in this thread."""
@@ -194,7 +196,7 @@ class Recorder(TorchFunctionMode):
 
     def placeholder(self, shape, dtype, device, recipe) -> torch.Tensor:
         """A new tensor without memory; the recipe says what it contains."""
-        tensor = torch.empty_strided(shape, (0,) * len(shape), dtype=dtype, device=device)
+        tensor = torch.empty_strided(shape, _ZERO_STRIDES[: len(shape)], dtype=dtype, device=device)
         self.stand_for(tensor, Entry(shape, dtype, device, recipe))
         if len(self._by_id) > self._purge_at:
             self._by_id = {key: known for key, known in self._by_id.items() if known[0]() is not None}
@@ -313,8 +315,8 @@ class Recorder(TorchFunctionMode):
         if tensor.numel() == 0:
             return True
         region = None if tensor.is_contiguous() else Region(0, sizes, strides)
-        fills = Fills(self.seed)
-        fills.add(tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.device, (write._replace(region=region),))
+        fills = Fills(self.seed, tensor.device)
+        fills.add(tensor.data_ptr(), tensor.numel(), tensor.dtype, (write._replace(region=region),))
         self._run(fills)
         torch.autograd.graph.increment_version(tensor)
         return True
@@ -341,8 +343,8 @@ class Recorder(TorchFunctionMode):
         if not recipe or recipe[0].region is not None:
             memory.zero_()
         if recipe:
-            fills = Fills(self.seed)
-            fills.add(memory.data_ptr(), memory.numel(), memory.dtype, memory.device, recipe)
+            fills = Fills(self.seed, memory.device)
+            fills.add(memory.data_ptr(), memory.numel(), memory.dtype, recipe)
             self._run(fills)
 
     def _keep_shadow(self, entry: Entry, shadow: torch.Tensor) -> None:
@@ -481,7 +483,7 @@ class Recorder(TorchFunctionMode):
 
     def settle(self, entries: list[Entry]) -> None:
         """Give entries their memory and final values, and forget them."""
-        fills = Fills(self.seed)
+        fills: dict[torch.device, Fills] = {}
         for entry in entries:
             if entry.allocated and entry.storage_key not in self._by_storage:
                 continue  # twice in the list
@@ -491,9 +493,12 @@ class Recorder(TorchFunctionMode):
             elif entry.recipe is not None and not entry.filled:
                 if not entry.recipe or entry.recipe[0].region is not None:
                     self._memory(entry).zero_()
-                fills.add(entry.data_ptr, numel(entry.shape), entry.dtype, entry.device, entry.recipe)
+                if entry.device not in fills:
+                    fills[entry.device] = Fills(self.seed, entry.device)
+                fills[entry.device].add(entry.data_ptr, numel(entry.shape), entry.dtype, entry.recipe)
             self._untrack(entry)
-        self._run(fills)
+        for each in fills.values():
+            self._run(each)
 
     def settle_all(self) -> None:
         """Give everything that is still alive its memory and values, in the order of creation."""
@@ -555,7 +560,7 @@ class Recorder(TorchFunctionMode):
         device = segment[0][0].device
         if device.type == "cuda":
             _reserve([nbytes for _, nbytes in segment], device)
-        fills, size = Fills(self.seed), 0
+        fills, size = Fills(self.seed, device), 0
         for entry, nbytes in segment:
             self._given.append(entry)
             memory = allocate(entry.shape, entry.dtype, device)
@@ -575,7 +580,7 @@ class Recorder(TorchFunctionMode):
                     memory.zero_()
                     if not recipe:
                         _warn_unwritten(entry)
-            fills.add(memory.data_ptr(), memory.numel(), entry.dtype, device, recipe)
+            fills.add(memory.data_ptr(), nbytes // entry.dtype.itemsize, entry.dtype, recipe)
             size += nbytes
             if size >= _BATCH_BYTES:
                 self._run(fills)
