@@ -8,6 +8,26 @@
 namespace fastinit {
 namespace {
 
+// The 64 rows of exponents 150 to 157, |f| from 2^23 to 2^31, which serve 255 of 256 elements of a normal, by coefficient.
+// A row's low five bits are its place and its sixth bit says in which half it is: even holds rows 192 to 223, odd rows 224 to
+// 239 and 176 to 191.
+struct LikelyRows {
+    alignas(64) float even[4][32], odd[4][32];
+};
+
+constexpr LikelyRows make_likely_rows() {
+    LikelyRows likely{};
+    for (int c = 0; c < 4; ++c) {
+        for (int i = 0; i < 32; ++i) {
+            likely.even[c][i] = normal_table.rows[192 + i][c];
+            likely.odd[c][i] = normal_table.rows[i < 16 ? 224 + i : 160 + i][c];
+        }
+    }
+    return likely;
+}
+
+constexpr LikelyRows likely_rows = make_likely_rows();
+
 struct Avx512 {
     static constexpr int lanes = 16;
     static constexpr int philox_groups = 4;
@@ -69,22 +89,17 @@ struct Avx512 {
         return _mm512_castsi512_ps(_mm512_mask_xor_epi32(bits(x), m, bits(x), set(sign_bit)));
     }
 
-    // The 64 rows of exponents 150 to 157, |f| from 2^23 to 2^31, which serve 255 of 256 elements of a normal, one
-    // coefficient to four registers. A row's low five bits index a pair of registers and its sixth bit chooses the pair:
-    // even holds rows 192 to 223, odd rows 224 to 239 and 176 to 191.
+    // One coefficient of the table's likely rows to four registers.
     struct Table {
         Float even[4][2], odd[4][2];
     };
     static Table load_table() {
-        alignas(64) float column[16];
-        const auto part = [&](int first, int coefficient) {
-            for (int i = 0; i < 16; ++i) column[i] = normal_table.rows[first + i][coefficient];
-            return _mm512_load_ps(column);
-        };
         Table table;
         for (int c = 0; c < 4; ++c) {
-            table.even[c][0] = part(192, c), table.even[c][1] = part(208, c);
-            table.odd[c][0] = part(224, c), table.odd[c][1] = part(176, c);
+            for (int half = 0; half < 2; ++half) {
+                table.even[c][half] = _mm512_load_ps(likely_rows.even[c] + 16 * half);
+                table.odd[c][half] = _mm512_load_ps(likely_rows.odd[c] + 16 * half);
+            }
         }
         return table;
     }
