@@ -3,8 +3,8 @@
 A model is built by a *constructor*, a function without arguments, and compared between
 
 - `built(constructor, ...)`, that is, inside `fastinit.on`;
-- `plain(constructor, ...)`, torch alone under `torch.set_default_dtype(dtype)` and `torch.device(device)`, which defines
-  the structure that fastinit has to reproduce and, in fp32, every value that no random number enters.
+- `plain(constructor, ...)`, torch alone under `torch.set_default_dtype(dtype)` and `torch.device(device)`, which
+  defines the structure that fastinit has to reproduce and, in fp32, every value that no random number enters.
 """
 
 import contextlib
@@ -109,10 +109,13 @@ def assert_same_structure(ours, reference):
     different = {name: (got[name], expected[name]) for name in expected if got[name] != expected[name]}
     assert not different, f"name: (got, expected) {different}"
     assert ties(ours) == ties(reference)
-    described = [(name, type(module).__name__, module.training) for name, module in ours.named_modules(remove_duplicate=False)]
-    assert described == [
-        (name, type(module).__name__, module.training) for name, module in reference.named_modules(remove_duplicate=False)
-    ]
+    assert classes(ours) == classes(reference)
+
+
+def classes(module):
+    """Return the name, class and mode of each module; parametrized modules each have a class of their own."""
+    modules = module.named_modules(remove_duplicate=False)
+    return [(name, type(each).__name__, each.training) for name, each in modules]
 
 
 # Values ---------------------------------------------------------------------------------------------------------------

@@ -177,7 +177,9 @@ def test_the_model_works_after_the_context_as_any_other():
 # Seeds ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [small_model, lambda: nn.Linear(3, 3), lambda: None, lambda: nn.Transformer(8, 2, 1, 1)])
+@pytest.mark.parametrize(
+    "make", [small_model, lambda: nn.Linear(3, 3), lambda: None, lambda: nn.Transformer(8, 2, 1, 1)]
+)
 def test_a_context_takes_exactly_one_64_bit_draw_from_torch(make):
     torch.manual_seed(5)
     with fastinit.on("cpu", "bf16"), warnings.catch_warnings():
@@ -338,7 +340,7 @@ def test_threads_that_build_at_once_get_what_each_alone_gets():
         thread.start()
     for thread in threads:
         thread.join()
-    for model, expected in zip(together, alone):
+    for model, expected in zip(together, alone, strict=True):
         assert_same_bits(model, expected)
     assert not different(before, state_of_torch())
 
@@ -773,8 +775,10 @@ class WithGradient(nn.Module):
 
 CONSTRUCTORS = {
     c.__name__: c
-    for c in (Reader, ForwardInside, DataDependent, Containers, Fused, Replaced, Tied, Pickler, Masked, Frozen)
-    + (Converted, WithGradient)
+    for c in (
+        *(Reader, ForwardInside, DataDependent, Containers, Fused, Replaced),
+        *(Tied, Pickler, Masked, Frozen, Converted, WithGradient),
+    )
 } | {
     "weight_norm": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(7, 5)), nn.Linear(5, 3)),
     "old weight_norm": lambda: _old(nn.utils.weight_norm, nn.Conv1d(3, 5, 3)),
@@ -1074,7 +1078,7 @@ def test_a_bad_seed_is_refused(seed):
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_a_missing_gpu_is_refused_on_entry_and_leaves_nothing_behind(device):
     before = state_of_torch()
-    with pytest.raises(RuntimeError, match="cuda.*(cpu|GPU)"):
+    with pytest.raises(RuntimeError, match=r"cuda.*(cpu|GPU)"):
         with fastinit.on(device, "bf16"):
             raise AssertionError("the block must not run")
     assert not different(before, state_of_torch())

@@ -168,7 +168,7 @@ MODELS = {
 over_models = pytest.mark.parametrize("name", MODELS)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def reference(name):
     """Torch's own fp32 model, and the names of what is random in it."""
     constructor = MODELS[name][0]
