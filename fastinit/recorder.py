@@ -407,11 +407,6 @@ class Recorder(TorchFunctionMode):
                 substitutes = self._prepare(func, args, kwargs, tensors, entries)
             if substitutes:
                 replaced = {key: substitute for key, (_, _, substitute) in substitutes.items()}
-                written = _written(func, args, kwargs)
-                for tensor in tensors:
-                    if id(tensor) not in replaced and tensor.dtype in _HALVES and tensor.dim():
-                        if all(tensor is not other for other in written):
-                            replaced[id(tensor)] = tensor.float()
                 args = _replace(args, replaced)
                 kwargs = _replace(kwargs, replaced)
         result = func(*args, **kwargs)
@@ -423,12 +418,14 @@ class Recorder(TorchFunctionMode):
     def _prepare(self, func, args, kwargs, tensors, entries):
         """Settle what torch is to see itself, and make the shadows that it is to see instead of the rest."""
         written = _written(func, args, kwargs)
-        # What autograd records through tensors that are in use already is no initialisation, and neither is what an
-        # optimizer does: torch's own business, as is an operation that writes to a half-precision tensor of others.
-        others = (
-            torch.is_grad_enabled() and any(e is None and t.requires_grad for t, e in zip(tensors, entries))
-        ) or any(tensor.dtype in _HALVES and self.find(tensor) is None for tensor in written)
-        if others or getattr(func, "__name__", "").startswith(("_foreach", "_fused")):
+        others = [tensor for tensor, entry in zip(tensors, entries) if entry is None]
+        # What involves half-precision data of others, or tensors of others that autograd records, is no initialisation
+        # but a training step, say: torch's own business.
+        in_use = any(
+            tensor.requires_grad and torch.is_grad_enabled() or tensor.dtype in _HALVES and tensor.dim()
+            for tensor in others
+        )
+        if in_use or getattr(func, "__name__", "").startswith(("_foreach", "_fused")):
             self.settle([entry for entry in entries if entry is not None])
             return {}
         self.settle([entry for entry in entries if entry is not None and entry.dtype not in _HALVES])
@@ -677,7 +674,7 @@ _OWN_INITIALISERS = ("_init_weights", "init_weights", "post_init", "initialize_w
 
 
 def _initialises_at_the_end() -> bool:
-    """Whether a module whose constructor is running brings an initialiser of its own, so that fills may be dropped yet.
+    """Whether a module under construction brings an initialiser of its own, so that fills may be dropped yet.
 
     This is a guess that costs or saves time alone: a fill that was executed too early is executed again.
     """

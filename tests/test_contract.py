@@ -1118,3 +1118,19 @@ def test_the_report_counts_parameters_bytes_and_fills():
     assert report.seconds > 0
     text = str(report)
     assert "120 parameters" in text and "3 fills" in text and "bfloat16" in text
+
+
+def test_a_training_loop_inside_the_context_is_torchs_own():
+    def train(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 8, dtype=torch.bfloat16)).pow(2).mean().backward()
+            optimizer.step()
+        return model.weight.detach()
+
+    with fastinit.on("cpu", "bf16", seed=0):
+        inside = train(nn.Linear(8, 8))
+    with fastinit.on("cpu", "bf16", seed=0):
+        model = nn.Linear(8, 8)
+    assert torch.equal(inside, train(model))
