@@ -44,7 +44,7 @@ def wants_cuda(environ):
 
 
 def find_nvcc(environ):
-    """The CUDA compiler that the environment names or PATH holds, as an absolute path, or None.
+    """The CUDA compiler that the environment names, or that is on PATH or in /usr/local/cuda; None if there is none.
 
     A compiler that CUDACXX or CUDA_HOME names and that is not there is an error rather than a reason to look elsewhere.
     """
@@ -135,11 +135,11 @@ def decide_cuda(environ, find=find_nvcc, check=check_nvcc):
     if nvcc is None:
         if wanted:
             raise BuildError(
-                "FASTINIT_CUDA=1, but no CUDA compiler was found: CUDACXX and CUDA_HOME are not set and nvcc is not on "
-                f"PATH. Install the CUDA toolkit, {OLDEST} or newer (NVIDIA's package cuda-toolkit, or conda's "
+                "FASTINIT_CUDA=1, but no CUDA compiler was found: CUDACXX and CUDA_HOME are not set, and nvcc is not on "
+                f"PATH or in /usr/local/cuda. Install the CUDA toolkit, {OLDEST} or newer (NVIDIA's package cuda-toolkit, or conda's "
                 "cuda-nvcc and cuda-cudart-dev), and put nvcc on PATH, or unset FASTINIT_CUDA to build without CUDA"
             )
-        return None, "no CUDA compiler found (CUDACXX, CUDA_HOME and PATH were searched)"
+        return None, "no CUDA compiler found (looked at CUDACXX, CUDA_HOME, PATH and /usr/local/cuda)"
     return nvcc, choose_architectures(environ, check(nvcc))
 
 
