@@ -36,23 +36,25 @@ uint64_t unsigned64(const char* argument, const py::int_& value) {
     const uint64_t x = PyLong_AsUnsignedLongLong(value.ptr());
     if (PyErr_Occurred()) {
         PyErr_Clear();
-        detail::refuse(argument, py::str(value), "it must be an integer with 0 <= " + std::string(argument) + " < 2**64");
+        detail::refuse(argument, py::str(value),
+                       "it must be an integer with 0 <= " + std::string(argument) + " < 2**64");
     }
     return x;
 }
 
 class Batch {
 public:
-    void add(const py::int_& data_ptr, int64_t numel, int64_t dtype, int64_t kind, const std::vector<double>& parameters,
-             const py::int_& seed, const py::int_& stream, const PythonSteps& steps) {
+    void add(const py::int_& data_ptr, int64_t numel, int64_t dtype, int64_t kind,
+             const std::vector<double>& parameters, const py::int_& seed, const py::int_& stream,
+             const PythonSteps& steps) {
         if (numel < 0) detail::refuse("numel", std::to_string(numel), "it must not be negative");
         append(data_ptr, dtype, kind, parameters, seed, stream, steps, whole_tensor(static_cast<uint64_t>(numel)));
     }
 
     void add_region(const py::int_& data_ptr, int64_t dtype, int64_t kind, const std::vector<double>& parameters,
-                    const py::int_& seed, const py::int_& stream, const PythonSteps& steps, const py::int_& index_offset,
-                    const std::vector<int64_t>& sizes, const std::vector<int64_t>& index_strides,
-                    const std::vector<int64_t>& memory_strides) {
+                    const py::int_& seed, const py::int_& stream, const PythonSteps& steps,
+                    const py::int_& index_offset, const std::vector<int64_t>& sizes,
+                    const std::vector<int64_t>& index_strides, const std::vector<int64_t>& memory_strides) {
         append(data_ptr, dtype, kind, parameters, seed, stream, steps,
                make_box(unsigned64("index_offset", index_offset), sizes, index_strides, memory_strides));
     }
@@ -82,7 +84,8 @@ public:
 #else
         static_cast<void>(device), static_cast<void>(stream);
         throw std::runtime_error(
-            "fastinit was built without CUDA: reinstall it where nvcc is found (FASTINIT_CUDA=1 makes its absence an error)");
+            "fastinit was built without CUDA: reinstall it where nvcc is found (FASTINIT_CUDA=1 makes its absence an "
+            "error)");
 #endif
     }
 

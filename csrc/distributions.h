@@ -53,7 +53,7 @@ struct Distribution {
     bool symmetric;
     float location;
     float scale;
-    int32_t threshold;   // truncated normal: words below it, as signed numbers, give negative z
+    int32_t threshold;  // truncated normal: words below it, as signed numbers, give negative z
     TailMap negative;
     TailMap positive;
 };

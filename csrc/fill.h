@@ -77,8 +77,7 @@ inline std::string text(double x) {
 inline uint64_t checked_multiply_add(const char* argument, uint64_t x, uint64_t y, uint64_t z) {
     constexpr uint64_t limit = uint64_t{1} << 63;
     if (x != 0 && y > (limit - 1) / x) refuse(argument, std::to_string(y), "the region must end below element 2^63");
-    if (z >= limit || x * y >= limit - z)
-        refuse(argument, std::to_string(y), "the region must end below element 2^63");
+    if (z >= limit || x * y >= limit - z) refuse(argument, std::to_string(y), "the region must end below element 2^63");
     return x * y + z;
 }
 
@@ -100,7 +99,8 @@ inline bool same_bits(const TailMap& a, const TailMap& b) {
 
 }  // namespace detail
 
-// The region's dimensions in Box's canonical form: size-1 dimensions dropped, ordered by index stride, neighbours merged.
+// The region's dimensions in Box's canonical form: size-1 dimensions dropped, ordered by index stride, neighbours
+// merged.
 inline Box make_box(uint64_t index_offset, const std::vector<int64_t>& sizes, const std::vector<int64_t>& index_strides,
                     const std::vector<int64_t>& memory_strides) {
     const size_t n = sizes.size();
@@ -142,7 +142,8 @@ inline Box make_box(uint64_t index_offset, const std::vector<int64_t>& sizes, co
     uint64_t last_index = index_offset, last_memory = 0, elements = 1;
     for (int d = 0; d < box.dims; ++d) {
         last_index = detail::checked_multiply_add("index_strides", box.size[d] - 1, box.index_stride[d], last_index);
-        last_memory = detail::checked_multiply_add("memory_strides", box.size[d] - 1, box.memory_stride[d], last_memory);
+        last_memory =
+            detail::checked_multiply_add("memory_strides", box.size[d] - 1, box.memory_stride[d], last_memory);
         elements = detail::checked_multiply_add("sizes", elements, box.size[d], 0);
     }
     if (box.dims == 0) {  // a single element
@@ -197,7 +198,8 @@ inline Distribution make_distribution(int64_t kind, const std::vector<double>& p
             d.location = static_cast<float>(p[0]);
             break;
         case Kind::uniform:
-            if (p[1] < p[0]) detail::refuse("high", detail::text(p[1]), "it must not be below low, " + detail::text(p[0]));
+            if (p[1] < p[0])
+                detail::refuse("high", detail::text(p[1]), "it must not be below low, " + detail::text(p[0]));
             d.location = detail::finite("low", p[0]);
             detail::finite("high", p[1]);
             d.scale = detail::finite("high - low", p[1] - p[0]);

@@ -103,7 +103,7 @@ def values(kind, parameters, w, steps=()):
         negative = s < int(threshold)
         g = np.where(negative, int(threshold) - s, s - int(threshold)).astype(np.float32)
         offset, scale, low, high = (
-            np.where(negative, np.float32(n), np.float32(q)) for n, q in zip(sides[:4], sides[4:])
+            np.where(negative, np.float32(n), np.float32(q)) for n, q in zip(sides[:4], sides[4:], strict=True)
         )
         z = icdf(fma(g, scale, offset))
         z = np.where(z < low, low, z)
@@ -189,7 +189,8 @@ CASES = [
     ("normal, four steps", NORMAL, (0.0, 1.0), 22, 1,
      ((CLAMP, -INF, 1.0), (MULTIPLY, -0.3, 0.0), (ADD, 0.1, 0.0), (DIVIDE, 7.0, 0.0))),
     ("truncated normal with a step", TRUNCATED_NORMAL, LOPSIDED, 23, 0, ((MULTIPLY, 0.1, 0.0),)),
-    ("uniform to infinity and nan", UNIFORM, (-1.0, 1.0), 24, 0, ((MULTIPLY, 1e38, 0.0), (MULTIPLY, INF, 0.0), (ADD, -INF, 0.0))),
+    ("uniform to infinity and nan", UNIFORM, (-1.0, 1.0), 24, 0,
+     ((MULTIPLY, 1e38, 0.0), (MULTIPLY, INF, 0.0), (ADD, -INF, 0.0))),
     ("constant with a step", CONSTANT, (1.0,), 1, 1, ((DIVIDE, 3.0, 0.0),)),
 ]  # fmt: skip
 
@@ -230,9 +231,10 @@ def _case(name, kind, parameters, seed, stream, steps):
 
 def known_answers():
     return {
-        "about": "Known answers of stream v1, read by the tests of every backend and written by tests/reference.py. Words "
-        "and bit patterns are hexadecimal, in order of element index, 'index' being the first; sha256 is over the "
-        "little-endian elements [index, index + count). A step is an op and two operands, numbered as in csrc/fill.h.",
+        "about": "Known answers of stream v1, read by the tests of every backend and written by tests/reference.py. "
+        "Words and bit patterns are hexadecimal, in order of element index, 'index' being the first; sha256 is over the "
+        "little-endian elements [index, index + count). A step is an op and two operands, numbered as in "
+        "csrc/fill.h.",
         "philox4x32-10": [{"counter": c, "key": k, "words": w} for c, k, w in RANDOM123],
         "fills": [_case(*case) for case in CASES],
     }

@@ -1,5 +1,5 @@
-"""The CPU fills against stream v1: known answers, and the same bits whatever the instruction set, the number of threads,
-the dtype, the window or the batch."""
+"""The CPU fills against stream v1: known answers, and the same bits whatever the instruction set, the number of
+threads, the dtype, the window or the batch."""
 
 import ctypes
 import hashlib
@@ -74,6 +74,7 @@ def test_reference_philox_has_random123s_known_answers(counter, key, expected):
 
 
 float32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
+operands = st.floats(width=32, allow_nan=False)
 
 
 @settings(derandomize=True)
@@ -155,13 +156,13 @@ def test_a_batch_gives_what_single_fills_give():
         fills.append((count, *DISTRIBUTIONS[name][:2], 12, stream, DISTRIBUTIONS[name][2], dtype))
         outs.append(storage(count, dtype))
     batch = native.Batch()
-    for out, (count, kind, parameters, seed, stream, steps, dtype) in zip(outs, fills):
+    for out, (count, kind, parameters, seed, stream, steps, dtype) in zip(outs, fills, strict=True):
         batch.add(out.ctypes.data, count, DTYPES[dtype], kind, parameters, seed, stream, steps)
     assert len(batch) == 300
     assert batch.elements == sum(fill[0] for fill in fills)
     batch.run_cpu(2)
     assert len(batch) == batch.elements == 0
-    for out, fill in zip(outs, fills):
+    for out, fill in zip(outs, fills, strict=True):
         np.testing.assert_array_equal(out, whole(*fill))
 
 
@@ -190,14 +191,15 @@ def boxes(draw):
     after = [draw(st.integers(0, 3)) if draw(st.booleans()) else 0 for _ in sizes]
     if draw(st.booleans()):
         before = after = [0] * dims
-    shape = [b + s + a for b, s, a in zip(before, sizes, after)]
+    shape = [b + s + a for b, s, a in zip(before, sizes, after, strict=True)]
     index_strides = [int(np.prod(shape[d + 1 :])) for d in range(dims)]
     memory_strides, step = [0] * dims, draw(st.sampled_from([1, 1, 1, 2]))
     for d in draw(st.permutations(range(dims))) if draw(st.booleans()) else reversed(range(dims)):
         memory_strides[d] = step
         step *= sizes[d]
         step += draw(st.sampled_from([0, 0, 1, 5]))
-    offset = sum(b * s for b, s in zip(before, index_strides)) + draw(st.sampled_from([0, 0, 2**32 - 5, 2**34 - 50]))
+    offset = sum(b * s for b, s in zip(before, index_strides, strict=True))
+    offset += draw(st.sampled_from([0, 0, 2**32 - 5, 2**34 - 50]))
     places = np.indices(sizes).reshape(dims, -1)
     index = offset + np.array(index_strides) @ places
     memory = np.array(memory_strides) @ places
@@ -304,10 +306,7 @@ def test_a_rounding_mode_set_by_the_host_program_changes_nothing():
 
 
 @settings(deadline=None, derandomize=True)
-@given(
-    value=float32s,
-    steps=st.lists(st.tuples(st.integers(0, 3), st.floats(width=32, allow_nan=False), st.floats(width=32, allow_nan=False)), max_size=4),
-)  # fmt: skip
+@given(value=float32s, steps=st.lists(st.tuples(st.integers(0, 3), operands, operands), max_size=4))
 def test_apply_steps_is_what_a_fill_computes(value, steps):
     expected = reference.apply_steps(np.float32([value]), steps).view(np.uint32)
     got = np.float32(native.apply_steps(value, tuple(steps)))
@@ -315,18 +314,19 @@ def test_apply_steps_is_what_a_fill_computes(value, steps):
     for isa in ISAS:
         np.testing.assert_array_equal(whole(3, CONSTANT, (value,), 0, 0, steps, isa=isa), expected.repeat(3))
         # The same value by way of a kernel's own steps: a uniform with no range.
-        np.testing.assert_array_equal(whole(70, UNIFORM, (value, value), 0, 0, steps, isa=isa),
-                                      reference.fill(UNIFORM, (value, value), 0, 0, np.arange(70), steps=steps))  # fmt: skip
+        flat = (UNIFORM, (value, value), 0, 0)
+        got = whole(70, *flat, steps, isa=isa)
+        np.testing.assert_array_equal(got, reference.fill(*flat, np.arange(70), steps=steps))
 
 
 # --- refusals ---
 
 
 def refused(match, **changes):
-    arguments = dict(data_ptr=64, numel=4, dtype=0, kind=NORMAL, parameters=(0.0, 1.0), seed=0, stream=0, steps=())
+    arguments = {"data_ptr": 64, "numel": 4, "dtype": 0, "kind": NORMAL, "parameters": (0.0, 1.0)}
     batch = native.Batch()
     with pytest.raises(ValueError, match=match):
-        batch.add(**(arguments | changes))
+        batch.add(**(arguments | {"seed": 0, "stream": 0, "steps": ()} | changes))
     assert len(batch) == 0
 
 

@@ -1,4 +1,4 @@
-"""The vector kernels' arithmetic over every input there is: a C++ program that is compiled here for each instruction set.
+"""The vector kernels' arithmetic over every input there is: a C++ program, compiled here for each instruction set.
 
 Minutes, so not part of the default suite.
 """
@@ -27,9 +27,9 @@ FLAGS = {  # as in CMakeLists.txt
 def test_transforms_and_roundings_equal_the_scalar_ones_for_every_input(isa, tmp_path):
     program = tmp_path / "transforms"
     subprocess.run(
-        [*shlex.split(COMPILER), "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w",
-         *FLAGS[isa], f"-I{HERE.parent / 'csrc'}", f'-DSIMD_HEADER="cpu/simd_{isa}.h"', f"-DSIMD={isa.capitalize()}",
-         str(HERE / "transforms.cpp"), "-pthread", "-o", str(program)],
+        [*shlex.split(COMPILER), "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+         "-w", *FLAGS[isa], f"-I{HERE.parent / 'csrc'}", f'-DSIMD_HEADER="cpu/simd_{isa}.h"',
+         f"-DSIMD={isa.capitalize()}", str(HERE / "transforms.cpp"), "-pthread", "-o", str(program)],
         check=True,
     )  # fmt: skip
     result = subprocess.run([str(program)], capture_output=True, text=True)

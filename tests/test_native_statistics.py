@@ -1,5 +1,5 @@
-"""That the values have the distributions they are named for, in every dtype. Seeds are fixed: a test either always passes
-or always fails. Each significance level is such that a correct generator would pass with nearly any seed.
+"""That the values have the distributions they are named for, in every dtype. Seeds are fixed: a test either always
+passes or always fails. Each significance level is such that a correct generator would pass with nearly any seed.
 
 The samples here are large enough to see any error that matters to a model; `make test-slow` repeats them with 10^8.
 """
@@ -75,9 +75,7 @@ def code_probabilities(exact, dtype):
     upper = np.concatenate([edges, [np.inf]])
     # Differences of the nearer tail: no cancellation far out.
     middle = exact.median()
-    probabilities = np.where(
-        lower >= middle, exact.sf(lower) - exact.sf(upper), exact.cdf(upper) - exact.cdf(lower)
-    )
+    probabilities = np.where(lower >= middle, exact.sf(lower) - exact.sf(upper), exact.cdf(upper) - exact.cdf(lower))
     low, high = exact.support()
     possible = (upper > low) & (lower < high)
     return values[possible], probabilities[possible]
@@ -87,7 +85,7 @@ def chi_square_p(observed, expected):
     """p-value after neighbouring cells are pooled to at least 20 expected."""
     pooled_observed, pooled_expected = [], []
     o = e = 0.0
-    for one_observed, one_expected in zip(observed, expected):
+    for one_observed, one_expected in zip(observed, expected, strict=True):
         o += one_observed
         e += one_expected
         if e >= 20:

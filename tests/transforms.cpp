@@ -35,7 +35,8 @@ void check_transform(const char* what, const Distribution& d, const uint32_t* wo
     const Constants<S> constants = make_constants<S>(d);
     float out[2 * S::lanes];
     for (uint32_t i = 0; i < block; i += 2 * S::lanes) {
-        S::store(out, transform<S, T>(constants, S::load(words + i)), transform<S, T>(constants, S::load(words + i + S::lanes)));
+        S::store(out, transform<S, T>(constants, S::load(words + i)),
+                 transform<S, T>(constants, S::load(words + i + S::lanes)));
         for (int lane = 0; lane < 2 * S::lanes; ++lane)
             compare(what, words[i + lane], out[lane], distribution_value(d, words[i + lane], normal_table.rows));
     }

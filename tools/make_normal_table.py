@@ -56,7 +56,7 @@ def row(k, m):
     angles = [pi * (j + mpf(1) / 2) / NODES for j in range(NODES)]
     middle = 1 + mpf(2 * m + 1) / 16
     z = [upper_tail_quantile((middle + cos(a) / 16) * mpf(2) ** (k - 32)) for a in angles]
-    series = [2 * sum(v * cos(d * a) for v, a in zip(z, angles)) / NODES for d in range(DEGREE + 1)]
+    series = [2 * sum(v * cos(d * a) for v, a in zip(z, angles, strict=True)) / NODES for d in range(DEGREE + 1)]
     series[0] /= 2
     return [float32_bits(c * mpf(16) ** d) for d, c in enumerate(monomials_of_chebyshev(series))]
 

@@ -109,7 +109,8 @@ void fill_cpu(const Fill* fills, size_t count, int threads, const Kernel& kernel
         }
     };
 
-    const uint64_t wanted = std::min({static_cast<uint64_t>(std::max(threads, 1)), pieces, elements / elements_per_thread});
+    const uint64_t wanted =
+        std::min({static_cast<uint64_t>(std::max(threads, 1)), pieces, elements / elements_per_thread});
     std::vector<std::thread> workers;
     workers.reserve(wanted);
     try {

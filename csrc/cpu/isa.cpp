@@ -15,10 +15,10 @@ const std::vector<Kernel>& available_kernels() {
     static const std::vector<Kernel> kernels = [] {
         std::vector<Kernel> found;
 #if defined(FASTINIT_X86)
-        // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
+        // __builtin_cpu_supports also asks whether the operating system saves the wide registers. Not every compiler
+        // can be asked for F16C, which every processor with AVX2 has.
         __builtin_cpu_init();
-        const bool avx2 =
-            __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
         if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
             found.push_back(avx512_kernel);

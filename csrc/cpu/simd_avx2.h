@@ -80,16 +80,21 @@ struct Avx2 {
         alignas(32) uint32_t at[lanes];  // byte offsets of the rows
         _mm256_store_si256(reinterpret_cast<__m256i*>(at), _mm256_and_si256(_mm256_srli_epi32(f, 16), set(0xFF0u)));
         const auto row = [&](int lane) {
-            return _mm_load_ps(reinterpret_cast<const float*>(reinterpret_cast<const char*>(normal_table.rows) + at[lane]));
+            return _mm_load_ps(
+                reinterpret_cast<const float*>(reinterpret_cast<const char*>(normal_table.rows) + at[lane]));
         };
         const auto rows = [&](int lane) {
             return _mm256_insertf128_ps(_mm256_castps128_ps256(row(lane)), row(lane + 4), 1);
         };
         const Float r0 = rows(0), r1 = rows(1), r2 = rows(2), r3 = rows(3);
-        const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(r0, r1)), low23 = _mm256_castps_pd(_mm256_unpacklo_ps(r2, r3));
-        const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(r0, r1)), high23 = _mm256_castps_pd(_mm256_unpackhi_ps(r2, r3));
-        const Float c0 = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23)), c1 = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
-        const Float c2 = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23)), c3 = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
+        const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(r0, r1)),
+                      low23 = _mm256_castps_pd(_mm256_unpacklo_ps(r2, r3));
+        const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(r0, r1)),
+                      high23 = _mm256_castps_pd(_mm256_unpackhi_ps(r2, r3));
+        const Float c0 = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23)),
+                    c1 = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
+        const Float c2 = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23)),
+                    c3 = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
         const Int mantissa = _mm256_or_si256(_mm256_and_si256(f, set(0x000FFFFFu)), set(0x3F800000u));
         const Float t = _mm256_add_ps(_mm256_castsi256_ps(mantissa), set(-1.0625f));
         return fma(fma(fma(c3, t, c2), t, c1), t, c0);

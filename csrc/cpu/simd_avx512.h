@@ -8,9 +8,9 @@
 namespace fastinit {
 namespace {
 
-// The 64 rows of exponents 150 to 157, |f| from 2^23 to 2^31, which serve 255 of 256 elements of a normal, by coefficient.
-// A row's low five bits are its place and its sixth bit says in which half it is: even holds rows 192 to 223, odd rows 224 to
-// 239 and 176 to 191.
+// The 64 rows of exponents 150 to 157, |f| from 2^23 to 2^31, which serve 255 of 256 elements of a normal, by
+// coefficient. A row's low five bits are its place and its sixth bit says in which half it is: even holds rows 192 to
+// 223, odd rows 224 to 239 and 176 to 191.
 struct LikelyRows {
     alignas(64) float even[4][32], odd[4][32];
 };
@@ -38,12 +38,14 @@ struct Avx512 {
     using Mask = __mmask16;
 
     static Wide wide(uint64_t x) { return _mm512_set1_epi64(x); }
-    // Lanes hold blocks 0, 4, 1, 5, 2, 6, 3, 7 of the group, which is where store_blocks' unpacking leaves them in order.
+    // Lanes hold blocks 0, 4, 1, 5, 2, 6, 3, 7 of the group, which is where store_blocks' unpacking leaves them in
+    // order.
     static Wide counters(uint32_t block) {
         return _mm512_add_epi64(_mm512_set1_epi64(block), _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0));
     }
     static Wide multiply(Wide a, Wide b) { return _mm512_mul_epu32(a, b); }
-    // A shuffle and not a shift: it leaves the multiplications' port alone. What it puts in the high half does not matter.
+    // A shuffle and not a shift: it leaves the multiplications' port alone. What it puts in the high half does not
+    // matter.
     static Wide high(Wide a) { return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_ENUM>(0xF5)); }
     static Wide exclusive_or(Wide a, Wide b) { return _mm512_xor_si512(a, b); }
     static Wide exclusive_or(Wide a, Wide b, Wide c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
@@ -148,8 +150,9 @@ struct Avx512 {
             const Int sum = _mm512_add_epi32(b, set(0x7FFFu));
             return _mm512_mask_add_epi32(sum, odd, sum, set(1u));
         };
-        alignas(64) static constexpr uint16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                                                           33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+        alignas(64) static constexpr uint16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                           23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                           45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
         _mm512_storeu_si512(out, _mm512_permutex2var_epi16(rounded(x), _mm512_load_si512(upper), rounded(y)));
     }
 };

@@ -45,7 +45,8 @@ struct Portable {
         return each_wide([=](int i) { return block + static_cast<uint32_t>(i); });
     }
     static Wide multiply(const Wide& a, const Wide& b) {
-        return each_wide([&](int i) { return uint64_t{static_cast<uint32_t>(a.v[i])} * static_cast<uint32_t>(b.v[i]); });
+        return each_wide(
+            [&](int i) { return uint64_t{static_cast<uint32_t>(a.v[i])} * static_cast<uint32_t>(b.v[i]); });
     }
     static Wide high(const Wide& a) {
         return each_wide([&](int i) { return a.v[i] >> 32; });
