@@ -164,9 +164,11 @@ def with_step(recipe: tuple[Write, ...], op: int, a: float, b: float = 0.0) -> t
     result = []
     for write in recipe:
         if op == ERFINV:
-            # Only a plain uniform on a part of (-1, 1) becomes a truncated normal under erfinv.
-            if write.kind != UNIFORM or write.steps or not -1.0 <= write.parameters[0] < write.parameters[1] <= 1.0:
+            # Only a uniform on a part of (-1, 1) becomes a truncated normal under erfinv.
+            low, high = _uniform_range(write)
+            if not -1.0 <= low < high <= 1.0:
                 return None
+            write = write._replace(parameters=(low, high), steps=())
         # erfinv is folded away, with up to three steps behind it, when the recipe is carried out.
         elif len(write.steps) >= MAX_STEPS:
             return None
@@ -222,6 +224,21 @@ def _from_erfinv_chain(uniform, steps):
 _TWO_31 = Decimal(2**31)
 _TWO_32 = Decimal(2**32)
 _SQRT_TWO_PI = (2 * Decimal("3.14159265358979323846264338327950288419716939937510582")).sqrt()
+
+
+def _uniform_range(write: Write) -> tuple[float, float]:
+    """The range of a uniform that was scaled and shifted since, or an empty one for anything else."""
+    if write.kind != UNIFORM:
+        return math.inf, -math.inf
+    low, high = write.parameters
+    for op, a, _ in write.steps:
+        if op == MULTIPLY and a > 0.0:
+            low, high = low * a, high * a
+        elif op == ADD:
+            low, high = low + a, high + a
+        else:
+            return math.inf, -math.inf
+    return low, high
 
 
 @lru_cache(maxsize=256)

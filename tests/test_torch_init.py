@@ -421,7 +421,7 @@ def test_hand_written_truncated_normals_follow_the_distribution_in_every_dtype(c
     assert_same_distribution(exact.weight.detach(), plain(construct).weight.detach(), chain)
 
 
-@pytest.mark.parametrize("chain", ["in place", "in place, one-sided", "on the standard normal"])
+@pytest.mark.parametrize("chain", ["in place", "in place, one-sided", "on the standard normal", "out of place"])
 def test_hand_written_truncated_normals_are_one_native_fill(chain):
     function, (mean, std, low, high) = CHAINS[chain]
     with fastinit.on("cpu", "fp32", seed=SEED) as report:
