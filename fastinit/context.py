@@ -73,10 +73,10 @@ class Report:
     def _finish(self, recorder: Recorder) -> None:
         self.seconds = time.perf_counter() - self._started
         self.peak_memory = max(_peak_bytes(self.device) - self._memory, 0)
-        parameters = {id(p): p for ref in recorder.modules_parameters if (p := ref()) is not None}
         with _modes_off():
-            self.parameters = sum(p.numel() for p in parameters.values())
-            self.bytes = sum(p.nbytes for p in parameters.values())
+            for parameter in {ref() for ref in recorder.modules_parameters} - {None}:
+                self.parameters += parameter.numel()
+                self.bytes += parameter.nbytes
         self.fills_executed = recorder.executed
         self.fills_dropped = recorder.dropped
 

@@ -48,7 +48,10 @@ _SHADOW_BYTES = 32 << 20
 _MAX_WRITES = 8
 
 # Device memory is reserved in segments of up to this size: one cudaMalloc per parameter would cost more than the fills.
-_SEGMENT_BYTES = 4 << 30
+_SEGMENT_BYTES = 8 << 30
+
+# A GPU starts to fill while the constructor runs when so many bytes are ready the first time, and a segment later on.
+_FIRST_BYTES = 2 << 30
 
 # Tensors of so many bytes are filled in one go, so that a GPU starts before all of them have their memory.
 _BATCH_BYTES = 1 << 30
@@ -123,7 +126,7 @@ class Recorder(TorchFunctionMode):
         self._overlap = device.type == "cuda"
         self._ready: list[Entry] = []
         self._ready_bytes = 0
-        self._ready_limit = _SEGMENT_BYTES // 2
+        self._ready_limit = _FIRST_BYTES
         self._given: list[Entry] = []
 
     # --- entering and leaving -----------------------------------------------------------------------------------
@@ -290,7 +293,7 @@ class Recorder(TorchFunctionMode):
         if entry.storage_key is None or self.is_whole(entry, tensor):
             self.overwrite(entry, (write,))
             if self._overlap and entry.name is not None and not entry.allocated:
-                self._make_ready(entry)
+                self._make_ready(entry, tensor.nbytes)
             return True
         sizes, strides = tuple(tensor.size()), tensor.stride()
         if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides)):
@@ -523,7 +526,7 @@ class Recorder(TorchFunctionMode):
             self._given.clear()
             self._ready, self._ready_bytes = [], 0
 
-    def _make_ready(self, entry: Entry) -> None:
+    def _make_ready(self, entry: Entry, nbytes: int) -> None:
         """Note that a parameter is initialised, and let the GPU fill earlier ones once that is worth a segment.
 
         Values stay what they would be in any case: the recipe is kept, and what comes later overwrites what was filled.
@@ -539,7 +542,7 @@ class Recorder(TorchFunctionMode):
                 other.resident = other.filled = True
         if not entry.resident:
             self._ready.append(entry)
-            self._ready_bytes += numel(entry.shape) * entry.dtype.itemsize
+            self._ready_bytes += nbytes
 
     def _settle_new(self, entries: list[Entry]) -> None:
         """Give entries that have no memory theirs, and fill it."""

@@ -17,10 +17,10 @@ def early(monkeypatch):
     counts = []
     make_ready, enter = recorder.Recorder._make_ready, recorder.Recorder.__enter__
 
-    def counting(self, entry):
+    def counting(self, entry, nbytes):
         before = self.executed
         try:
-            make_ready(self, entry)
+            make_ready(self, entry, nbytes)
         finally:
             counts.append(self.executed - before)
 
@@ -30,6 +30,7 @@ def early(monkeypatch):
 
     monkeypatch.setattr(recorder.Recorder, "_make_ready", counting)
     monkeypatch.setattr(recorder.Recorder, "__enter__", overlapping)
+    monkeypatch.setattr(recorder, "_FIRST_BYTES", 1024)
     monkeypatch.setattr(recorder, "_SEGMENT_BYTES", 2048)
     monkeypatch.setattr(recorder, "_BATCH_BYTES", 1024)
     return lambda: sum(counts)
