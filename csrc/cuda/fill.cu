@@ -4,9 +4,10 @@
 // whole table of them: nothing is allocated or copied, so a launch is asynchronous and can be captured. A slot is one
 // 16-byte store; each entry of the table is cut into tiles of so many slots, and a persistent grid walks the tiles.
 //
-// Two kernels:
-//   fill_plain    whole 16-byte-aligned runs that begin on a Philox block, without steps: nearly everything in a model.
-//   fill_general  boxes, any alignment, any start, steps, short tails.
+// Three kernels:
+//   fill_run      whole 16-byte-aligned runs that begin on a Philox block, without steps: nearly everything in a model.
+//   fill_rows     the same with steps, and boxes all of whose runs are so aligned.
+//   fill_general  any alignment, any start, any box, values that may be NaN, short tails.
 //
 // The bits are those of distributions.h. Compile with -fmad=false and without --use_fast_math or --ftz=true: every
 // operation is an explicit round-to-nearest intrinsic or exact.
@@ -29,24 +30,29 @@
 namespace fastinit {
 namespace {
 
-// fill_plain keeps to the registers with which its blocks fill a multiprocessor: 4 x 512 threads of 32 registers, or
-// 3 x 512 of 40 where a multiprocessor holds 1536 threads.
-constexpr int kThreads = 512;
+// Threads of a block and blocks of a multiprocessor. Both together fill it where it holds 2048 threads, at 32 registers
+// each, or 1536, at 40. Measured on an H200, larger blocks are faster for 2-byte normals, not for float32.
 #if defined(__CUDA_ARCH__) && ((__CUDA_ARCH__ > 800 && __CUDA_ARCH__ < 900) || __CUDA_ARCH__ >= 1100)
-constexpr int kPlainBlocks = 3;
+constexpr int run_threads(Dtype) { return 512; }
+constexpr int run_blocks(Dtype) { return 3; }
 #else
-constexpr int kPlainBlocks = 4;
+constexpr int run_threads(Dtype dtype) { return dtype == Dtype::float32 ? 512 : 1024; }
+constexpr int run_blocks(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 #endif
+constexpr int kGeneralThreads = 512;
 constexpr int kGeneralBlocks = 2;
-// Slots in a tile, at most: finding a tile's entry and preparing its Philox rounds is a small part of filling it.
-constexpr uint32_t kMaxTile = 16 * kThreads;
-// Slots in a table entry, at most. Keeps slot and tile numbers of a launch within 32 bits.
-constexpr uint64_t kMaxSlots = uint64_t{1} << 30;
-// Kernel parameters may take 32,764 bytes from CUDA 12.1, 4 KB before.
+constexpr int kRowsBlocks = 3;
+constexpr uint32_t kWarp = 32;
+// A tile, at most, in slots for each thread of a block: finding a tile's entry and preparing its Philox rounds is a
+// small part of filling it.
+constexpr uint32_t kMaxTile = 16;
+// Slots in a table entry, at most. Keeps slot and tile numbers of a launch and the elements of a run within 32 bits.
+constexpr uint64_t kMaxSlots = uint64_t{1} << 28;
+// Kernel parameters may take 32,764 bytes from CUDA 12.1, 4 KB before. With more than 16 KB a launch takes longer.
 #if CUDART_VERSION >= 12010
-constexpr int kEntries = 384;
+constexpr int kEntries = 480;
 #else
-constexpr int kEntries = 80;
+constexpr int kEntries = 100;
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -65,7 +71,9 @@ struct Geometry {
     int32_t outer_dims;
     // The runs' elements are not neighbours in memory and in the stream; every element is a run of its own.
     int32_t scattered;
+    uint32_t slots;  // of all runs
     Divider slots_per_run;
+    uint64_t run;  // elements
     Divider size[Box::max_dims];
     uint64_t index_stride[Box::max_dims];
     uint64_t memory_stride[Box::max_dims];  // in bytes
@@ -83,10 +91,9 @@ struct Shared {
 struct Entry {
     char* data;
     uint64_t index_offset;
-    uint64_t run;  // elements
     uint64_t stream;
     uint32_t first_tile;
-    uint32_t slots;
+    uint32_t size;  // in slots; the elements of fill_general's single run
 };
 
 struct Launch {
@@ -100,19 +107,29 @@ struct Launch {
 // ---------------------------------------------------------------------------------------------------------------------
 // Device code
 
+// Truncated normals come in two forms: with equal sides that meet at 0 and no lower limit, as nearly all are, and any.
+enum class Form { constant, uniform, normal, symmetric, truncated };
+
 __device__ constexpr NormalTable device_table = normal_table;
 
-// The table has to be read 16 bytes at once, one row per element.
-// A single copy: hot rows are broadcast, and eight conflict-free copies were slower.
-constexpr int kRows = 256;
+// The table has to be read 16 bytes at once, one row per element. Eight copies, side by side: threads 0 to 7 of a
+// quarter warp, which the hardware serves together, read copies 0 to 7, each in its own banks.
+constexpr uint32_t kTableRows = 256;
+constexpr uint32_t kCopies = 8;
 
-__device__ __forceinline__ void load_rows(float4* rows) {
-    if (threadIdx.x < kRows) rows[threadIdx.x] = *reinterpret_cast<const float4*>(device_table.rows[threadIdx.x]);
+// The calling thread's copy.
+__device__ __forceinline__ const float4* load_rows(float4* rows) {
+    for (uint32_t i = threadIdx.x; i < kTableRows * kCopies; i += blockDim.x)
+        rows[i] = *reinterpret_cast<const float4*>(device_table.rows[i / kCopies]);
     __syncthreads();
+    return rows + threadIdx.x % kCopies;
 }
 
+template <Form kForm>
+constexpr bool kTabulated = kForm != Form::constant && kForm != Form::uniform;
+
 // What rounds 1 and 2 of Philox make of everything but the low word of the block, which is all that changes between
-// the blocks of a plain run: two of the twenty multiplications, the scarce operation, are done once per run.
+// the blocks of an entry: two of the twenty multiplications, the scarce operation, are done once per run.
 struct PhiloxRun {
     uint32_t x, y, z, w, z_first;
 };
@@ -147,12 +164,9 @@ __device__ __forceinline__ void philox_block(const Shared& s, const PhiloxRun& r
     philox_rounds(s, 2, c);
 }
 
-// Truncated normals come in two forms: with equal sides that meet at 0 and no lower limit, as nearly all are, and any.
-enum class Form { constant, uniform, normal, symmetric, truncated };
-
 // normal_icdf. `one` is 1.0f's bits in a register: as an immediate it would cost the mantissa a second instruction.
 __device__ __forceinline__ float icdf(uint32_t f, const float4* rows, uint32_t one) {
-    const uint32_t offset = (f & 0x0FF00000u) >> 16;  // 16 bytes a row
+    const uint32_t offset = (f & 0x0FF00000u) >> 13;  // a row's copies are 128 bytes
     const float4 c = *reinterpret_cast<const float4*>(reinterpret_cast<const char*>(rows) + offset);
     const float t = __fadd_rn(__uint_as_float((f & 0x000FFFFFu) | one), -1.0625f);
     return __fmaf_rn(__fmaf_rn(__fmaf_rn(c.w, t, c.z), t, c.y), t, c.x);
@@ -162,14 +176,16 @@ __device__ __forceinline__ float with_sign_of(float x, uint32_t sign) {
     return __uint_as_float(__float_as_uint(x) ^ (sign & sign_bit));
 }
 
-// kScaled: the factor 2^-24 of a uniform's u is in the distribution's scale already, exactly.
-template <Form kForm, bool kScaled>
+// kAligned: for fill_run and fill_rows, whose fills the launcher has chosen. A uniform's scale contains the factor 2^-24 of
+// u, exactly. A truncated normal meets no NaN and, as no z is -0, no two zeros of unlike sign but where high is one,
+// which it is not: fmaxf is at_least and fminf is at_most.
+template <Form kForm, bool kAligned>
 __device__ __forceinline__ float value(const Shared& shared, uint32_t w, const float4* rows) {
     const Distribution& d = shared.distribution;
     if constexpr (kForm == Form::constant) {
         return d.location;
     } else if constexpr (kForm == Form::uniform) {
-        if constexpr (kScaled) return __fmaf_rn(__uint2float_rn(w >> 8), d.scale, d.location);
+        if constexpr (kAligned) return __fmaf_rn(__uint2float_rn(w >> 8), d.scale, d.location);
         return uniform_value(d, w);
     } else if constexpr (kForm == Form::normal) {
         const uint32_t f = __float_as_uint(__int2float_rn(static_cast<int32_t>(w)));
@@ -177,7 +193,6 @@ __device__ __forceinline__ float value(const Shared& shared, uint32_t w, const f
     } else if constexpr (kForm == Form::symmetric) {
         const float g = __int2float_rn(static_cast<int32_t>(w));
         const float f = __fmaf_rn(fabsf(g), d.positive.scale, d.positive.offset);
-        // No NaN and no two zeros of unlike sign meet here (the launcher sees to high > 0), so that fminf is at_most.
         const float z = fminf(icdf(__float_as_uint(f), rows, shared.one), d.positive.high);
         return __fmaf_rn(with_sign_of(z, __float_as_uint(g)), d.scale, d.location);
     } else {
@@ -187,32 +202,36 @@ __device__ __forceinline__ float value(const Shared& shared, uint32_t w, const f
         const float f = __fmaf_rn(g, negative ? d.negative.scale : d.positive.scale,
                                   negative ? d.negative.offset : d.positive.offset);
         float z = icdf(__float_as_uint(f), rows, shared.one);
-        z = at_least(z, negative ? d.negative.low : d.positive.low);
-        z = at_most(z, negative ? d.negative.high : d.positive.high);
-        return __fmaf_rn(with_sign_of(z, negative ? sign_bit : 0u), d.scale, d.location);
+        const float low = negative ? d.negative.low : d.positive.low;
+        const float high = negative ? d.negative.high : d.positive.high;
+        z = kAligned ? fminf(fmaxf(z, low), high) : at_most(at_least(z, low), high);
+        return __fmaf_rn(negative ? -z : z, d.scale, d.location);
     }
 }
 
 // Step by step rather than element by element: the choice of operation is uniform.
-__device__ __forceinline__ void apply_steps(const Steps& steps, float (&x)[4]) {
+template <int kCount>
+__device__ __forceinline__ void apply_steps(const Steps& steps, float (&x)[kCount]) {
+#pragma unroll 1
     for (int i = 0; i < steps.count; ++i) {
-        const Step step = steps.items[i];
+        const Step& step = steps.items[i];
+        const float a = step.a;
         switch (step.op) {
             case StepOp::multiply:
 #pragma unroll
-                for (float& v : x) v = __fmul_rn(v, step.a);
+                for (float& v : x) v = __fmul_rn(v, a);
                 break;
             case StepOp::add:
 #pragma unroll
-                for (float& v : x) v = __fadd_rn(v, step.a);
+                for (float& v : x) v = __fadd_rn(v, a);
                 break;
             case StepOp::divide:
 #pragma unroll
-                for (float& v : x) v = __fdiv_rn(v, step.a);
+                for (float& v : x) v = __fdiv_rn(v, a);
                 break;
             default:
 #pragma unroll
-                for (float& v : x) v = at_most(at_least(v, step.a), step.b);
+                for (float& v : x) v = at_most(at_least(v, a), step.b);
         }
     }
 }
@@ -225,31 +244,73 @@ struct Slot {
     static constexpr int kBlocks = kLanes / 4;
     uint32_t word[4];
 
-    // The slot's elements 4 * block to 4 * block + 3. No NaN among them.
-    __device__ __forceinline__ void set(int block, const float (&x)[4]) {
-        if constexpr (kDtype == Dtype::float32) {
+    // No NaN among them.
+    __device__ __forceinline__ void set(const float (&x)[kLanes]) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) word[i] = __float_as_uint(x[i]);
-        } else {
-            word[2 * block] = pair(x[0], x[1]);
-            word[2 * block + 1] = pair(x[2], x[3]);
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (kDtype == Dtype::float32) {
+                word[i] = __float_as_uint(x[i]);
+            } else {
+                word[i] = pair(x[2 * i], x[2 * i + 1]);
+            }
         }
     }
 
     // The same with every NaN as quiet_nan: the hardware's conversions give another.
-    __device__ __forceinline__ void set_canonical(int block, const float (&x)[4]) {
-        set(block, x);
+    __device__ __forceinline__ void set_canonical(const float (&x)[kLanes]) {
+        set(x);
         constexpr uint32_t nan = kDtype == Dtype::float32 ? quiet_nan : kDtype == Dtype::float16 ? 0x7E00u : 0x7FC0u;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < kLanes; ++i) {
             if (x[i] == x[i]) continue;
             if constexpr (kDtype == Dtype::float32) {
                 word[i] = nan;
             } else {
-                uint32_t& w = word[2 * block + i / 2];
+                uint32_t& w = word[i / 2];
                 w = i & 1 ? (w & 0x0000FFFFu) | nan << 16 : (w & 0xFFFF0000u) | nan;
             }
         }
+    }
+
+    // Moves the elements down by `phase`, 0 to 3, and takes in the first ones of the next thread's slot.
+    // Every thread of the warp must call this; the last one's slot is spoilt.
+    __device__ __forceinline__ void shift(uint32_t phase) {
+        uint32_t w[7];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) w[i] = word[i];
+        constexpr int kNext = kDtype == Dtype::float32 ? 3 : 2;
+#pragma unroll
+        for (int i = 0; i < kNext; ++i) w[4 + i] = __shfl_down_sync(0xFFFFFFFFu, word[i], 1);
+        if constexpr (kDtype == Dtype::float32) {
+            if (phase & 2u) {
+#pragma unroll
+                for (int i = 0; i < 5; ++i) w[i] = w[i + 2];
+            }
+            if (phase & 1u) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) w[i] = w[i + 1];
+            }
+        } else {
+            if (phase & 2u) {
+#pragma unroll
+                for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
+            }
+            if (phase & 1u) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) w[i] = __funnelshift_r(w[i], w[i + 1], 16);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) word[i] = w[i];
+    }
+
+    __device__ __forceinline__ void set_constant(const Shared& shared) {
+        float value[1] = {shared.distribution.location};
+        apply_steps(shared.steps, value);
+        float x[kLanes];
+#pragma unroll
+        for (float& v : x) v = value[0];
+        set_canonical(x);
     }
 
     __device__ __forceinline__ void store(char* address) const {
@@ -299,13 +360,20 @@ __device__ __forceinline__ uint32_t find_entry(const Launch& launch, uint32_t ti
     return from;
 }
 
-template <Form kForm, Dtype kDtype>
-__global__ void __launch_bounds__(kThreads, kPlainBlocks)
-    fill_plain(const __grid_constant__ Launch launch) {
+__device__ __forceinline__ uint32_t divide(uint32_t n, const Divider& by) {
+    return (__umulhi(n, by.magic) + n) >> by.shift;
+}
+
+// kRows: the entries may be boxes and have steps.
+template <Form kForm, Dtype kDtype, bool kRows>
+__device__ __forceinline__ void fill_aligned(const Launch& launch) {
     using S = Slot<kDtype>;
-    __shared__ float4 rows[kForm == Form::uniform ? 1 : kRows];
-    if constexpr (kForm != Form::uniform) load_rows(rows);
+    __shared__ float4 table[kTabulated<kForm> ? kTableRows * kCopies : 1];
+    const float4* const rows = kTabulated<kForm> ? load_rows(table) : table;
     const Shared& shared = launch.shared;
+    const Geometry& g = shared.geometry;
+    S out;
+    if constexpr (kForm == Form::constant) out.set_constant(shared);
 
     uint32_t entry = 0;
     for (uint32_t tile = blockIdx.x; tile < launch.tiles; tile += gridDim.x) {
@@ -314,25 +382,51 @@ __global__ void __launch_bounds__(kThreads, kPlainBlocks)
         const uint64_t block = e.index_offset >> 2;
         const PhiloxRun run = philox_run(shared, static_cast<uint32_t>(block >> 32), e.stream);
         const uint32_t begin = (tile - e.first_tile) * launch.tile_slots;
-        const uint32_t end = min(begin + launch.tile_slots, e.slots);
-        for (uint32_t slot = begin + threadIdx.x; slot < end; slot += kThreads) {
-            S out;
-#pragma unroll
-            for (int b = 0; b < S::kBlocks; ++b) {
-                uint32_t w[4];
-                philox_block(shared, run, static_cast<uint32_t>(block) + slot * S::kBlocks + b, w);
-                float x[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) x[i] = value<kForm, true>(shared, w[i], rows);
-                out.set(b, x);
+        const uint32_t end = min(begin + launch.tile_slots, e.size);
+        for (uint32_t slot = begin + threadIdx.x; slot < end; slot += blockDim.x) {
+            uint32_t first_block = static_cast<uint32_t>(block);
+            char* address = e.data;
+            uint32_t at = slot;  // in its run
+            if constexpr (kRows) {
+                if (g.outer_dims != 0) {
+                    uint32_t rest = divide(slot, g.slots_per_run);
+                    at = slot - rest * g.slots_per_run.divisor;
+#pragma unroll 1
+                    for (int d = g.outer_dims - 1; d >= 0; --d) {
+                        const uint32_t quotient = d == 0 ? 0 : divide(rest, g.size[d]);
+                        rest -= quotient * g.size[d].divisor;
+                        first_block += rest * static_cast<uint32_t>(g.index_stride[d] >> 2);
+                        address += rest * g.memory_stride[d];
+                        rest = quotient;
+                    }
+                }
             }
-            out.store(e.data + uint64_t{slot} * 16);
+            if constexpr (kForm != Form::constant) {
+                float x[S::kLanes];
+#pragma unroll
+                for (int b = 0; b < S::kBlocks; ++b) {
+                    uint32_t w[4];
+                    philox_block(shared, run, first_block + at * S::kBlocks + b, w);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) x[4 * b + i] = value<kForm, true>(shared, w[i], rows);
+                }
+                if constexpr (kRows) apply_steps(shared.steps, x);
+                out.set(x);
+            }
+            out.store(address + uint64_t{at} * 16);
         }
     }
 }
 
-__device__ __forceinline__ uint32_t divide(uint32_t n, const Divider& by) {
-    return (__umulhi(n, by.magic) + n) >> by.shift;
+template <Form kForm, Dtype kDtype>
+__global__ void __launch_bounds__(run_threads(kDtype), run_blocks(kDtype))
+    fill_run(const __grid_constant__ Launch launch) {
+    fill_aligned<kForm, kDtype, false>(launch);
+}
+
+template <Form kForm, Dtype kDtype>
+__global__ void __launch_bounds__(kGeneralThreads, kRowsBlocks) fill_rows(const __grid_constant__ Launch launch) {
+    fill_aligned<kForm, kDtype, true>(launch);
 }
 
 // Where a slot lies: its run's first element in the stream and in memory, and which of the run's slots it is.
@@ -347,6 +441,7 @@ __device__ __forceinline__ Place locate(const Geometry& g, const Entry& e, uint3
     if (g.outer_dims == 0) return p;
     uint32_t rest = divide(slot, g.slots_per_run);
     p.slot = slot - rest * g.slots_per_run.divisor;
+#pragma unroll 1
     for (int d = g.outer_dims - 1; d >= 0; --d) {
         const uint32_t quotient = d == 0 ? 0 : divide(rest, g.size[d]);
         const uint32_t at = rest - quotient * g.size[d].divisor;
@@ -365,85 +460,61 @@ __device__ __forceinline__ uint32_t existing(int64_t first, uint64_t run, int la
     return first < 0 ? below_end & (~0u << -first) : below_end;
 }
 
+// A thread makes the elements of whole Philox blocks. Where a slot begins inside a block, its last elements are the
+// first ones that the next thread makes; the last thread of a warp only helps the one before it.
 template <Form kForm, Dtype kDtype>
-__global__ void __launch_bounds__(kThreads, kGeneralBlocks) fill_general(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kGeneralThreads, kGeneralBlocks) fill_general(const __grid_constant__ Launch launch) {
     using S = Slot<kDtype>;
-    constexpr bool kTabulated = kForm != Form::constant && kForm != Form::uniform;
     constexpr uint32_t kAll = (1u << S::kLanes) - 1u;
-    __shared__ float4 rows[kTabulated ? kRows : 1];
-    if constexpr (kTabulated) load_rows(rows);
+    __shared__ float4 table[kTabulated<kForm> ? kTableRows * kCopies : 1];
+    const float4* const rows = kTabulated<kForm> ? load_rows(table) : table;
     const Shared& shared = launch.shared;
+    const Geometry& g = shared.geometry;
+    const uint32_t lane = threadIdx.x % kWarp;
+    const uint32_t step = blockDim.x / kWarp * (kWarp - 1);
+    S out;
+    if constexpr (kForm == Form::constant) out.set_constant(shared);
 
     uint32_t entry = 0;
     for (uint32_t tile = blockIdx.x; tile < launch.tiles; tile += gridDim.x) {
         entry = find_entry(launch, tile, entry);
         const Entry& e = launch.entries[entry];
         const uint32_t begin = (tile - e.first_tile) * launch.tile_slots;
-        const uint32_t end = min(begin + launch.tile_slots, e.slots);
-        for (uint32_t slot = begin + threadIdx.x; slot < end; slot += kThreads) {
-            const Place place = locate(shared.geometry, e, slot);
+        // Of a single run, a bound will do: `existing` finds the end.
+        const uint32_t end = min(begin + launch.tile_slots, g.outer_dims == 0 ? e.size / S::kLanes + 2 : g.slots);
+        const uint64_t elements = g.outer_dims == 0 ? e.size : g.run;
+        // The condition is the same for a whole warp: its threads have to meet in Slot::shift.
+        for (uint32_t from = begin + threadIdx.x / kWarp * (kWarp - 1); from < end; from += step) {
+            const uint32_t slot = from + lane;
+            const Place place = locate(g, e, slot);
             // A run's first slot begins up to kLanes - 1 elements before the run: at a 16-byte boundary, or, where
             // elements are stored one by one anyway, at a Philox block.
-            const int head = shared.geometry.scattered
-                                 ? static_cast<int>(place.index & 3)
-                                 : static_cast<int>(reinterpret_cast<uintptr_t>(place.memory) & 15) / S::kItemSize;
+            const int head = g.scattered ? static_cast<int>(place.index & 3)
+                                         : static_cast<int>(reinterpret_cast<uintptr_t>(place.memory) & 15) / S::kItemSize;
             const int64_t first = int64_t{place.slot} * S::kLanes - head;
-            const uint32_t which = existing(first, e.run, S::kLanes);
-            if (which == 0) continue;
+            const uint32_t which = lane != kWarp - 1 && slot < end ? existing(first, elements, S::kLanes) : 0;
 
-            S out;
-            uint32_t phase = 0;
-            uint32_t current[4];
-            // Before the start of stream element 0 the index wraps and so does the block: block -1 is never stored.
-            const int64_t index = static_cast<int64_t>(place.index) + first;
-            const auto words = [&](int64_t block, uint32_t(&w)[4]) {
-                w[0] = static_cast<uint32_t>(block);
-                w[1] = static_cast<uint32_t>(static_cast<uint64_t>(block) >> 32);
-                w[2] = static_cast<uint32_t>(e.stream);
-                w[3] = static_cast<uint32_t>(e.stream >> 32);
-                philox_rounds(shared, 0, w);
-            };
             if constexpr (kForm != Form::constant) {
-                phase = static_cast<uint32_t>(index) & 3u;
-                words(index >> 2, current);
-            }
+                // Before element 0 of the stream the index wraps and so does the block: block -1 is never stored.
+                const int64_t index = static_cast<int64_t>(place.index) + first;
+                float x[S::kLanes];
 #pragma unroll
-            for (int b = 0; b < S::kBlocks; ++b) {
-                float x[4];
-                if constexpr (kForm == Form::constant) {
+                for (int b = 0; b < S::kBlocks; ++b) {
+                    const uint64_t block = static_cast<uint64_t>((index >> 2) + b);
+                    uint32_t w[4] = {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
+                                     static_cast<uint32_t>(e.stream), static_cast<uint32_t>(e.stream >> 32)};
+                    philox_rounds(shared, 0, w);
 #pragma unroll
-                    for (float& v : x) v = shared.distribution.location;
-                } else {
-                    uint32_t w[8];
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) w[i] = current[i];
-                    if (phase != 0 || b + 1 < S::kBlocks) {
-                        words((index >> 2) + b + 1, current);
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) w[4 + i] = current[i];
-                    }
-                    if (phase & 1u) {
-#pragma unroll
-                        for (int i = 0; i < 7; ++i) w[i] = w[i + 1];
-                    }
-                    if (phase & 2u) {
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) w[i] = w[i + 2];
-                    }
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) x[i] = value<kForm, false>(shared, w[i], rows);
+                    for (int i = 0; i < 4; ++i) x[4 * b + i] = value<kForm, false>(shared, w[i], rows);
                 }
-                if (kForm == Form::constant || shared.steps.count > 0) {
-                    apply_steps(shared.steps, x);
-                    out.set_canonical(b, x);
-                } else {
-                    out.set(b, x);
-                }
+                apply_steps(shared.steps, x);
+                out.set_canonical(x);
+                out.shift(static_cast<uint32_t>(index) & 3u);
             }
-            char* address = place.memory + first * S::kItemSize;
+            char* const address = place.memory + first * S::kItemSize;
             if (which == kAll) {
                 out.store(address);
-            } else {
+            } else if (which != 0) {
                 out.store_elements(address, which);
             }
         }
@@ -455,31 +526,33 @@ __global__ void __launch_bounds__(kThreads, kGeneralBlocks) fill_general(const _
 
 using Kernel = void (*)(Launch);
 
-template <Form kForm>
-Kernel general_kernel(Dtype dtype) {
-    switch (dtype) {
-        case Dtype::float16: return fill_general<kForm, Dtype::float16>;
-        case Dtype::bfloat16: return fill_general<kForm, Dtype::bfloat16>;
-        default: return fill_general<kForm, Dtype::float32>;
-    }
-}
+enum class Path { run, rows, general };
 
-template <Form kForm>
-Kernel plain_kernel(Dtype dtype) {
-    switch (dtype) {
-        case Dtype::float16: return fill_plain<kForm, Dtype::float16>;
-        case Dtype::bfloat16: return fill_plain<kForm, Dtype::bfloat16>;
-        default: return fill_plain<kForm, Dtype::float32>;
-    }
-}
-
-Kernel kernel_for(Form form, Dtype dtype, bool plain) {
+template <Dtype kDtype>
+Kernel kernel_for(Form form, Path path) {
     switch (form) {
-        case Form::constant: return general_kernel<Form::constant>(dtype);
-        case Form::uniform: return plain ? plain_kernel<Form::uniform>(dtype) : general_kernel<Form::uniform>(dtype);
-        case Form::normal: return plain ? plain_kernel<Form::normal>(dtype) : general_kernel<Form::normal>(dtype);
-        case Form::symmetric: return plain_kernel<Form::symmetric>(dtype);
-        default: return general_kernel<Form::truncated>(dtype);
+        case Form::constant:
+            return path == Path::general ? fill_general<Form::constant, kDtype> : fill_run<Form::constant, kDtype>;
+        case Form::uniform:
+            return path == Path::run    ? fill_run<Form::uniform, kDtype>
+                   : path == Path::rows ? fill_rows<Form::uniform, kDtype>
+                                        : fill_general<Form::uniform, kDtype>;
+        case Form::normal:
+            return path == Path::run    ? fill_run<Form::normal, kDtype>
+                   : path == Path::rows ? fill_rows<Form::normal, kDtype>
+                                        : fill_general<Form::normal, kDtype>;
+        case Form::symmetric:
+            return fill_run<Form::symmetric, kDtype>;
+        default:
+            return path == Path::general ? fill_general<Form::truncated, kDtype> : fill_rows<Form::truncated, kDtype>;
+    }
+}
+
+Kernel kernel_for(Form form, Dtype dtype, Path path) {
+    switch (dtype) {
+        case Dtype::float16: return kernel_for<Dtype::float16>(form, path);
+        case Dtype::bfloat16: return kernel_for<Dtype::bfloat16>(form, path);
+        default: return kernel_for<Dtype::float32>(form, path);
     }
 }
 
@@ -524,7 +597,7 @@ Divider make_divider(uint64_t divisor) {
 struct Key {
     Form form;
     Dtype dtype;
-    bool plain;
+    Path path;
     uint64_t seed;
     Distribution distribution;
     Steps steps;
@@ -538,7 +611,7 @@ struct KeyHash {
         parts[1] = key.seed;
         parts[2] = key.geometry.slots_per_run.divisor ^ key.geometry.index_stride[0] << 20;
         parts[3] = static_cast<uint64_t>(key.form) << 16 | static_cast<uint64_t>(key.dtype) << 8 |
-                   static_cast<uint64_t>(key.plain) << 4 | static_cast<uint64_t>(key.steps.count);
+                   static_cast<uint64_t>(key.path) << 4 | static_cast<uint64_t>(key.steps.count);
         uint64_t hash = 0;
         for (uint64_t part : parts) hash = (hash ^ part ^ part >> 32) * 0x9E3779B97F4A7C15u;
         return static_cast<size_t>(hash >> 16);
@@ -557,37 +630,52 @@ struct Piece {
 
 uint64_t ceil_divide(uint64_t a, uint64_t b) { return a / b + (a % b != 0); }
 
-// The geometry of a piece's kernel, its slots, and the length of its runs.
+// Whether fill_run or fill_rows may fill the piece: all its runs begin on a Philox block and at a 16-byte boundary and,
+// but for a single run's tail, end so, and the high word of the block number is one and the same.
+bool is_aligned(const Piece& piece, Dtype dtype) {
+    const uint64_t item = item_size(dtype), lanes = 16 / item;
+    const Box& box = piece.box;
+    if (!box.contiguous_runs() || reinterpret_cast<uintptr_t>(piece.data) % 16 != 0 || box.index_offset % 4 != 0)
+        return false;
+    if (box.dims == 1 ? box.run() < lanes : box.run() % lanes != 0) return false;
+    uint64_t last = box.index_offset + box.run() - 1;
+    for (int d = 0; d < box.dims - 1; ++d) {
+        if (box.index_stride[d] % 4 != 0 || box.memory_stride[d] * item % 16 != 0) return false;
+        last += (box.size[d] - 1) * box.index_stride[d];
+    }
+    return box.index_offset >> 34 == last >> 34;
+}
+
+// A piece's slots and how they are arranged. Of a piece of more than kMaxSlots slots, the number alone holds.
 struct Shape {
     Geometry geometry;
     uint64_t slots;
-    uint64_t run;
 };
 
-// Of a piece of more than kMaxSlots slots, only that holds.
-Shape shape_of(const Piece& piece, Dtype dtype) {
+Shape shape_of(const Piece& piece, Dtype dtype, bool aligned) {
     const uint64_t item = item_size(dtype), lanes = 16 / item;
     const Box& box = piece.box;
-    const auto address = reinterpret_cast<uintptr_t>(piece.data);
     Shape shape;
     std::memset(&shape, 0, sizeof shape);
     Geometry& g = shape.geometry;
     g.scattered = !box.contiguous_runs();
     g.outer_dims = g.scattered ? box.dims : box.dims - 1;
-    shape.run = g.scattered ? 1 : box.run();
+    const uint64_t run = g.scattered ? 1 : box.run();
 
-    // Runs have equally many slots, enough for the least aligned of them.
-    bool aligned = address % 16 == 0;
-    uint64_t runs = 1;
-    for (int d = 0; d < g.outer_dims; ++d) {
-        aligned = aligned && box.memory_stride[d] * item % 16 == 0;
-        runs *= box.size[d];
+    uint64_t per_run = 1;
+    if (aligned) {
+        per_run = run / lanes;
+    } else if (!g.scattered) {
+        // Enough for a run that begins on a slot's last element, and one more, whose thread helps the one before it.
+        per_run = ceil_divide(lanes - 1 + run, lanes) + 1;
     }
-    const uint64_t head = g.outer_dims == 0 ? address % 16 / item : aligned ? 0 : lanes - 1;
-    const uint64_t per_run = g.scattered ? 1 : ceil_divide(head + shape.run, lanes);
+    uint64_t runs = 1;
+    for (int d = 0; d < g.outer_dims; ++d) runs *= box.size[d];
     shape.slots = runs > kMaxSlots / per_run ? kMaxSlots + 1 : runs * per_run;
     if (g.outer_dims == 0 || shape.slots > kMaxSlots) return shape;
+    g.slots = static_cast<uint32_t>(shape.slots);
     g.slots_per_run = make_divider(per_run);
+    g.run = run;
     for (int d = 0; d < g.outer_dims; ++d) {
         g.size[d] = make_divider(box.size[d]);
         g.index_stride[d] = box.index_stride[d];
@@ -621,8 +709,7 @@ void split(const Piece& piece, Dtype dtype, std::vector<Piece>& pieces) {
     pieces.push_back(low);
 }
 
-Form form_of(const Fill& fill) {
-    const Distribution& d = fill.distribution;
+Form form_of(const Distribution& d) {
     switch (d.kind) {
         case Kind::constant: return Form::constant;
         case Kind::uniform: return Form::uniform;
@@ -633,89 +720,163 @@ Form form_of(const Fill& fill) {
     if (!d.symmetric || !std::isinf(tail.low) || tail.low > 0) return Form::truncated;
     // Bounds that no z reaches: the same words give a normal's bits.
     if (tail.scale == 1.0f && tail.offset == 0.0f && tail.high >= 7.0f) return Form::normal;
-    return tail.high > 0 && fill.steps.count == 0 ? Form::symmetric : Form::truncated;
+    return tail.high > 0 ? Form::symmetric : Form::truncated;
 }
 
-// Collects table entries by key and launches them.
+// Whether every value is finite after the distribution and after each step, by a bound on its magnitude: no NaN then.
+bool stays_finite(const Fill& fill) {
+    const Distribution& d = fill.distribution;
+    double z = 1;
+    if (d.kind == Kind::normal || d.kind == Kind::truncated_normal) z = 7;
+    if (d.kind == Kind::truncated_normal) {
+        for (const TailMap* side : {&d.negative, &d.positive})
+            z = std::max({z, static_cast<double>(side->low), -static_cast<double>(side->high)});
+    }
+    constexpr double limit = 1e38;
+    double bound = z * std::fabs(static_cast<double>(d.scale)) + std::fabs(static_cast<double>(d.location));
+    for (int i = 0; i < fill.steps.count && bound < limit; ++i) {
+        const Step& step = fill.steps.items[i];
+        const double a = std::fabs(static_cast<double>(step.a));
+        switch (step.op) {
+            case StepOp::multiply: bound *= a; break;
+            case StepOp::add: bound += a; break;
+            case StepOp::divide: bound = a > 0 ? bound / a : INFINITY; break;
+            default:
+                if (step.a > 0) bound = std::max(bound, a);
+                if (step.b < 0) bound = std::max(bound, -static_cast<double>(step.b));
+        }
+    }
+    return bound < limit;  // false, too, if an infinite step made the bound NaN
+}
+
+// What follows from a fill's distribution and steps.
+struct Style {
+    Form form;
+    bool aligned_ok;  // fill_run and fill_rows may be used
+    Distribution scaled;  // the distribution as they want it
+};
+
+Style style_of(const Fill& fill) {
+    Style style{form_of(fill.distribution), true, fill.distribution};
+    if (style.form == Form::constant) return style;
+    style.aligned_ok = stays_finite(fill);
+    if (style.form == Form::truncated)
+        style.aligned_ok =
+            style.aligned_ok && fill.distribution.negative.high != 0 && fill.distribution.positive.high != 0;
+    if (style.form == Form::uniform) {
+        // The scale times 2^-24, exact unless it is tiny; in integers, since the caller may flush subnormals.
+        const uint32_t bits = bits_of(style.scaled.scale), magnitude = bits & ~sign_bit;
+        if (magnitude == 0) return style;
+        style.aligned_ok = style.aligned_ok && magnitude >> 23 > 24;
+        style.scaled.scale = float_of(bits - (24u << 23));
+    }
+    return style;
+}
+
+// Collects table entries by key and launches them, each table when it is full: the device begins while the host goes on.
 class Launcher {
 public:
     Launcher(int device, cudaStream_t stream) : device_(device), stream_(stream), guard_(device) {
-        int multiprocessors = 0, threads = 0;
+        int multiprocessors = 0;
         check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
               "cudaDeviceGetAttribute", device);
-        check(cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, device),
-              "cudaDeviceGetAttribute", device);
-        resident_ = static_cast<uint32_t>(multiprocessors * std::max(threads / kThreads, 1));
+        multiprocessors_ = static_cast<uint32_t>(multiprocessors);
         std::memset(&key_, 0, sizeof key_);
     }
 
     void add(const Fill& fill) {
-        if (fill.elements() == 0) return;
+        if (add_like_previous(fill) || fill.elements() == 0) return;
+        previous_ = nullptr;
+        const Style style = style_of(fill);
         std::vector<Piece>& pieces = pieces_;
         pieces.assign(1, Piece{static_cast<char*>(fill.data), fill.box});
         while (!pieces.empty()) {
             const Piece piece = pieces.back();
             pieces.pop_back();
-            const Shape shape = shape_of(piece, fill.dtype);
+            const bool aligned = style.aligned_ok && is_aligned(piece, fill.dtype) &&
+                                 (style.form != Form::constant || piece.box.dims == 1);
+            const Shape shape = shape_of(piece, fill.dtype, aligned);
             if (shape.slots > kMaxSlots) {
                 split(piece, fill.dtype, pieces);
             } else {
-                add_piece(fill, piece, shape);
+                add_piece(fill, style, piece, shape, aligned);
             }
         }
     }
 
     void launch() {
-        for (const auto& [key, entries] : groups_) launch_group(key, entries);
+        for (auto& group : groups_) launch_group(group);
     }
 
 private:
-    void add_piece(const Fill& fill, const Piece& piece, const Shape& shape) {
-        const uint64_t item = item_size(fill.dtype), lanes = 16 / item;
-        const Box& box = piece.box;
-        const Form form = form_of(fill);
-        const uint64_t first_block = box.index_offset >> 2;
-        const uint64_t last_block = (box.index_offset + (shape.run | (lanes - 1))) >> 2;
-        // A uniform's scale times 2^-24, exact unless it is tiny; in integers, since the caller may flush subnormals.
-        Distribution scaled = fill.distribution;
-        const uint32_t scale_bits = bits_of(scaled.scale);
-        const bool zero = (scale_bits & ~sign_bit) == 0;
-        const bool scales = form != Form::uniform || zero || (scale_bits & ~sign_bit) >> 23 > 24;
-        if (!zero) scaled.scale = float_of(scale_bits - (24u << 23));
-        const bool plain = form != Form::constant && form != Form::truncated && fill.steps.count == 0 && scales &&
-                           box.contiguous() && reinterpret_cast<uintptr_t>(piece.data) % 16 == 0 &&
-                           box.index_offset % 4 == 0 && first_block >> 32 == last_block >> 32 && shape.run >= lanes;
-        if (!plain) {
-            add_entry(fill, form == Form::symmetric ? Form::truncated : form, false, fill.distribution, shape,
-                      Entry{piece.data, box.index_offset, shape.run, fill.stream, 0, 0}, shape.slots);
-            return;
-        }
-        const uint64_t slots = shape.run / lanes, body = slots * lanes;
-        add_entry(fill, form, true, form == Form::uniform ? scaled : fill.distribution, shape,
-                  Entry{piece.data, box.index_offset, body, fill.stream, 0, 0}, slots);
-        if (body == shape.run) return;
-        const Form general = form == Form::symmetric ? Form::truncated : form;
-        add_entry(fill, general, false, fill.distribution, shape,
-                  Entry{piece.data + body * item, box.index_offset + body, shape.run - body, fill.stream, 0, 0}, 1);
+    using Group = std::pair<const Key, std::vector<Entry>>;
+
+    // Most fills of a model are whole tensors that differ from the one before in address, size and stream alone.
+    bool add_like_previous(const Fill& fill) {
+        if (previous_ == nullptr) return false;
+        const Fill& p = *previous_;
+        if (fill.dtype != p.dtype || fill.seed != p.seed || fill.steps.count != 0 || p.steps.count != 0 ||
+            std::memcmp(&fill.distribution, &p.distribution, sizeof p.distribution) != 0 || !fill.box.contiguous())
+            return false;
+        const uint64_t lanes = 16 / item_size(fill.dtype);
+        const Piece piece{static_cast<char*>(fill.data), fill.box};
+        if (fill.box.run() % lanes != 0 || fill.box.run() / lanes > kMaxSlots || !is_aligned(piece, fill.dtype))
+            return false;
+        push(*previous_group_, Entry{piece.data, fill.box.index_offset, fill.stream, 0,
+                                     static_cast<uint32_t>(fill.box.run() / lanes)});
+        return true;
     }
 
-    void add_entry(const Fill& fill, Form form, bool plain, const Distribution& distribution, const Shape& shape,
-                   Entry entry, uint64_t slots) {
+    void add_piece(const Fill& fill, const Style& style, const Piece& piece, const Shape& shape, bool aligned) {
+        const uint64_t item = item_size(fill.dtype), lanes = 16 / item;
+        const Box& box = piece.box;
+        const uint64_t index = box.index_offset;
+        // Only fill_run knows the symmetric form, and only it does not know the general truncated one.
+        const bool bare = box.dims == 1 && (fill.steps.count == 0 || style.form == Form::constant) &&
+                          style.form != Form::truncated;
+        const Form form = aligned && bare ? style.form : style.form == Form::symmetric ? Form::truncated : style.form;
+        if (!aligned) {
+            add_entry(fill, form, Path::general, fill.distribution, shape,
+                      Entry{piece.data, index, fill.stream, 0, static_cast<uint32_t>(box.run())});
+            return;
+        }
+        const uint64_t body = box.dims == 1 ? box.run() / lanes * lanes : box.run();
+        add_entry(fill, form, bare ? Path::run : Path::rows, style.scaled, shape,
+                  Entry{piece.data, index, fill.stream, 0, static_cast<uint32_t>(shape.slots)});
+        if (bare && fill.steps.count == 0 && fill.box.dims == 1) {
+            previous_ = &fill;
+            previous_group_ = last_;
+        }
+        if (body == box.run()) return;
+        add_entry(fill, style.form == Form::symmetric ? Form::truncated : style.form, Path::general, fill.distribution,
+                  shape,
+                  Entry{piece.data + body * item, index + body, fill.stream, 0, static_cast<uint32_t>(box.run() - body)});
+    }
+
+    void add_entry(const Fill& fill, Form form, Path path, const Distribution& distribution, const Shape& shape,
+                   const Entry& entry) {
         key_.form = form;
         key_.dtype = fill.dtype;
-        key_.plain = plain;
+        key_.path = path;
         key_.seed = form == Form::constant ? 0 : fill.seed;
         key_.distribution = distribution;
         key_.steps = fill.steps;
         key_.geometry = shape.geometry;
-        entry.slots = static_cast<uint32_t>(slots);
-        // Neighbours in a list of fills are mostly alike.
         if (last_ == nullptr || !KeyEqual{}(last_->first, key_)) last_ = &*groups_.try_emplace(key_).first;
-        last_->second.push_back(entry);
+        push(*last_, entry);
     }
 
-    void launch_group(const Key& key, const std::vector<Entry>& entries) {
-        Launch launch{};
+    void push(Group& group, const Entry& entry) {
+        group.second.push_back(entry);
+        if (group.second.size() == kEntries) launch_group(group);
+    }
+
+    // Launches the group's entries, at most kEntries, and leaves it empty.
+    void launch_group(Group& group) {
+        const Key& key = group.first;
+        std::vector<Entry>& entries = group.second;
+        if (entries.empty()) return;
+        Launch& launch = launch_;
         Shared& shared = launch.shared;
         for (uint32_t round = 0; round < Philox::rounds; ++round) {
             shared.key0[round] = static_cast<uint32_t>(key.seed) + round * Philox::key_step0;
@@ -725,39 +886,75 @@ private:
         shared.distribution = key.distribution;
         shared.steps = key.steps;
         shared.geometry = key.geometry;
-        const Kernel kernel = kernel_for(key.form, key.dtype, key.plain);
-        for (size_t done = 0; done < entries.size(); done += launch.count) {
-            launch.count = static_cast<uint32_t>(std::min<size_t>(entries.size() - done, kEntries));
-            launch.tile_slots = tile_slots(&entries[done], launch.count);
-            launch.tiles = 0;
-            for (uint32_t i = 0; i < launch.count; ++i) {
-                Entry& entry = launch.entries[i] = entries[done + i];
-                entry.first_tile = launch.tiles;
-                launch.tiles += (entry.slots + launch.tile_slots - 1) / launch.tile_slots;
-            }
-            void* arguments[] = {&launch};
-            check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(std::min(launch.tiles, resident_)),
-                                   dim3(kThreads), arguments, 0, stream_),
-                  "cudaLaunchKernel", device_);
+
+        const uint64_t lanes = 16 / item_size(key.dtype);
+        const auto slots = [&](const Entry& entry) -> uint64_t {
+            if (key.geometry.outer_dims != 0) return key.geometry.slots;
+            return key.path == Path::general ? entry.size / lanes + 2 : entry.size;
+        };
+        uint64_t total = 0, largest = 0;
+        for (const Entry& entry : entries) {
+            total += slots(entry);
+            largest = std::max(largest, slots(entry));
         }
+        const void* const kernel = reinterpret_cast<const void*>(kernel_for(key.form, key.dtype, key.path));
+        const uint32_t threads = prepare(kernel, largest);
+
+        // Tiles of whole passes of a block; eight or more for every resident block where there is work enough, so that
+        // blocks end together.
+        const uint64_t pass = key.path == Path::general ? threads / kWarp * (kWarp - 1) : threads;
+        const uint64_t passes = std::min<uint64_t>(std::max<uint64_t>(total / (uint64_t{8} * resident_) / pass, 1), kMaxTile);
+        launch.tile_slots = static_cast<uint32_t>(passes * pass);
+        launch.tiles = 0;
+        launch.count = static_cast<uint32_t>(entries.size());
+        for (uint32_t i = 0; i < launch.count; ++i) {
+            launch.entries[i] = entries[i];
+            launch.entries[i].first_tile = launch.tiles;
+            launch.tiles += static_cast<uint32_t>(ceil_divide(slots(entries[i]), launch.tile_slots));
+        }
+        void* arguments[] = {&launch};
+        check(cudaLaunchKernel(kernel, dim3(std::min(launch.tiles, resident_)), dim3(threads), arguments, 0, stream_),
+              "cudaLaunchKernel", device_);
+        entries.clear();
     }
 
-    // At least eight tiles for every resident block where there is work enough, so that blocks end together.
-    uint32_t tile_slots(const Entry* entries, uint32_t count) const {
-        uint64_t slots = 0;
-        for (uint32_t i = 0; i < count; ++i) slots += entries[i].slots;
-        const uint64_t wanted = slots / (uint64_t{8} * resident_) / kThreads * kThreads;
-        return static_cast<uint32_t>(std::min<uint64_t>(std::max<uint64_t>(wanted, kThreads), kMaxTile));
+    // The threads of a block for entries of at most `largest` slots; sees to resident_.
+    uint32_t prepare(const void* kernel, uint64_t largest) {
+        if (kernel != kernel_) {
+            cudaFuncAttributes attributes;
+            check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes", device_);
+            kernel_ = kernel;
+            most_threads_ = attributes.maxThreadsPerBlock / 128 * 128;
+            threads_ = 0;
+        }
+        // As many as the kernel was compiled for, but no more than an entry gives work to.
+        int threads = most_threads_;
+        while (threads > 256 && largest <= static_cast<uint64_t>(threads) / 2) threads /= 2;
+        if (threads != threads_) {
+            int blocks = 0;
+            check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0),
+                  "cudaOccupancyMaxActiveBlocksPerMultiprocessor", device_);
+            threads_ = threads;
+            resident_ = multiprocessors_ * static_cast<uint32_t>(std::max(blocks, 1));
+        }
+        return static_cast<uint32_t>(threads);
     }
 
     int device_;
     cudaStream_t stream_;
     DeviceGuard guard_;
-    uint32_t resident_ = 0;  // blocks that the device runs at a time
+    uint32_t multiprocessors_ = 0;
+    const void* kernel_ = nullptr;  // the kernel of the last launch, and what is known of it:
+    int most_threads_ = 0;          // threads that a block may have,
+    int threads_ = 0;               // those that it had,
+    uint32_t resident_ = 0;         // blocks of so many threads that the device runs at a time
     Key key_;
     std::unordered_map<Key, std::vector<Entry>, KeyHash, KeyEqual> groups_;
-    std::pair<const Key, std::vector<Entry>>* last_ = nullptr;
+    Group* last_ = nullptr;
+    const Fill* previous_ = nullptr;  // a fill in previous_group_, by fill_run and without steps
+    Group* previous_group_ = nullptr;
     std::vector<Piece> pieces_;
+    Launch launch_{};
 };
 
 }  // namespace
