@@ -232,8 +232,8 @@ def _case(name, kind, parameters, seed, stream, steps):
 def known_answers():
     return {
         "about": "Known answers of stream v1, read by the tests of every backend and written by tests/reference.py. "
-        "Words and bit patterns are hexadecimal, in order of element index, 'index' being the first; sha256 is over the "
-        "little-endian elements [index, index + count). A step is an op and two operands, numbered "
+        "Words and bit patterns are hexadecimal, in order of element index, 'index' being the first; sha256 is over "
+        "the little-endian elements [index, index + count). A step is an op and two operands, numbered "
         "as in csrc/fill.h.",
         "philox4x32-10": [{"counter": c, "key": k, "words": w} for c, k, w in RANDOM123],
         "fills": [_case(*case) for case in CASES],
