@@ -135,9 +135,10 @@ def decide_cuda(environ, find=find_nvcc, check=check_nvcc):
     if nvcc is None:
         if wanted:
             raise BuildError(
-                "FASTINIT_CUDA=1, but no CUDA compiler was found: CUDACXX and CUDA_HOME are not set, and nvcc is not on "
-                f"PATH or in /usr/local/cuda. Install the CUDA toolkit, {OLDEST} or newer (NVIDIA's package cuda-toolkit, or conda's "
-                "cuda-nvcc and cuda-cudart-dev), and put nvcc on PATH, or unset FASTINIT_CUDA to build without CUDA"
+                "FASTINIT_CUDA=1, but no CUDA compiler was found: CUDACXX and CUDA_HOME are not set, and nvcc is "
+                f"neither on PATH nor in /usr/local/cuda. Install the CUDA toolkit, {OLDEST} or newer (NVIDIA's "
+                "package cuda-toolkit, or conda's cuda-nvcc and cuda-cudart-dev), and put nvcc on PATH, or unset FASTINIT_CUDA "
+                "to build without CUDA"
             )
         return None, "no CUDA compiler found (looked at CUDACXX, CUDA_HOME, PATH and /usr/local/cuda)"
     return nvcc, choose_architectures(environ, check(nvcc))
@@ -180,9 +181,8 @@ class CMakeBuild(build_ext):
         cmake = build_tool("cmake")
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
-        # --fresh: pip's isolated environments come and go, and a cache that remembers the last one's paths breaks the
-        # next build. Ninja still rebuilds only what changed.
-        configure = [cmake, "--fresh", "-S", str(Path(__file__).resolve().parent), "-B", str(build), "-G", "Ninja",
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [cmake, "-S", str(Path(__file__).resolve().parent), "-B", str(build), "-G", "Ninja",
                      f"-DCMAKE_MAKE_PROGRAM={build_tool('ninja')}",
                      f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
                      f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
@@ -191,9 +191,19 @@ class CMakeBuild(build_ext):
                      f"-DFASTINIT_CUDA={'ON' if nvcc else 'OFF'}"]  # fmt: skip
         if nvcc:
             configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DFASTINIT_CUDA_ARCHS={';'.join(map(str, choice))}"]
-        for command in (configure, [cmake, "--build", str(build), "--target", "_native"]):
-            if subprocess.run(command).returncode:
-                raise BuildError("the native module did not build; the reason is above (with pip: `pip install -v .`)")
+        # A cache made with other settings is discarded: pip's isolated environments come and go, and what remembers the
+        # last one's paths breaks the next build. With the same settings only what changed is compiled.
+        settings, record = "\n".join(configure), build / "configured-with.txt"
+        fresh = [] if record.is_file() and record.read_text() == settings else ["--fresh"]
+        record.unlink(missing_ok=True)
+        self.run_or_fail(configure + fresh)
+        record.write_text(settings)
+        self.run_or_fail([cmake, "--build", str(build), "--target", "_native"])
+
+    @staticmethod
+    def run_or_fail(command):
+        if subprocess.run(command).returncode:
+            raise BuildError("the native module did not build; the reason is above (with pip: `pip install -v .`)")
 
 
 def main():
