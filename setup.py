@@ -137,8 +137,8 @@ def decide_cuda(environ, find=find_nvcc, check=check_nvcc):
             raise BuildError(
                 "FASTINIT_CUDA=1, but no CUDA compiler was found: CUDACXX and CUDA_HOME are not set, and nvcc is "
                 f"neither on PATH nor in /usr/local/cuda. Install the CUDA toolkit, {OLDEST} or newer (NVIDIA's "
-                "package cuda-toolkit, or conda's cuda-nvcc and cuda-cudart-dev), and put nvcc on PATH, or unset FASTINIT_CUDA "
-                "to build without CUDA"
+                "package cuda-toolkit, or conda's cuda-nvcc and cuda-cudart-dev), and put nvcc on PATH, or unset "
+                "FASTINIT_CUDA to build without CUDA"
             )
         return None, "no CUDA compiler found (looked at CUDACXX, CUDA_HOME, PATH and /usr/local/cuda)"
     return nvcc, choose_architectures(environ, check(nvcc))

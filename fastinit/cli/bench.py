@@ -280,7 +280,7 @@ def measure_case(case: Case, device: torch.device, repeats: int) -> dict[str, li
     for way in case.ways:
         measure.create_small(*way_and_dtype(way, device))
         if way != "naive":
-            # Not counted: it imports what the model needs and has the system back the memory that later ones get again.
+            # Not counted: the first one imports what the model needs and is the first to touch its memory.
             measure_once(case, way, device)
     if case.cache == "warm":
         # One way after the other: what another way left in the allocator's cache is not what this one would find.
