@@ -77,6 +77,7 @@ struct Geometry {
     Divider size[Box::max_dims];
     uint64_t index_stride[Box::max_dims];
     uint64_t memory_stride[Box::max_dims];  // in bytes
+    uint32_t block_stride[Box::max_dims];   // index_stride in Philox blocks, as an offset to a block number's low word
 };
 
 struct Shared {
@@ -131,14 +132,14 @@ constexpr bool kTabulated = kForm != Form::constant && kForm != Form::uniform;
 // What rounds 1 and 2 of Philox make of everything but the low word of the block, which is all that changes between
 // the blocks of an entry: two of the twenty multiplications, the scarce operation, are done once per run.
 struct PhiloxRun {
-    uint32_t x, y, z, w, z_first;
+    uint32_t x, z, w, z_first;
 };
 
 __device__ __forceinline__ PhiloxRun philox_run(const Shared& s, uint32_t block_high, uint64_t stream) {
     const uint64_t p1 = uint64_t{Philox::multiplier1} * static_cast<uint32_t>(stream);
     const uint32_t x1 = static_cast<uint32_t>(p1 >> 32) ^ block_high ^ s.key0[0];
     const uint64_t p0 = uint64_t{Philox::multiplier0} * x1;
-    return PhiloxRun{static_cast<uint32_t>(p1) ^ s.key0[1], 0u, static_cast<uint32_t>(p0 >> 32) ^ s.key1[1],
+    return PhiloxRun{static_cast<uint32_t>(p1) ^ s.key0[1], static_cast<uint32_t>(p0 >> 32) ^ s.key1[1],
                      static_cast<uint32_t>(p0), static_cast<uint32_t>(stream >> 32) ^ s.key1[0]};
 }
 
@@ -380,7 +381,10 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
         entry = find_entry(launch, tile, entry);
         const Entry& e = launch.entries[entry];
         const uint64_t block = e.index_offset >> 2;
-        const PhiloxRun run = philox_run(shared, static_cast<uint32_t>(block >> 32), e.stream);
+        PhiloxRun run = philox_run(shared, static_cast<uint32_t>(block >> 32), e.stream);
+        // Keeps the compiler from doing it again for every slot, to save registers that only the truncated form lacks.
+        if constexpr (kRows && kForm != Form::truncated)
+            asm volatile("" : "+r"(run.x), "+r"(run.z), "+r"(run.w), "+r"(run.z_first));
         const uint32_t begin = (tile - e.first_tile) * launch.tile_slots;
         const uint32_t end = min(begin + launch.tile_slots, e.size);
         for (uint32_t slot = begin + threadIdx.x; slot < end; slot += blockDim.x) {
@@ -388,18 +392,18 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
             char* address = e.data;
             uint32_t at = slot;  // in its run
             if constexpr (kRows) {
-                if (g.outer_dims != 0) {
-                    uint32_t rest = divide(slot, g.slots_per_run);
-                    at = slot - rest * g.slots_per_run.divisor;
+                uint32_t row = divide(slot, g.slots_per_run);
+                at = slot - row * g.slots_per_run.divisor;
 #pragma unroll 1
-                    for (int d = g.outer_dims - 1; d >= 0; --d) {
-                        const uint32_t quotient = d == 0 ? 0 : divide(rest, g.size[d]);
-                        rest -= quotient * g.size[d].divisor;
-                        first_block += rest * static_cast<uint32_t>(g.index_stride[d] >> 2);
-                        address += rest * g.memory_stride[d];
-                        rest = quotient;
-                    }
+                for (int d = g.outer_dims - 1; d > 0; --d) {
+                    const uint32_t quotient = divide(row, g.size[d]);
+                    row -= quotient * g.size[d].divisor;
+                    first_block += row * g.block_stride[d];
+                    address += row * g.memory_stride[d];
+                    row = quotient;
                 }
+                first_block += row * g.block_stride[0];
+                address += row * g.memory_stride[0];
             }
             if constexpr (kForm != Form::constant) {
                 float x[S::kLanes];
@@ -672,13 +676,18 @@ Shape shape_of(const Piece& piece, Dtype dtype, bool aligned) {
     uint64_t runs = 1;
     for (int d = 0; d < g.outer_dims; ++d) runs *= box.size[d];
     shape.slots = runs > kMaxSlots / per_run ? kMaxSlots + 1 : runs * per_run;
-    if (g.outer_dims == 0 || shape.slots > kMaxSlots) return shape;
+    if (shape.slots > kMaxSlots) return shape;
+    if (g.outer_dims == 0) {
+        g.slots_per_run = make_divider(uint64_t{1} << 31);  // beyond all slots: fill_rows finds every one in row 0
+        return shape;
+    }
     g.slots = static_cast<uint32_t>(shape.slots);
     g.slots_per_run = make_divider(per_run);
     g.run = run;
     for (int d = 0; d < g.outer_dims; ++d) {
         g.size[d] = make_divider(box.size[d]);
         g.index_stride[d] = box.index_stride[d];
+        g.block_stride[d] = static_cast<uint32_t>(box.index_stride[d] >> 2);
         g.memory_stride[d] = box.memory_stride[d] * item;
     }
     return shape;
