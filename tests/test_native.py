@@ -146,6 +146,24 @@ def test_any_number_of_threads_gives_the_same_bits(threads, isa):
         np.testing.assert_array_equal(whole(count, NORMAL, (0.0, 1.0), 1, 2, (), dtype, threads, isa), one)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shift", [0, 1, 16])
+def test_a_fill_larger_than_the_caches_has_the_bits_of_its_parts(isa, shift):
+    # Large fp32 tensors on cache lines are written past the caches; parts and shifted ones are not.
+    count, part = (1 << 22) + 4321, 1 << 19
+    out = storage(count + shift + 32, "float32")
+    start = -out.ctypes.data // out.itemsize % 16 + shift
+    batch = native.Batch()
+    batch.add(out.ctypes.data + start * out.itemsize, count, DTYPES["float32"], NORMAL, (0.0, 0.02), 5, 6)
+    batch.run_cpu(2, isa)
+    untouched = storage(count, "float32")
+    assert np.array_equal(out[:start], untouched[:start])
+    assert np.array_equal(out[start + count :], untouched[: len(out) - start - count])
+    for first in range(0, count, part):
+        expected = row(first, min(part, count - first), NORMAL, (0.0, 0.02), 5, 6)
+        assert np.array_equal(out[start + first : start + first + len(expected)], expected)
+
+
 def test_a_batch_gives_what_single_fills_give():
     rng = np.random.default_rng(0)
     fills, outs = [], []

@@ -5,7 +5,7 @@
 //     Philox      wide, counters, multiply, high, exclusive_or, join, store_blocks
 //     arithmetic  load, set, and_, shift_right, to_float_signed, to_float_unsigned, fma, mul, add, div, at_least, ...
 //     the table   Table, icdf
-//     output      store, rounding two Float vectors to the stored dtype
+//     output      store, rounding two Float vectors to the stored dtype; stream, past the caches, and finish_streams
 // each with the meaning of its scalar twin in philox.h and distributions.h.
 //
 // Words go through a buffer in the first-level cache between the two halves: Philox wants all registers for
@@ -185,16 +185,23 @@ inline void step_pair(const Steps& steps, typename S::Float& x, typename S::Floa
     y = S::canonical(y);
 }
 
-template <class S, Transform T, bool with_steps, class Out>
+template <class S, Transform T, bool with_steps, bool streaming, class Out>
 inline void transform_pair(const Constants<S>& c, const Steps& steps, const uint32_t* words, Out* out) {
     typename S::Float x = transform<S, T>(c, S::load(words)), y = transform<S, T>(c, S::load(words + S::lanes));
     if constexpr (with_steps) step_pair<S>(steps, x, y);
-    S::store(out, x, y);
+    if constexpr (streaming)
+        S::stream(out, x, y);
+    else
+        S::store(out, x, y);
 }
 
 inline uint64_t least(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 constexpr uint64_t chunk_elements = 2048;  // 8 KiB of words
+
+// From here on an fp32 tensor is larger than the caches that one core has to itself: written past them, its lines need
+// not be read first. Halves are written slowly enough for that to make no difference.
+constexpr uint64_t streaming_bytes = uint64_t{16} << 20;
 
 template <class S, Transform T, bool with_steps, class Out>
 void generate_values(const Fill& fill, uint64_t index, uint64_t count, Out* out) {
@@ -205,6 +212,7 @@ void generate_values(const Fill& fill, uint64_t index, uint64_t count, Out* out)
     alignas(64) uint32_t words[chunk_elements + 2 * pair];
     Schedule schedule{};
     uint64_t scheduled = ~uint64_t{0};
+    const bool large = sizeof(Out) == sizeof(float) && fill.elements() >= streaming_bytes / sizeof(float);
     while (count > 0) {
         // A chunk ends where a block does, and before the block number's low word wraps.
         const uint64_t skip = index & 3, block = index >> 2;
@@ -217,17 +225,24 @@ void generate_values(const Fill& fill, uint64_t index, uint64_t count, Out* out)
         philox_words<S>(schedule, static_cast<uint32_t>(block), static_cast<uint32_t>((skip + n + 3) / 4), words);
         const uint32_t* const first = words + skip;
         uint64_t done = 0;
+        if constexpr (sizeof(Out) == sizeof(float)) {
+            if (large && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+                for (; done + pair <= n; done += pair)
+                    transform_pair<S, T, with_steps, true>(constants, steps, first + done, out + done);
+            }  // the rest is less than a pair
+        }
         for (; done + pair <= n; done += pair)
-            transform_pair<S, T, with_steps>(constants, steps, first + done, out + done);
+            transform_pair<S, T, with_steps, false>(constants, steps, first + done, out + done);
         if (done < n) {
             Out last[pair];
-            transform_pair<S, T, with_steps>(constants, steps, first + done, last);
+            transform_pair<S, T, with_steps, false>(constants, steps, first + done, last);
             std::memcpy(out + done, last, (n - done) * sizeof(Out));
         }
         index += n;
         out += n;
         count -= n;
     }
+    if (large) S::finish_streams();
 }
 
 template <class S, class Out>

@@ -104,6 +104,11 @@ struct Avx2 {
         _mm256_storeu_ps(out, x);
         _mm256_storeu_ps(out + lanes, y);
     }
+    static void stream(float* out, Float x, Float y) {
+        _mm256_stream_ps(out, x);
+        _mm256_stream_ps(out + lanes, y);
+    }
+    static void finish_streams() { _mm_sfence(); }
     template <class Out>
     static void store(Out* out, Float x, Float y) {
         const Int both = round(x, y, Out{});

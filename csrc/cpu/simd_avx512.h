@@ -137,6 +137,11 @@ struct Avx512 {
         _mm512_storeu_ps(out, x);
         _mm512_storeu_ps(out + lanes, y);
     }
+    static void stream(float* out, Float x, Float y) {
+        _mm512_stream_ps(out, x);
+        _mm512_stream_ps(out + lanes, y);
+    }
+    static void finish_streams() { _mm_sfence(); }
     static void store(Half* out, Float x, Float y) {
         constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(x, nearest));
