@@ -177,9 +177,9 @@ __device__ __forceinline__ float with_sign_of(float x, uint32_t sign) {
     return __uint_as_float(__float_as_uint(x) ^ (sign & sign_bit));
 }
 
-// kAligned: for fill_run and fill_rows, whose fills the launcher has chosen. A uniform's scale contains the factor 2^-24 of
-// u, exactly. A truncated normal meets no NaN and, as no z is -0, no two zeros of unlike sign but where high is one,
-// which it is not: fmaxf is at_least and fminf is at_most.
+// kAligned: for fill_run and fill_rows, whose fills the launcher has chosen. A uniform's scale has u's factor 2^-24,
+// exactly. A truncated normal meets no NaN, and zeros of unlike sign nowhere: no z is -0 and no bound `high` is a
+// zero. So fmaxf is at_least and fminf is at_most.
 template <Form kForm, bool kAligned>
 __device__ __forceinline__ float value(const Shared& shared, uint32_t w, const float4* rows) {
     const Distribution& d = shared.distribution;
@@ -493,8 +493,8 @@ __global__ void __launch_bounds__(kGeneralThreads, kGeneralBlocks) fill_general(
             const Place place = locate(g, e, slot);
             // A run's first slot begins up to kLanes - 1 elements before the run: at a 16-byte boundary, or, where
             // elements are stored one by one anyway, at a Philox block.
-            const int head = g.scattered ? static_cast<int>(place.index & 3)
-                                         : static_cast<int>(reinterpret_cast<uintptr_t>(place.memory) & 15) / S::kItemSize;
+            const uint32_t misaligned = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(place.memory)) & 15u;
+            const int head = static_cast<int>(g.scattered ? place.index & 3 : misaligned / S::kItemSize);
             const int64_t first = int64_t{place.slot} * S::kLanes - head;
             const uint32_t which = lane != kWarp - 1 && slot < end ? existing(first, elements, S::kLanes) : 0;
 
@@ -782,7 +782,8 @@ Style style_of(const Fill& fill) {
     return style;
 }
 
-// Collects table entries by key and launches them, each table when it is full: the device begins while the host goes on.
+// Collects table entries by key and launches them, each table when it is full: the device begins while the host goes
+// on.
 class Launcher {
 public:
     Launcher(int device, cudaStream_t stream) : device_(device), stream_(stream), guard_(device) {
@@ -794,7 +795,7 @@ public:
     }
 
     void add(const Fill& fill) {
-        if (add_like_previous(fill) || fill.elements() == 0) return;
+        if (fill.box.dims == 0 || add_like_previous(fill)) return;
         previous_ = nullptr;
         const Style style = style_of(fill);
         std::vector<Piece>& pieces = pieces_;
@@ -827,12 +828,15 @@ private:
         if (fill.dtype != p.dtype || fill.seed != p.seed || fill.steps.count != 0 || p.steps.count != 0 ||
             std::memcmp(&fill.distribution, &p.distribution, sizeof p.distribution) != 0 || !fill.box.contiguous())
             return false;
-        const uint64_t lanes = 16 / item_size(fill.dtype);
-        const Piece piece{static_cast<char*>(fill.data), fill.box};
-        if (fill.box.run() % lanes != 0 || fill.box.run() / lanes > kMaxSlots || !is_aligned(piece, fill.dtype))
+        // is_aligned, less what is known here: the device should not wait for the host.
+        const uint64_t index = fill.box.index_offset, run = fill.box.run();
+        const int lanes_log2 = fill.dtype == Dtype::float32 ? 2 : 3;
+        const uint64_t slots = run >> lanes_log2;
+        if (slots << lanes_log2 != run || slots > kMaxSlots || reinterpret_cast<uintptr_t>(fill.data) % 16 != 0 ||
+            index % 4 != 0 || index >> 34 != (index + run - 1) >> 34)
             return false;
-        push(*previous_group_, Entry{piece.data, fill.box.index_offset, fill.stream, 0,
-                                     static_cast<uint32_t>(fill.box.run() / lanes)});
+        push(*previous_group_,
+             Entry{static_cast<char*>(fill.data), index, fill.stream, 0, static_cast<uint32_t>(slots)});
         return true;
     }
 
@@ -857,9 +861,9 @@ private:
             previous_group_ = last_;
         }
         if (body == box.run()) return;
+        const auto tail = static_cast<uint32_t>(box.run() - body);
         add_entry(fill, style.form == Form::symmetric ? Form::truncated : style.form, Path::general, fill.distribution,
-                  shape,
-                  Entry{piece.data + body * item, index + body, fill.stream, 0, static_cast<uint32_t>(box.run() - body)});
+                  shape, Entry{piece.data + body * item, index + body, fill.stream, 0, tail});
     }
 
     void add_entry(const Fill& fill, Form form, Path path, const Distribution& distribution, const Shape& shape,
@@ -896,12 +900,13 @@ private:
         shared.steps = key.steps;
         shared.geometry = key.geometry;
 
-        const uint64_t lanes = 16 / item_size(key.dtype);
-        const auto slots = [&](const Entry& entry) -> uint64_t {
+        const uint32_t lanes = key.dtype == Dtype::float32 ? 4 : 8;
+        const auto slots = [&](const Entry& entry) {
             if (key.geometry.outer_dims != 0) return key.geometry.slots;
             return key.path == Path::general ? entry.size / lanes + 2 : entry.size;
         };
-        uint64_t total = 0, largest = 0;
+        uint64_t total = 0;
+        uint32_t largest = 0;
         for (const Entry& entry : entries) {
             total += slots(entry);
             largest = std::max(largest, slots(entry));
@@ -911,15 +916,15 @@ private:
 
         // Tiles of whole passes of a block; eight or more for every resident block where there is work enough, so that
         // blocks end together.
-        const uint64_t pass = key.path == Path::general ? threads / kWarp * (kWarp - 1) : threads;
-        const uint64_t passes = std::min<uint64_t>(std::max<uint64_t>(total / (uint64_t{8} * resident_) / pass, 1), kMaxTile);
-        launch.tile_slots = static_cast<uint32_t>(passes * pass);
+        const uint32_t pass = key.path == Path::general ? threads / kWarp * (kWarp - 1) : threads;
+        const uint64_t passes = total / (uint64_t{8} * resident_) / pass;
+        launch.tile_slots = pass * static_cast<uint32_t>(std::min<uint64_t>(std::max<uint64_t>(passes, 1), kMaxTile));
         launch.tiles = 0;
         launch.count = static_cast<uint32_t>(entries.size());
         for (uint32_t i = 0; i < launch.count; ++i) {
             launch.entries[i] = entries[i];
             launch.entries[i].first_tile = launch.tiles;
-            launch.tiles += static_cast<uint32_t>(ceil_divide(slots(entries[i]), launch.tile_slots));
+            launch.tiles += (slots(entries[i]) + launch.tile_slots - 1) / launch.tile_slots;
         }
         void* arguments[] = {&launch};
         check(cudaLaunchKernel(kernel, dim3(std::min(launch.tiles, resident_)), dim3(threads), arguments, 0, stream_),
@@ -928,7 +933,7 @@ private:
     }
 
     // The threads of a block for entries of at most `largest` slots; sees to resident_.
-    uint32_t prepare(const void* kernel, uint64_t largest) {
+    uint32_t prepare(const void* kernel, uint32_t largest) {
         if (kernel != kernel_) {
             cudaFuncAttributes attributes;
             check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes", device_);
@@ -938,7 +943,7 @@ private:
         }
         // As many as the kernel was compiled for, but no more than an entry gives work to.
         int threads = most_threads_;
-        while (threads > 256 && largest <= static_cast<uint64_t>(threads) / 2) threads /= 2;
+        while (threads > 256 && largest <= static_cast<uint32_t>(threads) / 2) threads /= 2;
         if (threads != threads_) {
             int blocks = 0;
             check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0),
