@@ -279,20 +279,20 @@ def measure_case(case: Case, device: torch.device, repeats: int) -> dict[str, li
     measured: dict[str, list[dict[str, Any]]] = {way: [] for way in case.ways}
     for way in case.ways:
         measure.create_small(*way_and_dtype(way, device))
-        if way != "naive":
-            # Not counted: the first one imports what the model needs and is the first to touch its memory.
-            measure_once(case, way, device)
+    # The first creations do not count: they import what the model needs.
+    parameters = measure_once(case, "torch", device, 0)["parameters"]
+    measure_once(case, "fastinit", device, parameters)
     if case.cache == "warm":
         # One way after the other: what another way left in the allocator's cache is not what this one would find.
         for way in case.ways:
             torch.cuda.empty_cache()
-            runs = [measure_once(case, way, device) for _ in range(repeats_of(way, repeats) + 1)]
+            runs = [measure_once(case, way, device, parameters) for _ in range(repeats_of(way, repeats) + 1)]
             measured[way] = runs[1:]
         return measured
     for repeat in range(repeats):
         for way in case.ways:
             if repeat < repeats_of(way, repeats):
-                measured[way].append(measure_once(case, way, device))
+                measured[way].append(measure_once(case, way, device, parameters))
     return measured
 
 
@@ -304,7 +304,7 @@ def way_and_dtype(way: str, device: torch.device):
     return ("torch", device, torch.float32) if way == "torch fp32" else (way, device, torch.bfloat16)
 
 
-def measure_once(case: Case, way: str, device: torch.device) -> dict[str, Any]:
+def measure_once(case: Case, way: str, device: torch.device, parameters: int) -> dict[str, Any]:
     gc.collect()
     if case.cache == "cold":
         torch.cuda.empty_cache()
@@ -313,6 +313,8 @@ def measure_once(case: Case, way: str, device: torch.device) -> dict[str, Any]:
         return case.build(case.part) if way == "naive" and case.part is not None else case.build()
 
     actual_way, _, dtype = way_and_dtype(way, device)
+    if device.type == "cpu":
+        measure.warm_memory(parameters * (torch.float32 if way == "naive" else dtype).itemsize)
     model, measured = measure.timed_creation(actual_way, build, device, dtype)
     del model
     return measured
