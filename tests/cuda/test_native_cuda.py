@@ -265,6 +265,59 @@ def test_rows_of_a_large_window_have_the_cpus_bits():
     np.testing.assert_array_equal(actual, expected)
 
 
+# (sizes, index strides, memory strides) of boxes whose rows are whole 16-byte units of memory and whole Philox blocks.
+ALIGNED_BOXES = {
+    "rows": ((5, 64), (80, 1), (72, 1)),
+    "short rows": ((300, 8), (4104, 1), (8, 1)),
+    "many rows": ((1500, 704), (4096, 1), (704, 1)),
+    "planes": ((7, 9, 24), (1000, 40, 1), (24 * 9 * 8, 24, 1)),
+    "planes transposed in memory": ((7, 9, 24), (1000, 40, 1), (24, 24 * 7, 1)),
+    "four dimensions": ((3, 2, 5, 16), (4000, 1200, 100, 1), (480, 240, 48, 1)),
+}
+
+
+@every_dtype
+@every_distribution
+@pytest.mark.parametrize("box", ALIGNED_BOXES.values(), ids=ALIGNED_BOXES)
+def test_aligned_boxes_have_the_cpus_bits_and_touch_nothing_else(box, distribution, dtype):
+    kind, parameters, steps = distribution
+    span = 1 + sum((size - 1) * stride for size, stride in zip(box[0], box[2], strict=True))
+    expected, actual = cpu_and_cuda(
+        (span + 32) * itemsize(dtype),
+        lambda batch, address: batch.add_region(
+            address + 8 * itemsize(dtype), DTYPES[dtype], kind, parameters, 11, 2**40 + 12, steps, 2**35 + 20, *box
+        ),
+    )
+    np.testing.assert_array_equal(actual, expected)
+
+
+@every_dtype
+@every_distribution
+@pytest.mark.parametrize("index", [1, 2, 3])
+def test_rows_that_begin_inside_a_block_have_the_cpus_bits_and_touch_nothing_else(index, distribution, dtype):
+    """Threads take elements over from their neighbours: rows longer and shorter than a warp's share of slots."""
+    kind, parameters, steps = distribution
+    for columns, start in ((1000, 0), (261, 5), (9, 3)):
+        box = index, (40, columns), (columns + 3, 1), (columns + 1, 1)
+        expected, actual = cpu_and_cuda(
+            (start + 40 * (columns + 1) + 16) * itemsize(dtype),
+            lambda batch, address, box=box, start=start: batch.add_region(
+                address + start * itemsize(dtype), DTYPES[dtype], kind, parameters, 11, 12, steps, *box
+            ),
+        )
+        np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("last", [(MULTIPLY, 1e30, 0.0), (DIVIDE, 0.0, 0.0), (CLAMP, INF, INF), (CLAMP, -INF, -INF)])
+def test_steps_that_overflow_have_the_cpus_bits(last):
+    steps = (MULTIPLY, 1e30, 0.0), last
+    expected, actual = cpu_and_cuda(
+        4 * 4096,
+        lambda batch, address: batch.add(address, 4096, DTYPES["float32"], NORMAL, (0.0, 1.0), 1, 2, steps),
+    )
+    np.testing.assert_array_equal(actual, expected)
+
+
 def test_more_than_2_32_elements():
     count = 2**32 + 4321
     if torch.cuda.mem_get_info()[0] < 2 * count + 2**30:
