@@ -73,9 +73,7 @@ def row(index, count, dtype, distribution, seed=0, stream=0):
     kind, parameters, steps = distribution
     out = device_bytes(count * itemsize(dtype))
     batch = native.Batch()
-    batch.add_region(
-        out.data_ptr(), DTYPES[dtype], kind, parameters, seed, stream, steps, index, (count,), (1,), (1,)
-    )
+    batch.add_region(out.data_ptr(), DTYPES[dtype], kind, parameters, seed, stream, steps, index, (count,), (1,), (1,))
     batch.run_cuda(0, cuda_stream())
     return out.cpu().numpy().view(STORAGE[dtype])
 
