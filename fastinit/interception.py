@@ -19,19 +19,8 @@ from torch.nn import init
 
 from .layout import contiguous_strides, numel
 from .materialize import DTYPES
-from .recipe import (
-    ADD,
-    CLAMP,
-    CONSTANT,
-    DIVIDE,
-    ERFINV,
-    MULTIPLY,
-    NORMAL,
-    TRUNCATED_NORMAL,
-    UNIFORM,
-    Write,
-    with_step,
-)
+from .native import ADD, CLAMP, CONSTANT, DIVIDE, MULTIPLY, NORMAL, TRUNCATED_NORMAL, UNIFORM
+from .recipe import ERFINV, Write, with_step
 
 if TYPE_CHECKING:
     from .recorder import Entry, Recorder

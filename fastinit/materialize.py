@@ -6,9 +6,10 @@ import torch
 
 from . import native
 from .layout import contiguous_strides
-from .recipe import TRUNCATED_NORMAL, Write, canonical
+from .native import TRUNCATED_NORMAL
+from .recipe import Write, canonical
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: native.FLOAT32, torch.float16: native.FLOAT16, torch.bfloat16: native.BFLOAT16}
 
 # From here on a CPU tensor is worth huge pages: the first touch of 4 KiB pages costs more than filling them.
 _HUGE_PAGES_FROM = 8 << 20

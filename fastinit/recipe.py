@@ -16,13 +16,11 @@ from functools import lru_cache
 from statistics import NormalDist
 from typing import ClassVar, NamedTuple
 
-# Kinds of distribution and of element-wise steps, numbered as in csrc/fill.h.
-CONSTANT, UNIFORM, NORMAL, TRUNCATED_NORMAL = range(4)
-MULTIPLY, ADD, DIVIDE, CLAMP = range(4)
-# Known to recipes only: it never reaches a kernel, because `canonical` turns the chain that it begins into a
+from .native import ADD, CLAMP, CONSTANT, MAX_STEPS, MULTIPLY, NORMAL, TRUNCATED_NORMAL, UNIFORM
+
+# A step of recipes only: it never reaches a kernel, because `canonical` turns the chain that it begins into a
 # truncated normal.
 ERFINV = 4
-MAX_STEPS = 4
 
 
 class Region(NamedTuple):

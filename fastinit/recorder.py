@@ -33,7 +33,8 @@ from torch.utils._device import DeviceContext
 from .interception import HANDLERS, IN_PLACE, INIT_HANDLERS, PASS
 from .layout import numel
 from .materialize import DTYPES, Fills, allocate
-from .recipe import CONSTANT, Region, Write
+from .native import CONSTANT
+from .recipe import Region, Write
 
 # Handlers work below every mode: neither an outer context nor an outer device context may see what they do.
 _modes_off = torch._C.DisableTorchFunction
