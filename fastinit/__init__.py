@@ -6,4 +6,15 @@ from .fills import empty, fill_
 from .layout import Window
 from .recipe import Constant, Normal, TruncatedNormal, Uniform
 
-__all__ = ["Constant", "Normal", "Report", "TruncatedNormal", "Uniform", "Window", "__version__", "empty", "fill_", "on"]
+__all__ = [
+    "Constant",
+    "Normal",
+    "Report",
+    "TruncatedNormal",
+    "Uniform",
+    "Window",
+    "__version__",
+    "empty",
+    "fill_",
+    "on",
+]

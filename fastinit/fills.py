@@ -54,7 +54,7 @@ def fill_(
         return tensor
     device = tensors[0].device
     batch = native.Batch()
-    for each, what, number in zip(tensors, distributions, streams):
+    for each, what, number in zip(tensors, distributions, streams, strict=True):
         if each.device != device:
             raise ValueError(f"fill_: tensor is on {each.device} and another one on {device}; call fill_ per device")
         _add(batch, each, what, seed, number, window)
@@ -98,7 +98,9 @@ def _one_per_tensor(name: str, value, tensors: list[torch.Tensor]) -> list:
     return list(value)
 
 
-def _add(batch, tensor: torch.Tensor, distribution: Distribution, seed: int, stream: int, window: Window | None) -> None:
+def _add(
+    batch, tensor: torch.Tensor, distribution: Distribution, seed: int, stream: int, window: Window | None
+) -> None:
     if not isinstance(distribution, Distribution):
         raise TypeError(
             f"fill_: distribution={distribution!r} must be a fastinit.Normal, Uniform, TruncatedNormal or Constant"
@@ -109,8 +111,10 @@ def _add(batch, tensor: torch.Tensor, distribution: Distribution, seed: int, str
             "reach strided fp32, fp16 and bf16 tensors on the CPU and, in a build with CUDA, on GPUs"
         )
     sizes, strides = tuple(tensor.size()), tensor.stride()
-    if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides)):
-        raise ValueError(f"fill_: tensor of shape {sizes} and strides {strides} shares memory between elements; clone it")
+    if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides, strict=True)):
+        raise ValueError(
+            f"fill_: tensor of shape {sizes} and strides {strides} shares memory between elements; clone it"
+        )
     if window is not None:
         window.check(sizes)
     kind, parameters, _ = canonical(distribution.kind, distribution.parameters, ())

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import init
 
-from .layout import contiguous_strides, numel
+from .layout import contiguous_strides
 from .materialize import DTYPES
 from .native import ADD, CLAMP, CONSTANT, DIVIDE, MULTIPLY, NORMAL, TRUNCATED_NORMAL, UNIFORM
 from .recipe import ERFINV, Write, with_step
@@ -63,8 +63,8 @@ for _name in (
     for _target in _callables(_name):
         HANDLERS[_target] = PASS
 for _name in (
-    "shape ndim dtype device layout is_meta is_cuda is_cpu is_xpu is_mps is_sparse is_sparse_csr is_quantized is_nested "
-    "is_mkldnn is_leaf requires_grad grad grad_fn names itemsize nbytes _version output_nr retains_grad "
+    "shape ndim dtype device layout is_meta is_cuda is_cpu is_xpu is_mps is_sparse is_sparse_csr is_quantized "
+    "is_nested is_mkldnn is_leaf requires_grad grad grad_fn names itemsize nbytes _version output_nr retains_grad "
     "_backward_hooks _post_accumulate_grad_hooks is_ipu is_xla is_hpu is_maia is_mtia is_vulkan _grad _grad_fn _cdata"
 ).split():
     _property = getattr(torch.Tensor, _name, None)
@@ -368,8 +368,8 @@ def _normal(rec: Recorder, func, tensor, *args, generator=None, **kwargs):
 
 def _pair(args, kwargs, names, defaults) -> tuple[float, float] | tuple[None, None]:
     """The two float parameters of a fill by position or name, or Nones if they are something else."""
-    values = [*args, *(kwargs.get(name, default) for name, default in zip(names, defaults))][: len(args)]
-    values += [kwargs.get(name, default) for name, default in list(zip(names, defaults))[len(args) :]]
+    rest = list(zip(names, defaults, strict=True))[len(args) :]
+    values = [*args, *(kwargs.get(name, default) for name, default in rest)]
     if len(values) != 2 or not all(type(value) in (int, float) for value in values) or kwargs.keys() - set(names):
         return None, None
     return float(values[0]), float(values[1])
@@ -394,7 +394,7 @@ def _zero(rec: Recorder, func, tensor):
 @_handles("__setitem__")
 def _setitem(rec: Recorder, func, tensor, index, value):
     entry = rec.find(tensor)
-    if entry is None or type(value) not in (int, float) or torch.is_grad_enabled() and tensor.requires_grad:
+    if entry is None or type(value) not in (int, float) or (torch.is_grad_enabled() and tensor.requires_grad):
         return NotImplemented
     if _has_tensor(index):
         return NotImplemented
@@ -485,9 +485,7 @@ def _kaiming_bound(shape: torch.Size, a: float, mode: str, nonlinearity: str) ->
 
 
 @_handles_init(init.kaiming_uniform_)
-def _init_kaiming_uniform(
-    rec: Recorder, func, tensor, a=0, mode="fan_in", nonlinearity="leaky_relu", generator=None
-):
+def _init_kaiming_uniform(rec: Recorder, func, tensor, a=0, mode="fan_in", nonlinearity="leaky_relu", generator=None):
     if generator is not None:
         return NotImplemented
     shape = tensor.shape
@@ -498,9 +496,9 @@ def _init_kaiming_uniform(
     return _init_fill(rec, torch.Tensor.uniform_, tensor, UNIFORM, (-bound, bound))
 
 
-# Replaced in torch.nn.init while a context is active (fastinit.patches). A mode would see the calls inside most of them,
-# but not what trunc_normal_ means, and these are the calls of which constructors are made: going straight to the handler
-# costs a fifth of a dispatch through torch's overrides.
+# Replaced in torch.nn.init while a context is active (fastinit.patches). A mode would see the calls inside most of
+# them, but not what trunc_normal_ means, and these are the calls of which constructors are made: going straight to the
+# handler costs a fifth of a dispatch through torch's overrides.
 INIT_REPLACEMENTS: dict[str, Handler] = {
     **INIT_HANDLERS,
     "_calculate_fan_in_and_fan_out": _fan_in_and_fan_out,
@@ -541,7 +539,7 @@ def _step(names: str, steps_of: Callable[..., _Steps | None]) -> None:
             return NotImplemented
         steps = steps_of(*args, **kwargs)
         recipe = None if steps is None else _stepped(entry, steps)
-        if recipe is None or torch.is_grad_enabled() and tensor.requires_grad:
+        if recipe is None or (torch.is_grad_enabled() and tensor.requires_grad):
             return NotImplemented
         return rec.placeholder(entry.shape, entry.dtype, entry.device, recipe)
 
@@ -625,7 +623,7 @@ def _copy(rec: Recorder, func, tensor, source, *args, **kwargs):
     if origin is None:
         # Data from outside, a checkpoint say: converted while it is copied, and what was pending is dropped.
         # A view of all of it may have another shape. Not torch.broadcast_shapes, which imports the decompositions.
-        pairs = zip(reversed(source.shape), reversed(tensor.shape))
+        pairs = zip(reversed(source.shape), reversed(tensor.shape), strict=False)  # broadcast
         if source.dim() > tensor.dim() or any(size not in (1, target) for size, target in pairs):
             return NotImplemented
         rec.replace_by_real(entry)
@@ -737,7 +735,9 @@ def _convert(rec: Recorder, func, tensor, *args, **kwargs):
             return NotImplemented
         # By name: the tensor whose dtype and device are asked for may be one of ours.
         return tensor.to(dtype=dtype, device=device or tensor.device, copy=copy)
-    if kwargs.get("memory_format") not in (None, torch.preserve_format) or device is not None and device.type == "meta":
+    if kwargs.get("memory_format") not in (None, torch.preserve_format) or (
+        device is not None and device.type == "meta"
+    ):
         rec.settle([entry])
         return NotImplemented
     if not copy and dtype in (None, entry.dtype) and device in (None, entry.device):
@@ -864,9 +864,7 @@ def _random(rec: Recorder, func, *args, **kwargs):
     return _random_in_torch(rec, func, args, dict(kwargs), rec.next_stream())
 
 
-for _target in _callables(
-    *"randint randperm random_ exponential_ geometric_ cauchy_ log_normal_ bernoulli_".split()
-):
+for _target in _callables(*"randint randperm random_ exponential_ geometric_ cauchy_ log_normal_ bernoulli_".split()):
     HANDLERS[_target] = _random
 
 
@@ -957,7 +955,7 @@ HANDLERS[torch.qr] = _qr
 def _is_in_place(name: str) -> bool:
     if name.startswith("__i") and name.endswith("__"):
         return name not in ("__index__", "__int__", "__invert__", "__init__")
-    return name == "__setitem__" or name.endswith("_") and not name.endswith("__")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 IN_PLACE = {

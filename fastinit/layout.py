@@ -38,7 +38,7 @@ class Window:
     def check(self, sizes: Sequence[int]) -> None:
         """Raise ValueError unless a local tensor of these sizes lies inside the global tensor."""
         if len(sizes) != len(self.shape) or any(
-            first + size > total for first, size, total in zip(self.start, sizes, self.shape)
+            first + size > total for first, size, total in zip(self.start, sizes, self.shape, strict=True)
         ):
             raise ValueError(
                 f"window: a tensor of shape {tuple(sizes)} at start={self.start} does not fit into the "
@@ -53,7 +53,7 @@ class Window:
     @property
     def index_offset(self) -> int:
         """Row-major index in the global tensor of the window's first element."""
-        return sum(first * stride for first, stride in zip(self.start, self.index_strides))
+        return sum(first * stride for first, stride in zip(self.start, self.index_strides, strict=True))
 
 
 def contiguous_strides(sizes: Sequence[int]) -> tuple[int, ...]:

@@ -1,9 +1,10 @@
 """What a mode cannot see, replaced while a context is active in any thread.
 
 A few things in torch do not pass through torch functions: making a Parameter, the legacy constructor
-``torch.Tensor(2, 3)``, the default dtype and device, and what the body of ``trunc_normal_`` means. They, and for speed the
-functions of torch.nn.init, are replaced by functions that ask for the recorder of the calling thread and otherwise do what they did before. The first context to be entered
-installs them, the last one to be left puts everything back.
+``torch.Tensor(2, 3)``, ``set_``, the default dtype and device, and what the body of ``trunc_normal_`` means. They, and
+for speed the functions of torch.nn.init, are replaced by functions that ask for the recorder of the calling thread and
+otherwise do what they did before. The first context to be entered installs them, the last one to be left puts
+everything back. The garbage collector's threshold is part of that.
 """
 
 from __future__ import annotations

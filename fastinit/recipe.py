@@ -262,8 +262,8 @@ def truncated_normal_parameters(mean: float, std: float, low: float, high: float
         parameters = [mean, std, float(words_below - 2**31)]
         beyond = _TWO_32 * max(tail_low, tail_high) < 1
         for sign, tail, words, bound in ((-1, tail_low, words_below, low), (1, tail_high, 2**32 - words_below, high)):
-            # No bound within the largest |z|: the normal's own values, to the bit. Otherwise no tail begins below 1, where
-            # the table ends.
+            # No bound within the largest |z|: the normal's own values, to the bit. Otherwise no tail begins below 1,
+            # where the table ends.
             offset = Decimal(0) if beyond else max(_TWO_32 * tail, Decimal(1))
             scale = (_TWO_31 - offset) / words if words else Decimal(0)
             parameters += [_float32(offset), _float32(scale), -math.inf, _z_limit(mean, sign * std, bound, -1)]

@@ -58,7 +58,6 @@ _FIRST_BYTES = 2 << 30
 _BATCH_BYTES = 1 << 30
 
 
-
 class _Thread(threading.local):
     recorder: Recorder | None = None
 
@@ -297,7 +296,7 @@ class Recorder(TorchFunctionMode):
                 self._make_ready(entry, tensor.nbytes)
             return True
         sizes, strides = tuple(tensor.size()), tensor.stride()
-        if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides)):
+        if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides, strict=True)):
             return False
         if entry.recipe is not None and len(entry.recipe) < _MAX_WRITES:
             if tensor.numel():
@@ -310,12 +309,16 @@ class Recorder(TorchFunctionMode):
         return self._fill_now(tensor, write)
 
     def _fill_now(self, tensor: torch.Tensor, write: Write) -> bool:
-        if tensor.dtype not in DTYPES or tensor.layout != torch.strided or type(tensor).__torch_dispatch__ is not _PLAIN:
+        if (
+            tensor.dtype not in DTYPES
+            or tensor.layout != torch.strided
+            or type(tensor).__torch_dispatch__ is not _PLAIN
+        ):
             return False
         if tensor.device.type not in ("cpu", self.device.type):
             return False
         sizes, strides = tuple(tensor.size()), tensor.stride()
-        if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides)) or _other_dispatch():
+        if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides, strict=True)) or _other_dispatch():
             return False
         if tensor.numel() == 0:
             return True
@@ -423,11 +426,11 @@ class Recorder(TorchFunctionMode):
     def _prepare(self, func, args, kwargs, tensors, entries):
         """Settle what torch is to see itself, and make the shadows that it is to see instead of the rest."""
         written = _written(func, args, kwargs)
-        others = [tensor for tensor, entry in zip(tensors, entries) if entry is None]
+        others = [tensor for tensor, entry in zip(tensors, entries, strict=True) if entry is None]
         # What involves half-precision data of others, or tensors of others that autograd records, is no initialisation
         # but a training step, say: torch's own business.
         in_use = any(
-            tensor.requires_grad and torch.is_grad_enabled() or tensor.dtype in _HALVES and tensor.dim()
+            (tensor.requires_grad and torch.is_grad_enabled()) or (tensor.dtype in _HALVES and tensor.dim())
             for tensor in others
         )
         if in_use or getattr(func, "__name__", "").startswith(("_foreach", "_fused")):
@@ -435,7 +438,7 @@ class Recorder(TorchFunctionMode):
             return {}
         self.settle([entry for entry in entries if entry is not None and entry.dtype not in _HALVES])
         substitutes = {}
-        for tensor, entry in zip(tensors, entries):
+        for tensor, entry in zip(tensors, entries, strict=True):
             if entry is not None and entry.dtype in _HALVES and id(tensor) not in substitutes:
                 substitutes[id(tensor)] = (tensor, entry, self._shadow_view(entry, tensor))
         if torch.is_grad_enabled() and any(tensor.requires_grad and tensor.is_leaf for tensor in written):
@@ -453,14 +456,14 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _map_tensor(self, result, tensors, substitutes, dtype_named: bool):
-        for original, entry, substitute in substitutes.values():
+        for original, _, substitute in substitutes.values():
             if result is substitute:
                 return original
         if result.dtype != torch.float32 or result.layout != torch.strided:
             return result
         if substitutes:
             key = result.untyped_storage()._cdata
-            for original, entry, substitute in substitutes.values():
+            for _, entry, substitute in substitutes.values():
                 if substitute.untyped_storage()._cdata == key:
                     # A view: the caller gets the same view of the tensor itself.
                     self.give_memory(entry)
@@ -605,7 +608,7 @@ class Recorder(TorchFunctionMode):
 
     def _adopt(self, tensor: torch.Tensor) -> None:
         """Recognise a tensor that was made from a placeholder without the recorder seeing it."""
-        if tensor.numel() < 2 or any(tensor.stride()) or not tensor.is_cpu and not tensor.is_cuda:
+        if tensor.numel() < 2 or any(tensor.stride()) or (not tensor.is_cpu and not tensor.is_cuda):
             return
         key = tensor.untyped_storage()._cdata
         for ref, entry in list(self._by_id.values()):
@@ -695,9 +698,9 @@ def _initialises_at_the_end() -> bool:
 
 def _warn_unwritten(entry: Entry) -> None:
     warnings.warn(
-        f"fastinit: {entry.name[0].__name__}.{entry.name[1]} of shape {tuple(entry.shape)} is never initialised by its module; it was filled "
-        "with zeros instead of being left as raw memory. Initialise it in the constructor, or load a checkpoint "
-        "that supplies it inside the context.",
+        f"fastinit: {entry.name[0].__name__}.{entry.name[1]} of shape {tuple(entry.shape)} is never initialised by its "
+        "module; it was filled with zeros instead of being left as raw memory. Initialise it in the constructor, or "
+        "load a checkpoint that supplies it inside the context.",
         stacklevel=2,
     )
 

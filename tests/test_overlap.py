@@ -1,4 +1,4 @@
-"""Fills that a GPU starts while the constructor still runs: the same values, whatever happens to the tensors afterwards.
+"""Fills that a GPU starts while the constructor still runs: the same values, whatever happens to the tensors later.
 
 The order of work is the recorder's, not the device's, so it is tested here on the CPU, with groups of a few kilobytes.
 """

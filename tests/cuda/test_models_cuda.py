@@ -107,7 +107,8 @@ def test_transformers_models_have_the_bits_of_the_cpu(name, dtype):
     for tensor_name, tensor in registered(ours).items():
         if tensor_name.endswith("weight") and tensor_name != "model.encoder.embed_positions.weight":
             assert same_bits(tensor, reference[tensor_name]), tensor_name
-        # Torch computes some tables on the device, Whisper's sinusoids among them, where a sine or a logarithm may end in another last bit.
+        # Torch computes some tables on the device, Whisper's sinusoids among them, where a sine or a logarithm may end
+        # in another last bit.
         tolerance = 2e-6 if tensor.dtype == torch.float32 else 2**-7
         torch.testing.assert_close(tensor.cpu(), reference[tensor_name], rtol=tolerance, atol=tolerance)
     with torch.no_grad():
