@@ -101,7 +101,7 @@ def git_commit() -> str | None:
         return None
     outputs = [
         subprocess.run([git, "-C", str(package), *command], capture_output=True, text=True).stdout.strip()
-        for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        for command in (["rev-parse", "--verify", "--quiet", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
     ]
     return outputs[0] + ("+" if outputs[1] else "") if outputs[0] else None
 

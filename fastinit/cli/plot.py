@@ -37,7 +37,7 @@ def plot_kernels(results: dict[str, Any], axis) -> None:
         if name == "fastinit":
             for x, (rate, record) in enumerate(zip(rates, records, strict=True)):
                 axis.annotate(f"{record['ratio']:.1f}x", (x + offset, rate), ha="center", va="bottom", fontsize=8)
-    labels = [f"{record['distribution']}\n{record['dtype']}" for record in records]
+    labels = [f"{record['distribution']}\n{record['dtype']}".replace(" ", "\n") for record in records]
     if records[0]["threads"] is not None:
         labels = [f"{label}, {record['threads']} thr." for label, record in zip(labels, records, strict=True)]
     axis.set_xticks(range(len(records)), labels, fontsize=7, rotation=0 if len(records) < 12 else 60)
