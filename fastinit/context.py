@@ -6,6 +6,7 @@ import resource
 import time
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -74,7 +75,9 @@ class Report:
         self.seconds = time.perf_counter() - self._started
         self.peak_memory = max(_peak_bytes(self.device) - self._memory, 0)
         with _modes_off():
-            for parameter in {ref() for ref in recorder.modules_parameters} - {None}:
+            for parameter in {ref() for ref in recorder.modules_parameters}:
+                if parameter is None:
+                    continue
                 self.parameters += parameter.numel()
                 self.bytes += parameter.nbytes
         self.fills_executed = recorder.executed
@@ -172,7 +175,7 @@ def _parse_device(device) -> torch.device:
 
 
 def _parse_dtype(dtype) -> torch.dtype | None:
-    parsed = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    parsed: Any = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if parsed is None or parsed in _DTYPES.values():
         return parsed
     names = ", ".join(repr(name) for name in ("fp32", "fp16", "bf16", "16-true", "bf16-true", "32-true"))
@@ -201,7 +204,7 @@ def _parse_seed(seed) -> int | None:
 
 def _draw_seed() -> int:
     with _modes_off():
-        return torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None).item() % 2**64
+        return int(torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None).item()) % 2**64
 
 
 def _available_device(device: torch.device) -> torch.device:

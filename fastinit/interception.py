@@ -67,7 +67,7 @@ for _name in (
     "is_nested is_mkldnn is_leaf requires_grad grad grad_fn names itemsize nbytes _version output_nr retains_grad "
     "_backward_hooks _post_accumulate_grad_hooks is_ipu is_xla is_hpu is_maia is_mtia is_vulkan _grad _grad_fn _cdata"
 ).split():
-    _property = getattr(torch.Tensor, _name, None)
+    _property: Any = getattr(torch.Tensor, _name, None)
     if hasattr(_property, "__get__"):
         HANDLERS[_property.__get__] = PASS
         HANDLERS[_property.__set__] = PASS
@@ -350,28 +350,28 @@ def _fill(rec: Recorder, func, tensor, kind: int, parameters: tuple[float, ...],
 
 @_handles("uniform_")
 def _uniform(rec: Recorder, func, tensor, *args, generator=None, **kwargs):
-    low, high = _pair(args, kwargs, ("from", "to"), (0.0, 1.0))
-    if generator is not None or low is None or not 0.0 <= high - low < math.inf:
+    pair = _pair(args, kwargs, ("from", "to"), (0.0, 1.0))
+    if generator is not None or pair is None or not 0.0 <= pair[1] - pair[0] < math.inf:
         return NotImplemented
     _refuse_leaf(tensor)
-    return _fill(rec, func, tensor, UNIFORM, (low, high), low, high)
+    return _fill(rec, func, tensor, UNIFORM, pair, *pair)
 
 
 @_handles("normal_")
 def _normal(rec: Recorder, func, tensor, *args, generator=None, **kwargs):
-    mean, std = _pair(args, kwargs, ("mean", "std"), (0.0, 1.0))
-    if generator is not None or mean is None or not 0.0 <= std < math.inf or not math.isfinite(mean):
+    pair = _pair(args, kwargs, ("mean", "std"), (0.0, 1.0))
+    if generator is not None or pair is None or not 0.0 <= pair[1] < math.inf or not math.isfinite(pair[0]):
         return NotImplemented
     _refuse_leaf(tensor)
-    return _fill(rec, func, tensor, NORMAL, (mean, std), mean, std)
+    return _fill(rec, func, tensor, NORMAL, pair, *pair)
 
 
-def _pair(args, kwargs, names, defaults) -> tuple[float, float] | tuple[None, None]:
-    """The two float parameters of a fill by position or name, or Nones if they are something else."""
+def _pair(args, kwargs, names, defaults) -> tuple[float, float] | None:
+    """The two float parameters of a fill by position or name, or None if they are something else."""
     rest = list(zip(names, defaults, strict=True))[len(args) :]
     values = [*args, *(kwargs.get(name, default) for name, default in rest)]
     if len(values) != 2 or not all(type(value) in (int, float) for value in values) or kwargs.keys() - set(names):
-        return None, None
+        return None
     return float(values[0]), float(values[1])
 
 
@@ -478,7 +478,7 @@ def _trunc_normal(rec: Recorder, func, tensor, mean, std, a, b, generator=None):
 
 
 @lru_cache(maxsize=1024)
-def _kaiming_bound(shape: torch.Size, a: float, mode: str, nonlinearity: str) -> float:
+def _kaiming_bound(shape: torch.Size, a: float, mode: Any, nonlinearity: Any) -> float:
     # He et al., "Delving Deep into Rectifiers" (2015), with torch's own fans and gains.
     fan = init._calculate_correct_fan(torch.empty(shape, device="meta"), mode)
     return math.sqrt(3.0) * (init.calculate_gain(nonlinearity, a) / math.sqrt(fan))
@@ -696,7 +696,7 @@ def _alias(rec: Recorder, func, tensor, *args):
     return alias
 
 
-HANDLERS[torch.Tensor.data.__get__] = _alias
+HANDLERS[torch.Tensor.data.__get__] = _alias  # type: ignore[attr-defined]
 for _target in _callables("detach", "detach_"):
     HANDLERS[_target] = _alias
 
@@ -709,7 +709,7 @@ def _set_data(rec: Recorder, func, tensor, value):
         rec.stand_for(tensor, entry)
 
 
-HANDLERS[torch.Tensor.data.__set__] = _set_data
+HANDLERS[torch.Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
 
 
 def set_memory(rec: Recorder, tensor: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -718,7 +718,7 @@ def set_memory(rec: Recorder, tensor: torch.Tensor, *args, **kwargs) -> torch.Te
     if not isinstance(source, torch.Tensor) or len(args) + len(kwargs) > 1 or source.dtype != tensor.dtype:
         return _memory_access(rec, torch._C.TensorBase.set_, tensor, *args, **kwargs)
     if source is not tensor:
-        _set_data(rec, torch.Tensor.data.__set__, tensor, source)
+        _set_data(rec, torch.Tensor.data.__set__, tensor, source)  # type: ignore[attr-defined]
     return tensor
 
 
@@ -901,7 +901,7 @@ def _random_of_tensor(rec: Recorder, func, tensor, *args, **kwargs):
             rec.settle([entry])
     generator = torch.Generator("cpu").manual_seed(_mix(rec.seed, rec.next_stream()))
     result = func(values.detach().cpu(), *args, **kwargs, generator=generator).to(tensor.device)
-    return rec.wrap(result, entry.dtype) if values is not tensor and result.dtype == torch.float32 else result
+    return rec.wrap(result, tensor.dtype) if values is not tensor and result.dtype == torch.float32 else result
 
 
 @_handles_function(torch.normal)

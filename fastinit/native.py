@@ -7,14 +7,20 @@ memory alive until the batch has run, and on CUDA until the stream has.
 
 from __future__ import annotations
 
-from fastinit._native import (
-    Batch,
-    advise_huge_pages,
-    apply_steps,
-    build_info,
-    cpu_isa,
-    cpu_isas,
-)
+try:
+    from fastinit._native import (
+        Batch,
+        advise_huge_pages,
+        apply_steps,
+        build_info,
+        cpu_isa,
+        cpu_isas,
+    )
+except ImportError as error:
+    raise ImportError(
+        "fastinit: the native module is not built for this Python; run `pip install .`, or `make build` in a checkout. "
+        f"{error}"
+    ) from error
 
 __all__ = [
     "ADD",

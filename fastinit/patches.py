@@ -119,9 +119,9 @@ def _install() -> None:
     _replace(torch, "get_default_dtype", default_dtype, get_default_dtype)
     _replace(torch, "set_default_dtype", change_default_dtype, set_default_dtype)
     _replace(torch, "get_default_device", default_device, get_default_device)
-    torch.Tensor.set_ = tensor_set
+    torch.Tensor.set_ = tensor_set  # type: ignore[method-assign,assignment]
     _restore.append(lambda: delattr(torch.Tensor, "set_"))
-    torch.Tensor.__new__ = staticmethod(tensor_new)
+    torch.Tensor.__new__ = staticmethod(tensor_new)  # type: ignore[method-assign]
     _restore.append(lambda: delattr(torch.Tensor, "__new__"))
     for register, is_parameter in (
         (register_module_parameter_registration_hook, True),

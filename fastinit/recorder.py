@@ -75,15 +75,15 @@ def current() -> Recorder | None:
 class Entry:
     """What one tensor is to contain, and where, once it has memory."""
 
-    recipe: tuple[Write, ...] | None  # None: the shadow or the memory has the values
-    shadow: torch.Tensor | None = None
-    storage_key: int | None = None  # its storage, once it has memory
-    storage_weak: int | None = None
+    recipe: Any  # tuple[Write, ...]; None: the shadow or the memory has the values
+    shadow: Any = None  # torch.Tensor
+    storage_key: Any = None  # its storage, once it has memory
+    storage_weak: Any = None
     data_ptr = 0
     again = False  # its recipe replaced another one
     resident = False  # its tensors have memory already, though they are still found by identity
     filled = False  # the memory has the values of the recipe, which is kept because they may be wanted in fp32
-    name: tuple[type, str] | None = None  # class of the module that owns it, and the name there
+    name: Any = None  # class of the module that owns it, and the name there
 
     def __init__(self, shape, dtype, device, recipe) -> None:
         self.shape = shape
@@ -245,7 +245,7 @@ class Recorder(TorchFunctionMode):
     def _memory(self, entry: Entry) -> torch.Tensor:
         """A tensor over an allocated entry's memory."""
         storage = torch.UntypedStorage._new_with_weak_ptr(entry.storage_weak)
-        return torch.empty(0, dtype=entry.dtype, device=entry.device).set_(storage, 0, entry.shape)
+        return torch.empty(0, dtype=entry.dtype, device=entry.device).set_(storage, 0, entry.shape)  # type: ignore[call-overload]
 
     def _untrack(self, entry: Entry) -> None:
         self._shadows.pop(entry, None)
@@ -300,7 +300,7 @@ class Recorder(TorchFunctionMode):
             return False
         if entry.recipe is not None and len(entry.recipe) < _MAX_WRITES:
             if tensor.numel():
-                entry.recipe += (write._replace(region=Region(tensor.storage_offset(), sizes, strides)),)
+                entry.recipe += (write._replace(region=Region(int(tensor.storage_offset()), sizes, strides)),)
                 entry.filled = False
             return True
         if entry.dtype in _HALVES:
@@ -397,7 +397,7 @@ class Recorder(TorchFunctionMode):
         if not shadow.is_contiguous() or shadow.untyped_storage().nbytes() != shadow.numel() * 4:
             shadow = shadow.clone(memory_format=torch.contiguous_format)
         tensor = self.placeholder(tuple(shadow.shape), dtype, shadow.device, None)
-        self._keep_shadow(self.find(tensor), shadow)
+        self._keep_shadow(self._by_id[id(tensor)][1], shadow)
         return tensor
 
     # --- operations that torch executes --------------------------------------------------------------------------
@@ -550,7 +550,8 @@ class Recorder(TorchFunctionMode):
 
     def _settle_new(self, entries: list[Entry]) -> None:
         """Give entries that have no memory theirs, and fill it."""
-        segment, reserved = [], 0
+        segment: list[tuple[Entry, int]] = []
+        reserved = 0
         for entry in entries:
             nbytes = numel(entry.shape) * entry.dtype.itemsize
             if segment and (reserved + nbytes > _SEGMENT_BYTES or entry.device != segment[0][0].device):
@@ -686,7 +687,7 @@ def _initialises_at_the_end() -> bool:
 
     This is a guess that costs or saves time alone: a fill that was executed too early is executed again.
     """
-    frame = sys._getframe(1)
+    frame: Any = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__init__":
             module = frame.f_locals.get("self")
