@@ -75,7 +75,7 @@ class Report:
         self.seconds = time.perf_counter() - self._started
         self.peak_memory = max(_peak_bytes(self.device) - self._memory, 0)
         with _modes_off():
-            for parameter in {ref() for ref in recorder.modules_parameters}:
+            for parameter in {ref() for ref in recorder.module_parameters}:
                 if parameter is None:
                     continue
                 self.parameters += parameter.numel()

@@ -11,7 +11,7 @@ from .recipe import Write, canonical
 
 DTYPES = {torch.float32: native.FLOAT32, torch.float16: native.FLOAT16, torch.bfloat16: native.BFLOAT16}
 
-# From here on a CPU tensor is worth huge pages: the first touch of 4 KiB pages costs more than filling them.
+# From here on a CPU tensor is worth huge pages: it is touched first by its fill, one page fault for each 4 KiB else.
 _HUGE_PAGES_FROM = 8 << 20
 
 

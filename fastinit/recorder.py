@@ -10,7 +10,9 @@ the recorder does not see raises instead of corrupting memory. What the tensor i
   in half precision; the shadow is rounded once, when the tensor gets its memory.
 
 An fp32 tensor needs no shadow: it gets its memory and values as soon as torch has to compute with it, and is then an
-ordinary tensor that the recorder forgets. Everything is settled when the context ends.
+ordinary tensor that the recorder forgets. Everything is settled when the context ends, or when a module is called under
+autograd. On a GPU, parameters of a large model get memory and values before that, while the constructor runs; their
+recipes are kept, in case the constructor still reads them.
 
 A tensor object stands for its entry by identity (`_by_id`) while it is a placeholder, and by its storage
 (`_by_storage`) afterwards, because views of it share that.
@@ -59,17 +61,12 @@ _BATCH_BYTES = 1 << 30
 
 
 class _Thread(threading.local):
-    recorder: Recorder | None = None
+    recorder: Recorder | None = None  # the innermost one that is active in this thread
 
 
 _thread = _Thread()
 
 _ZERO_STRIDES = (0,) * 64  # torch has no tensors of more dimensions
-
-
-def current() -> Recorder | None:
-    """The innermost recorder that is active in this thread."""
-    return _thread.recorder
 
 
 class Entry:
@@ -114,7 +111,7 @@ class Recorder(TorchFunctionMode):
         self.streams = 0
         self.executed = 0
         self.dropped = 0
-        self.modules_parameters: list[weakref.ref] = []
+        self.module_parameters: list[weakref.ref] = []
         self._by_id: dict[int, tuple[weakref.ref[torch.Tensor], Entry]] = {}
         self._purge_at = 10_000
         self._by_storage: dict[int, Entry] = {}
@@ -132,7 +129,7 @@ class Recorder(TorchFunctionMode):
     # --- entering and leaving -----------------------------------------------------------------------------------
 
     def __enter__(self) -> Recorder:
-        outer = current()
+        outer = _thread.recorder
         if outer is not None:
             # What the outer context has pending may be read in here, where it does not look.
             outer.settle_all()
@@ -285,7 +282,7 @@ class Recorder(TorchFunctionMode):
         Returns False, and counts the stream all the same, where no native fill reaches the tensor.
         """
         stream = 0 if kind == CONSTANT else self.next_stream()
-        # What Write(kind, parameters, stream) does, in a third of the time.
+        # What Write(kind, parameters, stream) does, without the call of its constructor.
         write = tuple.__new__(Write, (kind, parameters, stream, (), None))
         entry = self.find(tensor)
         if entry is None:
@@ -598,7 +595,7 @@ class Recorder(TorchFunctionMode):
     def registered(self, module: torch.nn.Module, name: str, tensor: torch.Tensor, is_parameter: bool) -> None:
         """A module has taken a tensor as a parameter or a buffer."""
         if is_parameter:
-            self.modules_parameters.append(weakref.ref(tensor))
+            self.module_parameters.append(weakref.ref(tensor))
         known = self._by_id.get(id(tensor))
         if known is not None and known[0]() is tensor:
             known[1].name = (type(module), name)

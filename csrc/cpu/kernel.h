@@ -200,7 +200,7 @@ inline uint64_t least(uint64_t a, uint64_t b) { return a < b ? a : b; }
 constexpr uint64_t chunk_elements = 2048;  // 8 KiB of words
 
 // From here on an fp32 tensor is larger than the caches that one core has to itself: written past them, its lines need
-// not be read first. Halves are written slowly enough for that to make no difference.
+// not be read first. Halves have half the lines to write for the same arithmetic, and keep ordinary stores.
 constexpr uint64_t streaming_bytes = uint64_t{16} << 20;
 
 template <class S, Transform T, bool with_steps, class Out>
