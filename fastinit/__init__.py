@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .context import Report, on
+from .deferred import initialize, uninitialized
 from .fills import empty, fill_
 from .layout import Window
 from .recipe import Constant, Normal, TruncatedNormal, Uniform
@@ -16,5 +17,7 @@ __all__ = [
     "__version__",
     "empty",
     "fill_",
+    "initialize",
     "on",
+    "uninitialized",
 ]

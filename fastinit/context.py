@@ -6,12 +6,12 @@ import resource
 import time
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from . import native, patches
-from .recorder import Recorder, _modes_off, concrete
+from .recorder import Empty, Recorder, _modes_off, concrete
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -43,6 +43,7 @@ class Report:
         bytes: their size.
         fills_executed: fills that were run, constants included.
         fills_dropped: fills that never ran because something overwrote the tensor first.
+        fills_deferred: fills that `empty` has left to `fastinit.initialize`, or to nobody.
         seconds: wall time inside the context. Fills on a GPU are asynchronous and may still be running.
         peak_memory: bytes by which the device's peak of allocated memory exceeds what was allocated at the start; on
             the CPU, by which the peak of the process's resident memory grew.
@@ -55,15 +56,17 @@ class Report:
     bytes: int = 0
     fills_executed: int = 0
     fills_dropped: int = 0
+    fills_deferred: int = 0
     seconds: float = 0.0
     peak_memory: int = 0
     _started: float = field(default=0.0, repr=False)
     _memory: int = field(default=0, repr=False)
 
     def __str__(self) -> str:
+        deferred = f", {self.fills_deferred} deferred" if self.fills_deferred else ""
         return (
             f"{self.parameters:,} parameters, {_readable(self.bytes)} in {str(self.dtype).removeprefix('torch.')} "
-            f"on {self.device}: {self.fills_executed} fills executed, {self.fills_dropped} dropped, "
+            f"on {self.device}: {self.fills_executed} fills executed, {self.fills_dropped} dropped{deferred}, "
             f"{self.seconds * 1e3:.1f} ms, peak memory {_readable(self.peak_memory)}"
         )
 
@@ -82,6 +85,7 @@ class Report:
                 self.bytes += parameter.nbytes
         self.fills_executed = recorder.executed
         self.fills_dropped = recorder.dropped
+        self.fills_deferred = recorder.deferred
 
 
 class on(ContextDecorator):
@@ -98,13 +102,18 @@ class on(ContextDecorator):
             "float16", "bfloat16", "half", "32-true", "16-true", "bf16-true". None keeps torch's default dtype.
         seed: 64-bit key of the random values. None draws it from torch's default CPU generator, so that
             ``torch.manual_seed`` decides it; that one draw is all that the block does to torch's generators.
+        empty: True leaves the parameters and persistent buffers that are random without values, for a checkpoint to
+            supply; constants and what the constructor computes are there as ever. The initialisation stays recorded
+            with the modules: `uninitialized` names what nothing has written since, `initialize` writes it, and the
+            first forward raises if there is any. "nan" fills them with NaN meanwhile. "unchecked" leaves raw memory
+            and records nothing. A checkpoint that is loaded inside the block needs none of this.
 
     Returns:
         The context manager, which is also a decorator. Entering it gives a report of parameters, bytes, fills, time
         and memory, complete when the block ends.
 
     Raises:
-        ValueError: unknown device or dtype, or a seed that is not a 64-bit integer.
+        ValueError: unknown device, dtype or `empty`, or a seed that is not a 64-bit integer.
         RuntimeError: no such GPU, or a build without CUDA.
 
     Example:
@@ -120,15 +129,17 @@ class on(ContextDecorator):
         dtype: str | torch.dtype | None = None,
         *,
         seed: int | None = None,
+        empty: bool | Literal["nan", "unchecked"] = False,
     ) -> None:
         self._device = _parse_device(device)
         self._dtype = _parse_dtype(dtype)
         self._seed = _parse_seed(seed)
+        self._empty = _parse_empty(empty)
         self._entered: list[tuple[Recorder, Report, torch.dtype]] = []
 
     def _recreate_cm(self) -> on:
         # A decorated function may call itself or run in several threads: each call gets a context of its own.
-        return on(self._device, self._dtype, seed=self._seed)
+        return on(self._device, self._dtype, seed=self._seed, empty=self._empty or False)
 
     def __enter__(self) -> Report:
         with _modes_off():
@@ -136,7 +147,7 @@ class on(ContextDecorator):
             process_default = _get_default_dtype()
         dtype = self._dtype or _supported_default(torch.get_default_dtype())
         seed = _draw_seed() if self._seed is None else self._seed
-        recorder = Recorder(device, dtype, seed)
+        recorder = Recorder(device, dtype, seed, self._empty)
         report = Report(device, dtype, seed)
         report._start()
         patches.install()
@@ -200,6 +211,14 @@ def _parse_seed(seed) -> int | None:
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"fastinit.on: seed={seed!r} must be a 64-bit integer, or None to follow torch.manual_seed")
     return seed % 2**64
+
+
+def _parse_empty(empty) -> Empty | None:
+    if empty is False:
+        return None
+    if empty is True or empty == "nan" or empty == "unchecked":
+        return empty
+    raise ValueError(f'fastinit.on: empty={empty!r} must be True, False, "nan" or "unchecked"')
 
 
 def _draw_seed() -> int:

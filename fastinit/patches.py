@@ -18,6 +18,7 @@ from torch.nn import init
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_forward_pre_hook,
+    register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
 from torch.overrides import _get_current_function_mode_stack
@@ -128,6 +129,7 @@ def _install() -> None:
         (register_module_buffer_registration_hook, False),
     ):
         _restore.append(register(_registration_hook(is_parameter)).remove)
+    _restore.append(register_module_module_registration_hook(_note_parent).remove)
     _restore.append(register_module_forward_pre_hook(_settle_before_use).remove)
 
 
@@ -156,6 +158,12 @@ def _settle_before_use(module, args) -> None:
     if recorder is not None and torch.is_grad_enabled():
         with _modes_off():
             recorder.settle_all()
+
+
+def _note_parent(module, name, child) -> None:
+    recorder = _thread.recorder
+    if recorder is not None and recorder.empty:
+        recorder.saw(module)
 
 
 def _registration_hook(is_parameter: bool):

@@ -20,18 +20,20 @@ A tensor object stands for its entry by identity (`_by_id`) while it is a placeh
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
-import warnings
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterator
 from types import FunctionType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
+from .deferred import MARK, Deferred, keep, mark_recipe, warn_never_initialised
 from .interception import HANDLERS, IN_PLACE, INIT_HANDLERS, PASS
 from .layout import numel
 from .materialize import DTYPES, Fills, allocate
@@ -66,6 +68,8 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 
+Empty = Literal[True, "nan", "unchecked"]
+
 _ZERO_STRIDES = (0,) * 64  # torch has no tensors of more dimensions
 
 
@@ -80,6 +84,7 @@ class Entry:
     again = False  # its recipe replaced another one
     resident = False  # its tensors have memory already, though they are still found by identity
     filled = False  # the memory has the values of the recipe, which is kept because they may be wanted in fp32
+    deferred = False  # the recipe has gone to the modules that own the tensor, and what is left of it marks the memory
     name: Any = None  # class of the module that owns it, and the name there
 
     def __init__(self, shape, dtype, device, recipe) -> None:
@@ -103,14 +108,16 @@ class Entry:
 class Recorder(TorchFunctionMode):
     """Records the initialisations of one context; see the module's docstring."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int, empty: Empty | None = None) -> None:
         super().__init__()
         self.device = device
         self.default_dtype = dtype
         self.seed = seed
+        self.empty = empty
         self.streams = 0
         self.executed = 0
         self.dropped = 0
+        self.deferred = 0
         self.module_parameters: list[weakref.ref] = []
         self._by_id: dict[int, tuple[weakref.ref[torch.Tensor], Entry]] = {}
         self._purge_at = 10_000
@@ -119,12 +126,14 @@ class Recorder(TorchFunctionMode):
         self._outer: Recorder | None = None
         self._outer_device_context: Any = None
         self._suspended = False
+        self._modules: dict[int, weakref.ref[torch.nn.Module]] = {}  # those that were seen, if they may keep recipes
         # On a GPU, fills run while the constructor goes on: entries that are ready for it, and their size.
-        self._overlap = device.type == "cuda"
+        self._overlap = device.type == "cuda" and not empty
         self._ready: list[Entry] = []
         self._ready_bytes = 0
         self._ready_limit = _FIRST_BYTES
         self._given: list[Entry] = []
+        self._marks: dict[torch.device, Fills] = {}
 
     # --- entering and leaving -----------------------------------------------------------------------------------
 
@@ -147,6 +156,8 @@ class Recorder(TorchFunctionMode):
             self._outer._suspended = False
         # Also after an exception: what the code in the context has handed out must not be left as raw memory.
         with _modes_off():
+            if self.empty:
+                self._defer()
             self.settle_all()
 
     # --- dispatch ------------------------------------------------------------------------------------------------
@@ -481,6 +492,52 @@ class Recorder(TorchFunctionMode):
             dtype = torch.promote_types(dtype, other)
         return dtype
 
+    # --- leaving initialisations to later --------------------------------------------------------------------------
+
+    def _defer(self) -> None:
+        """Hand the recipes of what a state dict holds to the modules that own it, and leave out the random fills."""
+        owners: dict[Entry, list[tuple[torch.nn.Module, str, torch.Tensor]]] = {}
+        for module in self._seen_modules():
+            tensors = {**module._parameters, **module._buffers}
+            for name, tensor in tensors.items():
+                if tensor is None or name in module._non_persistent_buffers_set:
+                    continue
+                entry = self.find(tensor)
+                if entry is not None:
+                    owners.setdefault(entry, []).append((module, name, tensor))
+        for entry, owned in owners.items():
+            recipe = entry.recipe
+            if recipe is None or not all(
+                self.is_whole(entry, tensor) and tuple(tensor.shape) == entry.shape for *_, tensor in owned
+            ):
+                continue
+            mark = None
+            if not recipe or any(write.kind != CONSTANT for write in recipe):
+                mark = math.nan if self.empty == "nan" else MARK
+                entry.recipe = () if self.empty == "unchecked" else mark_recipe(entry.shape, mark)
+                entry.deferred = True
+                self.deferred += len(recipe)
+            if self.empty != "unchecked":
+                deferred = Deferred(entry.shape, entry.dtype, self.seed, recipe, mark)
+                for module, name, _ in owned:
+                    keep(module, name, deferred)
+
+    def _seen_modules(self) -> Iterator[torch.nn.Module]:
+        waiting = [module for ref in self._modules.values() if (module := ref()) is not None]
+        seen = set(map(id, waiting))
+        while waiting:
+            module = waiting.pop()
+            yield module
+            for child in module._modules.values():
+                if child is not None and id(child) not in seen:
+                    seen.add(id(child))
+                    waiting.append(child)
+
+    def _mark(self, entry: Entry, data_ptr: int) -> None:
+        if entry.device not in self._marks:
+            self._marks[entry.device] = Fills(self.seed, entry.device)
+        self._marks[entry.device].add(data_ptr, numel(entry.shape), entry.dtype, entry.recipe)
+
     # --- giving tensors their memory and values ------------------------------------------------------------------
 
     def settle(self, entries: list[Entry]) -> None:
@@ -492,6 +549,8 @@ class Recorder(TorchFunctionMode):
             self.give_memory(entry)
             if entry.shadow is not None:
                 self._memory(entry).copy_(entry.shadow)
+            elif entry.deferred:
+                self._mark(entry, entry.data_ptr)
             elif entry.recipe is not None and not entry.filled:
                 if not entry.recipe or entry.recipe[0].region is not None:
                     self._memory(entry).zero_()
@@ -511,6 +570,8 @@ class Recorder(TorchFunctionMode):
                 if entry.resident and not entry.filled:
                     self.give_memory(entry)
             self.settle([entry for entry in list(self._by_storage.values()) if entry.alive])
+            for marks in self._marks.values():
+                marks.run()
         except BaseException:
             # Nothing half-made stays behind: give the memory back.
             for entry in self._given:
@@ -525,6 +586,7 @@ class Recorder(TorchFunctionMode):
             self._by_id.clear()
             self._shadows.clear()
             self._given.clear()
+            self._marks.clear()
             self._ready, self._ready_bytes = [], 0
 
     def _make_ready(self, entry: Entry, nbytes: int) -> None:
@@ -577,12 +639,15 @@ class Recorder(TorchFunctionMode):
                 self._shadows.pop(entry, None)
                 entry.shadow = None
                 continue
+            if entry.deferred:
+                self._mark(entry, memory.data_ptr())
+                continue
             if not recipe or recipe[0].region is not None:
                 # Raw memory is for those alone who asked for it with torch.empty and keep it outside of a module.
                 if entry.name is not None:
                     memory.zero_()
                     if not recipe:
-                        _warn_unwritten(entry)
+                        warn_never_initialised(entry.name[0].__name__, entry.name[1], entry.shape)
             fills.add(memory.data_ptr(), nbytes // entry.dtype.itemsize, entry.dtype, recipe)
             size += nbytes
             if size >= _BATCH_BYTES:
@@ -596,6 +661,8 @@ class Recorder(TorchFunctionMode):
         """A module has taken a tensor as a parameter or a buffer."""
         if is_parameter:
             self.module_parameters.append(weakref.ref(tensor))
+        if self.empty:
+            self.saw(module)
         known = self._by_id.get(id(tensor))
         if known is not None and known[0]() is tensor:
             known[1].name = (type(module), name)
@@ -603,6 +670,10 @@ class Recorder(TorchFunctionMode):
         with _modes_off():
             if tensor.layout == torch.strided and not _other_dispatch():
                 self._adopt(tensor)
+
+    def saw(self, module: torch.nn.Module) -> None:
+        """A module has been given something, a child perhaps: it, or what is below it, may own what is deferred."""
+        self._modules[id(module)] = weakref.ref(module)
 
     def _adopt(self, tensor: torch.Tensor) -> None:
         """Recognise a tensor that was made from a placeholder without the recorder seeing it."""
@@ -692,15 +763,6 @@ def _initialises_at_the_end() -> bool:
                 return True
         frame = frame.f_back
     return False
-
-
-def _warn_unwritten(entry: Entry) -> None:
-    warnings.warn(
-        f"fastinit: {entry.name[0].__name__}.{entry.name[1]} of shape {tuple(entry.shape)} is never initialised by its "
-        "module; it was filled with zeros instead of being left as raw memory. Initialise it in the constructor, or "
-        "load a checkpoint that supplies it inside the context.",
-        stacklevel=2,
-    )
 
 
 def _reserve(sizes: list[int], device: torch.device) -> None:
