@@ -1,0 +1,581 @@
+"""`load`: a checkpoint streamed into a model, whole or not at all.
+
+Three steps. The files are opened, and their metadata gives the name, shape and dtype of every tensor (`Checkpoint`).
+Then torch's own loading code, the ``_load_from_state_dict`` of each module, is run over stand-ins for those tensors
+(`_Stored`), and the copies that it would make are noted instead (`_Copies`): so names, hooks, versions and lazy modules
+mean what they mean to ``load_state_dict``, and whatever can be known without values is refused before anything is
+written. Last, the copies are made in the order of the files, one tensor in memory at a time.
+
+A model that brings loading code of its own may look at values while it is loaded. It gets what ``load_state_dict``
+would give it: tensors that are mapped from the files, copied at once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, _IncompatibleKeys
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from .checkpoint_files import Checkpoint, CheckpointError, is_dtensor
+from .context import _readable, on
+from .deferred import forget, initialize, uninitialized
+from .recorder import _modes_off
+
+# Elements that are compared or searched at a time.
+_CHUNK = 1 << 18
+
+_NAMES_IN_WARNINGS = 10
+
+# Loading code in these modules of torch copies tensors and edits names. It does not look at what was copied.
+_KNOWN_CODE = ("torch.nn.", "torch.distributed.fsdp._fully_shard.", "torch.distributed.algorithms._checkpoint.")
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """What one `load` did; complete once it has returned.
+
+    Attributes:
+        missing: names of the model's state that the checkpoint does not supply, not even by the name of a tied tensor.
+        unexpected: names in the checkpoint that the model does not have.
+        converted: dtype in the checkpoint and in the model of each tensor whose dtype differs, by its name there.
+        bytes: size in the checkpoint of the tensors that were loaded.
+        seconds: wall time, with the creation of the model if `load` did that. Copies to a GPU are complete.
+
+    Example:
+        >>> print(fastinit.LoadReport(missing=["head.weight"], bytes=3 << 20, seconds=0.5))
+        loaded 3 MiB in 0.50 s: 1 missing, 0 unexpected, 0 converted
+    """
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    converted: dict[str, tuple[torch.dtype, torch.dtype]] = field(default_factory=dict)
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"loaded {_readable(self.bytes)} in {self.seconds:.2f} s: {len(self.missing)} missing, "
+            f"{len(self.unexpected)} unexpected, {len(self.converted)} converted"
+        )
+
+
+def load(
+    model: nn.Module | Callable[[], nn.Module],
+    path: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    seed: int | None = None,
+    strict: bool = True,
+    progress: bool = True,
+    report: LoadReport | None = None,
+) -> nn.Module:
+    """Load a checkpoint into a model, which is created for it if a function is given.
+
+    The model is created under ``fastinit.on(device, dtype, seed=seed, empty=True)``, so that no value is computed that
+    the checkpoint supplies. Tensors go one by one from the files, which are mapped and not read as a whole, into the
+    parameters and buffers, and are converted to their dtype and device on the way. Beside the model there is never
+    more in memory than the largest tensor, or 64 MiB. (From a torch.distributed.checkpoint directory a tensor that is
+    converted takes its size twice. Files that torch wrote before version 1.6 cannot be mapped and are read whole.)
+
+    What a state dict means to ``load_state_dict`` it means here: hooks, versions and extra state included. Loading
+    code that the model's own classes bring runs as it would there. Such a model may be left with part of a checkpoint
+    that turns out not to fit, and the files stay mapped until it is loaded.
+
+    Args:
+        model: a module, or a function (a class, say) that creates one when it is called without arguments.
+        path: a .safetensors file; a file written by ``torch.save`` that holds a state dict, plain or under the key
+            "state_dict" as Lightning writes it; the index.json of such a checkpoint in several files; a directory with
+            one of these; or a directory written by ``torch.distributed.checkpoint``. torch files are unpickled with
+            ``weights_only=True``. The metadata of a torch.distributed.checkpoint is a pickle that torch reads without
+            that: load only those that you trust.
+        device, dtype, seed: as for `fastinit.on`, for a model that is created here; device None means "cuda".
+        strict: raise if names are missing or unexpected, or if one memory would get two different tensors. False: what
+            is missing gets its recorded initialisation, with the bits that it would have without the checkpoint, or
+            keeps its value if it has one; what is unexpected is left out; and without a report there is a warning.
+        progress: show a bar in bytes, if tqdm is installed.
+        report: is filled with names, dtypes, bytes and seconds.
+
+    Returns:
+        The model, every tensor of which has its values.
+
+    Raises:
+        CheckpointError: for a file that is missing, truncated, corrupt or refused by ``weights_only``; for names (if
+            strict), shapes and kinds of dtype that do not fit, all of them in one message; for a finite value that the
+            model's dtype cannot hold. A model that was passed has its old values then, except that a file which fails
+            after its metadata has been read and found right leaves the model with a part of it.
+        ValueError: a path that is none of the above; device, dtype or seed together with a module.
+        FileNotFoundError: a path that does not exist.
+        ImportError: a .safetensors file without the safetensors package.
+
+    Example:
+        >>> torch.save({"weight": torch.ones(1, 2), "bias": torch.zeros(1)}, "checkpoint.pt")
+        >>> model = fastinit.load(lambda: torch.nn.Linear(2, 1), "checkpoint.pt", "cpu", "bf16")
+        >>> model.weight
+        Parameter containing:
+        tensor([[1., 1.]], dtype=torch.bfloat16, requires_grad=True)
+    """
+    started = time.perf_counter()
+    if isinstance(model, nn.Module):
+        if not (device is None and dtype is None and seed is None):
+            raise ValueError(
+                f"fastinit.load: device={device!r}, dtype={dtype!r}, seed={seed!r} are for a model that is created "
+                "here; the one that was passed has its own. Leave them out, or pass a function that creates the model"
+            )
+        checkpoint, made, new = Checkpoint(Path(path)), model, False
+    elif callable(model):
+        context = on("cuda" if device is None else device, dtype, seed=seed, empty=True)
+        checkpoint, made, new = Checkpoint(Path(path)), _created(model, context), True
+    else:
+        raise TypeError(f"fastinit.load: model={model!r} must be a module, or a function that returns one")
+    loading = _Loading(made, checkpoint, strict, new)
+    with _bar(loading.bytes, progress, checkpoint.path) as bar:
+        loading.run(bar.update if bar is not None else lambda count: None)
+    loading.initialize_the_rest()
+    done = loading.report
+    done.seconds = time.perf_counter() - started
+    if report is not None:
+        for each in fields(done):
+            setattr(report, each.name, getattr(done, each.name))
+    elif done.missing or done.unexpected:
+        warnings.warn(
+            f"fastinit.load: {str(checkpoint.path)!r} and {type(made).__name__} differ: {len(done.missing)} names "
+            f"missing in the checkpoint ({_some(done.missing)}), {len(done.unexpected)} unexpected "
+            f"({_some(done.unexpected)}). Pass report=fastinit.LoadReport() to have them without this warning",
+            stacklevel=2,
+        )
+    return made
+
+
+def _created(factory: Callable[[], nn.Module], context: on) -> nn.Module:
+    with context:
+        model = factory()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fastinit.load: model={factory!r} returned a {type(model).__name__}, not a module")
+    return model
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+class _Stored(torch.Tensor):
+    """Stands for a tensor of a checkpoint, which is read when torch computes with it."""
+
+    _checkpoint: Checkpoint
+    key: str
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def of(checkpoint: Checkpoint, name: str) -> _Stored:
+        shape, dtype = checkpoint.tensors[name]
+        stored: Any = torch.Tensor._make_wrapper_subclass(_Stored, shape, dtype=dtype, device=torch.device("cpu"))
+        stored._checkpoint, stored.key = checkpoint, name
+        return stored
+
+    def read(self, target: torch.Tensor | None = None) -> torch.Tensor:
+        return self._checkpoint.read(self.key, target)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+        def read(value):
+            return value.read() if isinstance(value, _Stored) else value
+
+        return func(*tree_map(read, args), **tree_map(read, kwargs or {}))
+
+
+class _Copy(NamedTuple):
+    target: torch.Tensor
+    source: torch.Tensor
+
+
+class _Copies(TorchFunctionMode):
+    """Hands every ``tensor.copy_(source)`` to a function that makes it, or makes it later."""
+
+    def __init__(self, copy: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self._copy = copy
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.copy_ and len(args) == 2 and not kwargs and isinstance(args[1], torch.Tensor):
+            self._copy(*args)
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+class _Loading:
+    """One load of a checkpoint into a model: what is to be copied where, and what does not fit."""
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, strict: bool, new: bool) -> None:
+        self.model = model
+        self.checkpoint = checkpoint
+        self.strict = strict
+        self.new = new
+        self.report = LoadReport()
+        self.copies: list[_Copy] = []
+        self._extra_states: list[tuple[nn.Module, str]] = []
+        self._last_hooks: list[tuple[Callable[..., Any], nn.Module]] = []
+        self._problems: list[str] = []
+        self._state = dict(_tensors(model, persistent_only=True))
+        self._check_targets()
+        self._own_code = _own_loading_code(model)
+        if self._own_code is None:
+            self._plan()
+            self._refuse_problems()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that `run` reads."""
+        if self._own_code is not None:
+            return sum(info.nbytes for info in self.checkpoint.tensors.values())
+        passes = 1 if self.new else 2
+        return sum(copy.source.nbytes * (passes if _narrows(copy) else 1) for copy in self.copies)
+
+    def run(self, advance: Callable[[int], Any]) -> None:
+        """Copy everything; before that, unless the model is new, look for values that its dtypes cannot hold."""
+        if self._own_code is not None:
+            self._run_own_code(advance)
+            return
+        if not self.new:
+            self._stream(advance, check=True, write=False)
+            self._refuse_problems()
+        self._stream(advance, check=self.new, write=True)
+        self._refuse_problems()
+        for module, name in self._extra_states:
+            module.set_extra_state(self.checkpoint.read_object(name))
+        for hook, module in self._last_hooks:
+            hook(module, _IncompatibleKeys(self.report.missing, self.report.unexpected))
+
+    # What fits ---------------------------------------------------------------------------------------------------
+
+    def _check_targets(self) -> None:
+        on_meta = [name for name, tensor in self._state.items() if tensor.is_meta]
+        if on_meta:
+            self._problems.append(
+                f"on the meta device: {', '.join(on_meta)}. Pass the function that creates the model, or give it "
+                "memory first: model.to_empty(device=...)"
+            )
+        sharded = [name for name, tensor in self._state.items() if is_dtensor(tensor)]
+        if sharded and not self.checkpoint.is_distributed:
+            self._problems.append(
+                f"DTensors: {', '.join(sharded)}. They are loaded from a torch.distributed.checkpoint directory alone; "
+                "torch.distributed.checkpoint.format_utils.torch_save_to_dcp makes one of a torch file"
+            )
+        self._refuse_problems()
+
+    def _plan(self) -> None:
+        """Let torch's own code say what goes where, for a model without loading code of its own."""
+        values: dict[str, Any] = {name: _Stored.of(self.checkpoint, name) for name in self.checkpoint.tensors}
+        values.update(dict.fromkeys(self.checkpoint.objects))
+        versions = self.checkpoint.versions or {}
+        missing: list[str] = []
+        unexpected: list[str] = []
+        without_extra_state: list[tuple[nn.Module, str]] = []
+        targets = {id(tensor) for _, tensor in _tensors(self.model)}
+
+        def copy(target: torch.Tensor, source: torch.Tensor) -> None:
+            if id(target) in targets:
+                self.copies.append(_Copy(target, source))
+            else:
+                target.copy_(source)
+
+        def visit(module: nn.Module, values: dict[str, Any], prefix: str) -> None:
+            extra_state = prefix + _EXTRA_STATE_KEY_SUFFIX
+            if type(module).set_extra_state is not nn.Module.set_extra_state:
+                # It changes the module in ways that nobody can foresee: last.
+                (self._extra_states if extra_state in values else without_extra_state).append((module, extra_state))
+                values.pop(extra_state, None)
+            absent: list[str] = []
+            version = dict(versions.get(prefix[:-1], {}))
+            module._load_from_state_dict(values, prefix, version, True, absent, unexpected, self._problems)
+            missing.extend(name for name in absent if name != extra_state)
+            for name, child in module._modules.items():
+                if child is not None:
+                    below = f"{prefix}{name}."
+                    visit(child, {key: value for key, value in values.items() if key.startswith(below)}, below)
+            self._last_hooks.extend((hook, module) for hook in module._load_state_dict_post_hooks.values())
+
+        with _Copies(copy):
+            visit(self.model, values, "")
+        supplied = {module for module, _ in self._extra_states}
+        missing.extend(name for module, name in without_extra_state if module not in supplied)
+        for each in self.copies:
+            self._check_dtype(each)
+        self._judge(missing, unexpected)
+        self._resolve_ties()
+        self._sort()
+
+    def _check_dtype(self, copy: _Copy) -> None:
+        found, wanted = copy.source.dtype, copy.target.dtype
+        if found == wanted or not isinstance(copy.source, _Stored):
+            return
+        if _kind(found) != _kind(wanted):
+            self._problems.append(
+                f"dtype mismatch for {copy.source.key}: {found} in the checkpoint, {wanted} in the model"
+            )
+        self.report.converted[copy.source.key] = (found, wanted)
+
+    def _judge(self, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+        """Note and, if strict, refuse what is missing or unexpected."""
+        supplied: dict[Any, list[tuple[int, int]]] = {}
+        for copy in self.copies:
+            memory, start, end = _extent(copy.target)
+            supplied.setdefault(memory, []).append((start, end))
+
+        def has_values(tensor: torch.Tensor) -> bool:
+            # Files that cannot hold a tensor twice, safetensors, have a tied one, or the whole of which it is a part.
+            memory, start, end = _extent(tensor)
+            return any(first <= start and end <= last for first, last in supplied.get(memory, ()))
+
+        self.report.missing = missing = [
+            name for name in dict.fromkeys(missing) if name not in self._state or not has_values(self._state[name])
+        ]
+        self.report.unexpected = unexpected = list(dict.fromkeys(unexpected))
+        self.report.bytes = sum(copy.source.nbytes for copy in self.copies if isinstance(copy.source, _Stored))
+        if self.strict and missing:
+            self._problems.append(f"missing in the checkpoint: {', '.join(missing)}. strict=False initialises them")
+        if self.strict and unexpected:
+            self._problems.append(f"unexpected in the checkpoint: {', '.join(unexpected)}. strict=False skips them")
+
+    def _resolve_ties(self) -> None:
+        """Keep of several copies into one memory the last, as load_state_dict would; if strict they have to agree."""
+        last: dict[Any, _Copy] = {}
+        for copy in self.copies:
+            place = (*_extent(copy.target), copy.target.stride() if _is_plain(copy.target) else None)
+            other = last.pop(place, None)
+            last[place] = copy
+            if self.strict and not self._problems and other is not None and not _agree(other, copy):
+                names = f"{_name(other)} and {_name(copy)}"
+                self._problems.append(
+                    f"{names} are one tensor in the model, and two in the checkpoint. strict=False takes the last"
+                )
+        self.copies = list(last.values())
+
+    def _sort(self) -> None:
+        """Order the copies as the files have them, except that tensors which share memory keep their order."""
+        position = {name: index for index, name in enumerate(self.checkpoint.tensors)}
+        last: dict[Any, int] = {}
+        keys = {}
+        for copy in self.copies:
+            memory = _extent(copy.target)[0]
+            key = position[copy.source.key] if isinstance(copy.source, _Stored) else len(position)
+            keys[id(copy)] = last[memory] = max(key, last.get(memory, 0))
+        self.copies.sort(key=lambda copy: keys[id(copy)])
+
+    # Values ------------------------------------------------------------------------------------------------------
+
+    def _stream(self, advance: Callable[[int], Any], check: bool, write: bool) -> None:
+        for copy in self.copies:
+            narrows = _narrows(copy)
+            if write or narrows:
+                # In a call of its own, at the end of which nothing holds on to what was read.
+                self._carry_out(copy, check and narrows, write)
+                advance(copy.source.nbytes)
+
+    def _carry_out(self, copy: _Copy, check: bool, write: bool) -> None:
+        target, source = copy
+        tensor = source.read(target) if isinstance(source, _Stored) else source
+        if check:
+            value = _first_lost(tensor, target.dtype)
+            if value is not None:
+                self._problems.append(_lost_message(_name(copy), value, tensor.dtype, target.dtype))
+        if write:
+            with torch.no_grad():
+                target.copy_(tensor)
+
+    def _run_own_code(self, advance: Callable[[int], Any]) -> None:
+        state = self.checkpoint.read_all()
+        if self.checkpoint.versions is not None:
+            state._metadata = self.checkpoint.versions  # type: ignore[attr-defined]
+        names = {id(value): name for name, value in state.items()}
+
+        def copy(target: torch.Tensor, source: torch.Tensor) -> None:
+            name = names.get(id(source))
+            if name is not None:
+                if _kind(source.dtype) != _kind(target.dtype):
+                    raise TypeError(f"{source.dtype} in the checkpoint, {target.dtype} in the model")
+                if _narrows(_Copy(target, source)):
+                    value = _first_lost(source, target.dtype)
+                    if value is not None:
+                        raise ValueError(_lost_message(name, value, source.dtype, target.dtype))
+                stand_in = _Stored.of(self.checkpoint, name)
+                self.copies.append(_Copy(target, stand_in))
+                self._check_dtype(self.copies[-1])
+                advance(source.nbytes)
+            target.copy_(source)
+
+        try:
+            with _Copies(copy):
+                result = self.model.load_state_dict(state, strict=False)
+        except CheckpointError:
+            raise
+        except RuntimeError as error:
+            self._problems.append(str(error))
+            raise self._refusal() from error
+        self._judge(getattr(result, "missing_keys", ()), getattr(result, "unexpected_keys", ()))
+        self._refuse_problems()
+
+    def initialize_the_rest(self) -> None:
+        """Write what the checkpoint has not, and nobody else since the model was created without values."""
+        # That a loaded tensor happens to look like an unwritten one must not undo it.
+        supplied = {id(copy.target) for copy in self.copies}
+        state = dict(_tensors(self.model))
+        initialize(self.model, [name for name in uninitialized(self.model) if id(state.get(name)) not in supplied])
+        forget(self.model)
+
+    # Refusals ----------------------------------------------------------------------------------------------------
+
+    def _refuse_problems(self) -> None:
+        if self._problems:
+            raise self._refusal()
+
+    def _refusal(self) -> CheckpointError:
+        problems = "".join(f"\n  {problem}" for problem in self._problems)
+        partly = ""
+        if self._own_code is not None and not self.new:
+            partly = f"\n  The model may hold a part of the checkpoint: {self._own_code} is loading code of its own."
+        return CheckpointError(
+            f"fastinit.load: {str(self.checkpoint.path)!r} does not fit {type(self.model).__name__}:{problems}{partly}"
+        )
+
+
+def _own_loading_code(model: nn.Module) -> str | None:
+    """The first method or hook by which a model takes part in load_state_dict and that is not torch's."""
+    for module in model.modules():
+        for function in (
+            module.load_state_dict,
+            module._load_from_state_dict,
+            *module._load_state_dict_pre_hooks.values(),
+            *module._load_state_dict_post_hooks.values(),
+        ):
+            function = getattr(function, "hook", function)
+            origin = getattr(function, "__module__", None) or ""
+            if not origin.startswith(_KNOWN_CODE):
+                return f"{type(module).__name__}.{getattr(function, '__name__', type(function).__name__)}"
+    return None
+
+
+def _tensors(model: nn.Module, persistent_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer by its full name, tied ones under each of their names."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for kind in (module._parameters, module._buffers):
+            for name, tensor in kind.items():
+                if tensor is not None and not (persistent_only and name in module._non_persistent_buffers_set):
+                    yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        not nn.parameter.is_lazy(tensor)
+        and tensor.layout == torch.strided
+        and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    )
+
+
+def _extent(tensor: torch.Tensor) -> tuple[Any, int, int]:
+    """Which memory a tensor lies in, and from which to which byte."""
+    with _modes_off():
+        if not _is_plain(tensor) or not tensor.numel():
+            return (id(tensor),), 0, 0
+        size = tensor.element_size()
+        steps = zip(tensor.size(), tensor.stride(), strict=True)
+        start = tensor.storage_offset() * size
+        end = start + (1 + sum((extent - 1) * stride for extent, stride in steps)) * size
+        return (tensor.device, tensor.untyped_storage().data_ptr()), int(start), int(end)
+
+
+def _name(copy: _Copy) -> str:
+    return copy.source.key if isinstance(copy.source, _Stored) else "a value that a hook has computed"
+
+
+def _agree(first: _Copy, second: _Copy) -> bool:
+    """Whether two copies into one tensor leave the same bits there."""
+    dtype = first.target.dtype
+    values = [copy.source.read() if isinstance(copy.source, _Stored) else copy.source for copy in (first, second)]
+    # torch.save stores tied tensors once.
+    if values[0].data_ptr() == values[1].data_ptr() and values[0].dtype == values[1].dtype:
+        return True
+    pairs = zip(values[0].reshape(-1).split(_CHUNK), values[1].reshape(-1).split(_CHUNK), strict=True)
+    return all(torch.equal(*(part.to(dtype).view(torch.uint8) for part in pair)) for pair in pairs)
+
+
+# --- what dtypes can hold -------------------------------------------------------------------------------------------
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype == torch.bool:
+        return "boolean"
+    return "complex" if dtype.is_complex else "floating point" if dtype.is_floating_point else "integer"
+
+
+def _limits(dtype: torch.dtype) -> tuple[float, float]:
+    info = torch.finfo(dtype) if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype)
+    return info.min, info.max
+
+
+def _narrows(copy: _Copy) -> bool:
+    """Whether the source's dtype has finite values beyond the range of the target's."""
+    source, target = copy.source.dtype, copy.target.dtype
+    if source == target or _kind(source) != _kind(target):
+        return False
+    (low, high), (lowest, highest) = _limits(source), _limits(target)
+    return low < lowest or high > highest
+
+
+def _first_lost(tensor: torch.Tensor, dtype: torch.dtype) -> float | None:
+    """The first finite value that another dtype of the same kind cannot hold."""
+    if is_dtensor(tensor):
+        tensor = tensor.to_local()  # type: ignore[attr-defined]
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+        dtype = dtype.to_real()
+    low, high = _limits(dtype)
+    if not tensor.numel():
+        return None
+    if tensor.is_floating_point():
+        least, greatest = torch.aminmax(tensor)
+        # NaN and infinities fail this too. A value beyond the greatest finite one may still be rounded to it.
+        if low <= least.item() and greatest.item() <= high:
+            return None
+    for part in tensor.reshape(-1).split(_CHUNK):
+        if part.is_floating_point():
+            lost = part.isfinite() & ~part.to(dtype).double().isfinite()
+        else:
+            lost = (part.long() < low) | (part.long() > high)
+        if lost.any():
+            return part[lost][0].item()
+    return None
+
+
+def _lost_message(name: str, value: float, source: torch.dtype, target: torch.dtype) -> str:
+    return (
+        f"{name} has the value {value:g} in {source}, beyond the range of the model's {target}, {_limits(target)[0]:g} "
+        f"to {_limits(target)[1]:g}. Choose a dtype with a wider range"
+    )
+
+
+def _bar(total: int, progress: bool, path: Path) -> Any:
+    if progress and total:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            pass
+        else:
+            return tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=path.name)
+    return nullcontext()
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMES_IN_WARNINGS} more" if len(names) > _NAMES_IN_WARNINGS else ""
+    return ", ".join(names[:_NAMES_IN_WARNINGS]) + more

@@ -1,0 +1,330 @@
+"""The files of a checkpoint: which tensors they have, and one tensor at a time of them.
+
+Reading is left to safetensors and torch. `Checkpoint` finds the files, knows the name, shape and dtype of each tensor
+from their metadata, and maps one file at a time. There is a class for each kind of file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
+
+# Below every mode: a device context or a recorder around the caller has no say in how files are read.
+_modes_off = torch._C.DisableTorchFunction
+
+_ACCEPTED = (
+    "a .safetensors file, a file written by torch.save (.pt, .pth, .bin, .ckpt), the index of a checkpoint in several "
+    "files (*.index.json), a directory that holds one of these, or a torch.distributed.checkpoint directory"
+)
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_IN_A_DIRECTORY = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin")
+
+# What was read through a mapping counts as this process's memory until the file is unmapped. A file is opened again
+# before that exceeds its largest tensor, or this: opening a file costs more than a small tensor.
+_MAPPED_BYTES = 64 << 20
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, or does not fit the model that it was to be loaded into."""
+
+
+class _Info(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _Safetensors:
+    """The tensors of one safetensors file, mapped."""
+
+    objects: tuple[str, ...] = ()
+    versions = None
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: Any = None
+        file = self._opened()
+        self.tensors = _in_order({name: file.get_tensor(name) for name in file.keys()})
+
+    def _opened(self) -> Any:
+        if self._file is None:
+            from safetensors import safe_open
+
+            self._file = safe_open(self._path, framework="pt", device="cpu")
+        return self._file
+
+    def read(self, name: str, target: torch.Tensor | None) -> torch.Tensor:
+        return self._opened().get_tensor(name)
+
+    def close(self) -> None:
+        self._file = None
+
+
+class _TorchFile:
+    """The tensors of one file that torch.save has written, mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._values: Mapping[str, Any] | None = None
+        values = self._opened()
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        self.tensors = _in_order(tensors)
+        self.objects = tuple(name for name in values if name not in tensors)
+        self.versions = getattr(values, "_metadata", None)
+
+    def _opened(self) -> Mapping[str, Any]:
+        if self._values is None:
+            # Only the format of torch 1.6 and later, a zip file, can be mapped.
+            mapped = zipfile.is_zipfile(self._path)
+            values = torch.load(self._path, map_location="cpu", weights_only=True, mmap=mapped)
+            if isinstance(values, Mapping) and isinstance(values.get("state_dict"), Mapping):
+                values = values["state_dict"]
+            if not isinstance(values, Mapping):
+                raise TypeError(f"it holds a {type(values).__name__}, not a state dict")
+            self._values = values
+        return self._values
+
+    def read(self, name: str, target: torch.Tensor | None) -> torch.Tensor:
+        return self._opened()[name].detach()
+
+    def read_object(self, name: str) -> Any:
+        return self._opened()[name]
+
+    def close(self) -> None:
+        self._values = None
+
+
+class _Distributed:
+    """The tensors of a torch.distributed.checkpoint directory, read one by one, and of a DTensor the local part.
+
+    Every process reads for itself: nothing here waits for another one.
+    """
+
+    versions = None
+
+    def __init__(self, path: Path) -> None:
+        from torch.distributed.checkpoint import FileSystemReader
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        self._path = path
+        self._reader = FileSystemReader(path)
+        self._metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._metadata, True)
+        self._check_sizes()
+        stored = self._metadata.state_dict_metadata
+        nested = any(name.startswith("state_dict.") for name in stored)
+        self._prefix = "state_dict." if nested else ""
+        names = [name.removeprefix(self._prefix) for name in stored if name.startswith(self._prefix)]
+        self.tensors = {}
+        for name in names:
+            info = stored[self._prefix + name]
+            if isinstance(info, TensorStorageMetadata):
+                self.tensors[name] = _Info(tuple(info.size), info.properties.dtype)
+        self.objects = tuple(name for name in names if name not in self.tensors)
+
+    def _check_sizes(self) -> None:
+        ends: dict[str, int] = {}
+        for info in self._metadata.storage_data.values():
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for name, end in ends.items():
+            file = self._path / name
+            if not file.is_file():
+                raise FileNotFoundError(f"its file {name!r} does not exist")
+            if file.stat().st_size < end:
+                raise ValueError(f"its file {name!r} has {file.stat().st_size} bytes of at least {end}")
+
+    def _load(self, name: str, value: Any) -> Any:
+        from torch.distributed.checkpoint import DefaultLoadPlanner
+
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        state = {self._prefix + name: value}
+        planner.set_up_planner(state, self._metadata, True)
+        plan = planner.finish_plan(planner.create_local_plan())
+        self._reader.read_data(plan, planner).wait()
+        return state[self._prefix + name]
+
+    def read(self, name: str, target: torch.Tensor | None) -> torch.Tensor:
+        shape, dtype = self.tensors[name]
+        if target is not None and is_dtensor(target):
+            return self._load(name, torch.empty_like(target, dtype=dtype))
+        return self._load(name, torch.empty(shape, dtype=dtype, device="cpu"))
+
+    def read_object(self, name: str) -> Any:
+        return self._load(name, None)
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+
+def _in_order(tensors: Mapping[str, torch.Tensor]) -> dict[str, _Info]:
+    """Shape and dtype of mapped tensors, in the order in which they lie in their file."""
+    ordinary = {name: tensor for name, tensor in tensors.items() if tensor.layout == torch.strided}
+    names = [*sorted(ordinary, key=lambda name: ordinary[name].data_ptr()), *(tensors.keys() - ordinary.keys())]
+    return {name: _Info(tuple(tensors[name].shape), tensors[name].dtype) for name in names}
+
+
+class Checkpoint:
+    """All tensors of a checkpoint by name, of which one file at a time is mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.versions: Mapping[str, Any] | None = None
+        self._file_of: dict[str, Any] = {}
+        self._open: Any = None
+        self._touched = 0
+        files, indexed = self._find()
+        for file in files.values():
+            self._file_of.update(dict.fromkeys((*file.tensors, *file.objects), file))
+            self.versions = self.versions or file.versions
+        lost = [f"{name} ({file})" for name, file in indexed.items() if name not in self._file_of]
+        if lost:
+            raise CheckpointError(
+                f"fastinit.load: the index {str(path)!r} names tensors that their files do not have: {', '.join(lost)}"
+            )
+        for name, file in indexed.items():
+            self._file_of[name] = files[file]
+        self.is_distributed = any(isinstance(file, _Distributed) for file in files.values())
+        self.tensors: dict[str, _Info] = {
+            name: info for file in files.values() for name, info in file.tensors.items() if self._file_of[name] is file
+        }
+        self.objects = [name for name in self._file_of if name not in self.tensors]
+        self._limit = max([_MAPPED_BYTES, *(info.nbytes for info in self.tensors.values())])
+
+    def _find(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """The files by name, and which of them an index says that a tensor is in."""
+        path = self.path
+        if not path.exists():
+            raise FileNotFoundError(f"fastinit.load: path={str(path)!r} does not exist; pass {_ACCEPTED}")
+        if path.is_dir():
+            if (path / ".metadata").is_file():
+                return {path.name: self._opened(_Distributed, path)}, {}
+            path = self.path = _only_one_in(path)
+        if path.name.endswith(".index.json"):
+            indexed = _read_index(path)
+            names = list(dict.fromkeys(indexed.values()))
+            gone = [name for name in names if not (path.parent / name).is_file()]
+            if gone:
+                raise CheckpointError(
+                    f"fastinit.load: files that the index {str(path)!r} names do not exist: {', '.join(gone)}; "
+                    "complete the download or copy"
+                )
+        else:
+            indexed, names = {}, [path.name]
+        return {name: self._opened(_kind_of_file(path.parent / name), path.parent / name) for name in names}, indexed
+
+    def _opened(self, kind: Callable[[Path], Any], path: Path) -> Any:
+        try:
+            with _modes_off():
+                file = kind(path)
+                file.close()
+                return file
+        except ImportError as error:
+            raise ImportError(
+                f"fastinit.load: {str(path)!r} needs the package {error.name!r}: pip install 'torch-fastinit[load]'"
+            ) from error
+        except Exception as error:
+            raise CheckpointError(_unreadable(path, error)) from error
+
+    def _use(self, file: Any, nbytes: int) -> None:
+        if file is not self._open or self._touched + nbytes > self._limit:
+            self._close()
+        self._open = file
+        self._touched += nbytes
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+        self._open, self._touched = None, 0
+
+    def read(self, name: str, target: torch.Tensor | None = None) -> torch.Tensor:
+        """One tensor, on the CPU or, from a distributed checkpoint, like its target.
+
+        Mapped tensors have to be dropped before the next call: the file cannot be unmapped before.
+        """
+        self._use(self._file_of[name], self.tensors[name].nbytes)
+        return self._guarded(lambda: self._file_of[name].read(name, target), name)
+
+    def read_object(self, name: str) -> Any:
+        """Extra state, which may be a tensor or contain some: a copy, which keeps no file mapped."""
+        read = self.read if name in self.tensors else self._file_of[name].read_object
+        return self._guarded(lambda: deepcopy(read(name)), name)
+
+    def read_all(self) -> OrderedDict[str, Any]:
+        """All of it at once, as a state dict; None for what is no tensor and no extra state."""
+        state: OrderedDict[str, Any] = OrderedDict()
+        for name, file in self._file_of.items():
+            if name in self.tensors:
+                state[name] = self._guarded(partial(file.read, name, None), name)
+            else:
+                state[name] = self.read_object(name) if name.endswith(_EXTRA_STATE_KEY_SUFFIX) else None
+        return state
+
+    def _guarded(self, read: Callable[[], Any], name: str) -> Any:
+        try:
+            with _modes_off():
+                return read()
+        except Exception as error:
+            raise CheckpointError(
+                f"fastinit.load: {name!r} could not be read from {str(self.path)!r}, which is corrupt or has changed "
+                f"since it was opened; a model that was passed may hold a part of it: {error}"
+            ) from error
+
+
+def _only_one_in(directory: Path) -> Path:
+    for pattern in _IN_A_DIRECTORY:
+        found = sorted(directory.glob(pattern))
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise ValueError(f"fastinit.load: path={str(directory)!r} holds several checkpoints, pass one: {names}")
+        if found:
+            return found[0]
+    raise ValueError(f"fastinit.load: path={str(directory)!r} is not a checkpoint; pass {_ACCEPTED}")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        indexed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(file, str) for file in indexed.values()):
+            raise TypeError("its weight_map does not name a file for each tensor")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(_unreadable(path, error)) from error
+    return indexed
+
+
+def _kind_of_file(path: Path) -> Callable[[Path], Any]:
+    if path.suffix == ".safetensors":
+        return _Safetensors
+    if path.suffix in _TORCH_SUFFIXES or zipfile.is_zipfile(path):
+        return _TorchFile
+    raise ValueError(f"fastinit.load: path={str(path)!r} is not a checkpoint; pass {_ACCEPTED}")
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+        return (
+            f"fastinit.load: {str(path)!r} holds more than tensors, and weights_only=True refuses to unpickle it. Save "
+            "model.state_dict() instead; or, if you trust the file, unpickle it with torch.load(..., "
+            f"weights_only=False) and pass the result to model.load_state_dict. {error}"
+        )
+    return f"fastinit.load: {str(path)!r} cannot be read, it is truncated, corrupt or of another format: {error}"
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    # A model can only have them if somebody has imported them.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
