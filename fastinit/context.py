@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field
@@ -148,6 +149,7 @@ class on(ContextDecorator):
         dtype = self._dtype or _supported_default(torch.get_default_dtype())
         seed = _draw_seed() if self._seed is None else self._seed
         recorder = Recorder(device, dtype, seed, self._empty)
+        recorder.entered_from = id(sys._getframe(1))
         report = Report(device, dtype, seed)
         report._start()
         patches.install()

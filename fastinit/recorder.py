@@ -133,6 +133,8 @@ class Recorder(TorchFunctionMode):
         self._ready_bytes = 0
         self._ready_limit = _FIRST_BYTES
         self._given: list[Entry] = []
+        self._reserved_for = 0
+        self.entered_from = 0  # id of the frame that has entered the context
         self._marks: dict[torch.device, Fills] = {}
 
     # --- entering and leaving -----------------------------------------------------------------------------------
@@ -238,6 +240,8 @@ class Recorder(TorchFunctionMode):
         """Allocate an entry's tensor in its final dtype; what it is to contain stays pending."""
         if entry.allocated:
             return
+        if entry.device.type == "cuda":
+            self._reserve_for_all()
         tensors = [tensor for ref in entry.refs if (tensor := ref()) is not None]
         memory = tensors[0] if entry.resident else allocate(entry.shape, entry.dtype, entry.device)
         for tensor in tensors:
@@ -249,6 +253,17 @@ class Recorder(TorchFunctionMode):
         entry.storage_weak = storage._weak_ref()
         entry.data_ptr = memory.data_ptr()
         self._by_storage[entry.storage_key] = entry
+
+    def _reserve_for_all(self) -> None:
+        """Reserve for whatever waits for memory now: the others will get theirs one by one, too, when a checkpoint is
+        copied into a model."""
+        if len(self._by_id) < self._reserved_for:
+            return
+        waiting = {entry: None for ref, entry in self._by_id.values() if ref() is not None and not entry.resident}
+        # Not before there is twice as much again: a constructor may take many views, of one new tensor each.
+        self._reserved_for = 2 * len(self._by_id)
+        for segment in self._segments(list(waiting)):
+            _reserve([nbytes for _, nbytes in segment], segment[0][0].device)
 
     def _memory(self, entry: Entry) -> torch.Tensor:
         """A tensor over an allocated entry's memory."""
@@ -596,7 +611,9 @@ class Recorder(TorchFunctionMode):
         """
         if self._ready_bytes >= self._ready_limit:
             ready = {e: None for e in self._ready if e.alive and not (e.allocated or e.resident) and e.recipe}
-            if _initialises_at_the_end():
+            if self._loads_later():
+                ready = {}
+            elif _initialises_at_the_end():
                 ready = {e: None for e in ready if e.again}
             self._ready, self._ready_bytes = [], 0
             self._ready_limit = _SEGMENT_BYTES
@@ -607,19 +624,36 @@ class Recorder(TorchFunctionMode):
             self._ready.append(entry)
             self._ready_bytes += nbytes
 
+    def _loads_later(self) -> bool:
+        """Whether the code that creates the model, from the context down, also mentions how checkpoints are loaded.
+
+        This is a guess, like that of `_initialises_at_the_end`: a fill that a checkpoint overwrites is wasted time.
+        """
+        frame: Any = sys._getframe(1)
+        while frame is not None:
+            if not _LOADERS.isdisjoint(frame.f_code.co_names):
+                return True
+            frame = None if id(frame) == self.entered_from else frame.f_back
+        return False
+
     def _settle_new(self, entries: list[Entry]) -> None:
         """Give entries that have no memory theirs, and fill it."""
+        for segment in self._segments(entries):
+            self._settle_segment(segment)
+
+    def _segments(self, entries: list[Entry]) -> Iterator[list[tuple[Entry, int]]]:
+        """Entries of one device each, with their bytes, in groups for which memory is reserved in one step."""
         segment: list[tuple[Entry, int]] = []
         reserved = 0
         for entry in entries:
             nbytes = numel(entry.shape) * entry.dtype.itemsize
             if segment and (reserved + nbytes > _SEGMENT_BYTES or entry.device != segment[0][0].device):
-                self._settle_segment(segment)
+                yield segment
                 segment, reserved = [], 0
             segment.append((entry, nbytes))
             reserved += nbytes
         if segment:
-            self._settle_segment(segment)
+            yield segment
 
     def _settle_segment(self, segment: list[tuple[Entry, int]]) -> None:
         device = segment[0][0].device
@@ -748,6 +782,12 @@ def _names_dtype(args, kwargs) -> bool:
 
 # Methods by which model classes initialise, at the end of their constructor, what its modules have initialised before.
 _OWN_INITIALISERS = ("_init_weights", "init_weights", "post_init", "initialize_weights", "_initialize_weights")
+
+
+# Names by which code mentions that it loads a checkpoint.
+_LOADERS = frozenset(
+    ("load_state_dict", "load_from_checkpoint", "load_model", "load_checkpoint", "vector_to_parameters")
+)
 
 
 def _initialises_at_the_end() -> bool:

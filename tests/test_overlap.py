@@ -107,3 +107,29 @@ def test_memory_that_was_given_early_is_given_back_when_the_rest_does_not_fit(ea
             model.large = nn.Linear(16, 100)
     assert early() > 0
     assert all(parameter.untyped_storage().nbytes() <= 2 for parameter in model.parameters())
+
+
+def test_what_a_checkpoint_will_overwrite_is_not_filled_early(early):
+    def layers():
+        return nn.Sequential(*(nn.Linear(16, 16) for _ in range(24)))
+
+    def create_and_load(checkpoint):
+        model = layers()
+        model.load_state_dict(checkpoint)
+        return model
+
+    checkpoint = layers().state_dict()
+    with fastinit.on("cpu", seed=3) as report:
+        model = create_and_load(checkpoint)
+    assert early() == 0 and report.fills_executed == 0
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, checkpoint[name]), name
+
+
+def test_a_load_outside_of_the_context_does_not_keep_fills_from_being_early(early):
+    def create():
+        with fastinit.on("cpu", "bf16", seed=3):
+            return nn.Sequential(*(nn.Linear(16, 16) for _ in range(24)))
+
+    create().load_state_dict({}, strict=False)
+    assert early() > 0
