@@ -1,0 +1,170 @@
+"""Where the local shard of a distributed tensor lies in the whole: from a DTensor's placements to boxes.
+
+torch gives the offset of a shard's first element only, and that does not describe a shard of several runs, nor one that
+FSDP2 cut from the uneven shards of tensor parallelism. So the rows of each dimension are followed here through the cuts
+that made the shard. torch.distributed is imported by the functions that need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from .layout import Box, Window
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+class Cut(NamedTuple):
+    """A dimension's division among the ranks of one mesh axis, as `torch.chunk` divides it."""
+
+    ranks: int
+    rank: int
+    groups: int = 1
+    """The rows are first divided into so many groups, and each of them among the ranks: torch's ``split_factor``."""
+
+
+def local_boxes(tensor: DTensor) -> list[Box]:
+    """Where the elements of this rank's shard lie in the whole tensor and in the memory of ``tensor.to_local()``.
+
+    Args:
+        tensor: of any number of dimensions, on a mesh of any number of axes, each with the placement Replicate, Shard
+            or the strided shard that FSDP2 over tensor parallelism makes; its data is not read, it may be on meta.
+
+    Returns:
+        Boxes whose ``index_offset`` counts the elements of the whole tensor in row-major order, and whose
+        ``memory_offset`` those from the local tensor's first one. One box, but for a shard of several runs; none for an
+        empty shard.
+
+    Raises:
+        ValueError: for another placement, such as Partial, or a local tensor that is not what the placements say.
+
+    Example:
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (2,))  # doctest: +SKIP
+        >>> weight = torch.distributed.tensor.empty(6, 4, device_mesh=mesh, placements=[Shard(0)])  # doctest: +SKIP
+        >>> local_boxes(weight)  # on rank 1 # doctest: +SKIP
+        [Box(index_offset=12, sizes=(3, 4), index_strides=(4, 1), memory_offset=0, memory_strides=(4, 1))]
+    """
+    with torch.no_grad():
+        local = tensor.to_local()
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return []
+    shape, sizes, strides = tuple(tensor.shape), tuple(local.shape), local.stride()
+    mesh_shape = tuple(tensor.device_mesh.shape)
+    cuts_of_dims = _cuts(shape, tensor.placements, mesh_shape, coordinate)
+    runs = []
+    for size, local_size, cuts in zip(shape, sizes, cuts_of_dims, strict=True):
+        # In the order of the mesh axes a strided shard stands for a cut that was made later than its place says: FSDP2
+        # divides what tensor parallelism has left. The two agree where all divide evenly. Elsewhere FSDP2 is right, and
+        # shards that `distribute_tensor` made from strided placements are the other ones.
+        for order in (_as_made(cuts), cuts):
+            found = shard_runs(size, order)
+            if sum(length for _, length in found) == local_size:
+                runs.append(found)
+                break
+        else:
+            raise ValueError(
+                f"fastinit: the local tensor has shape {sizes}, but placements={tuple(tensor.placements)} on a mesh of "
+                f"shape {mesh_shape} do not give that to the rank at {tuple(coordinate)} of a tensor of shape {shape}; "
+                "build it with distribute_tensor, parallelize_module or fully_shard, or fill it by hand with a window"
+            )
+    boxes = []
+    for combination in product(*(_with_places(each) for each in runs)):
+        start = tuple(first for first, _, _ in combination)
+        memory_offset = sum(place * stride for (_, _, place), stride in zip(combination, strides, strict=True))
+        boxes.append(Window(shape, start).box([length for _, length, _ in combination], strides, memory_offset))
+    return boxes
+
+
+def shard_runs(size: int, cuts: Sequence[Cut]) -> list[tuple[int, int]]:
+    """Rows of a dimension that a rank holds after cuts, each of what the one before left: (first, length) of each run.
+
+    Example:
+        >>> shard_runs(10, [Cut(ranks=4, rank=1)])
+        [(3, 3)]
+        >>> shard_runs(8, [Cut(ranks=2, rank=1, groups=2)])
+        [(2, 2), (6, 2)]
+    """
+    runs = [(0, size)] if size else []
+    for ranks, rank, groups in cuts:
+        total = sum(length for _, length in runs)
+        pieces = []
+        for group in range(groups):
+            begin, end = _chunk(total, groups, group)
+            first, last = _chunk(end - begin, ranks, rank)
+            pieces += _slice(runs, begin + first, begin + last)
+        runs = _joined(pieces)
+    return runs
+
+
+def _chunk(size: int, chunks: int, index: int) -> tuple[int, int]:
+    """Begin and end of one of torch.chunk's pieces; the last ones may be smaller, or empty."""
+    length = -(-size // chunks)
+    return min(index * length, size), min((index + 1) * length, size)
+
+
+def _slice(runs: Sequence[tuple[int, int]], begin: int, end: int) -> list[tuple[int, int]]:
+    pieces, before = [], 0
+    for first, length in runs:
+        low, high = max(begin - before, 0), min(end - before, length)
+        if low < high:
+            pieces.append((first + low, high - low))
+        before += length
+    return pieces
+
+
+def _joined(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for first, length in runs:
+        if joined and sum(joined[-1]) == first:
+            first, before = joined.pop()
+            length += before
+        joined.append((first, length))
+    return joined
+
+
+def _with_places(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Runs as (first, length, place in the local dimension)."""
+    return [(*run, sum(length for _, length in runs[:i])) for i, run in enumerate(runs)]
+
+
+def _cuts(shape, placements, mesh_shape, coordinate) -> list[list[Cut]]:
+    """For each dimension the cuts of the mesh axes that divide it, in the order of the axes."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    cuts: list[list[Cut]] = [[] for _ in shape]
+    for placement, ranks, rank in zip(placements, mesh_shape, coordinate, strict=True):
+        # The type itself: what a subclass adds (padding, ragged rows) is not known here.
+        if type(placement) is _StridedShard:
+            cuts[placement.dim].append(Cut(ranks, rank, int(placement.split_factor)))
+        elif type(placement) is Shard:
+            cuts[placement.dim].append(Cut(ranks, rank))
+        elif type(placement) is not Replicate:
+            raise ValueError(
+                f"fastinit: placements={tuple(placements)} contain {placement}, which has no elements of its own to "
+                "fill; initialise the tensor as Shard or Replicate and redistribute it afterwards"
+            )
+    return cuts
+
+
+def _as_made(cuts: Sequence[Cut]) -> list[Cut]:
+    """The cuts in the order in which they were made, none of them strided, where split factors tell it.
+
+    A strided shard of as many groups as later axes have made pieces was cut after them.
+    """
+    made: list[Cut] = []
+    for cut in reversed(cuts):
+        for position in range(len(made) + 1):
+            if prod(other.ranks for other in made[:position]) == cut.groups:
+                made.insert(position, Cut(cut.ranks, cut.rank))
+                break
+        else:
+            return list(cuts)
+    return made
