@@ -1,6 +1,8 @@
 """fastinit: PyTorch models created where they will live, in their precision, at the speed of memory."""
 
 from ._version import __version__
+from .checkpoint import LoadReport, load
+from .checkpoint_files import CheckpointError
 from .context import Report, on
 from .deferred import initialize, uninitialized
 from .fills import empty, fill_
@@ -8,7 +10,9 @@ from .layout import Window
 from .recipe import Constant, Normal, TruncatedNormal, Uniform
 
 __all__ = [
+    "CheckpointError",
     "Constant",
+    "LoadReport",
     "Normal",
     "Report",
     "TruncatedNormal",
@@ -18,6 +22,7 @@ __all__ = [
     "empty",
     "fill_",
     "initialize",
+    "load",
     "on",
     "uninitialized",
 ]
