@@ -86,8 +86,8 @@ def load(
     The model is created under ``fastinit.on(device, dtype, seed=seed, empty=True)``, so that no value is computed that
     the checkpoint supplies. Tensors go one by one from the files, which are mapped and not read as a whole, into the
     parameters and buffers, and are converted to their dtype and device on the way. Beside the model there is never
-    more in memory than the largest tensor, or 64 MiB. (From a torch.distributed.checkpoint directory a tensor that is
-    converted takes its size twice. Files that torch wrote before version 1.6 cannot be mapped and are read whole.)
+    more in memory than the largest tensor, or 64 MiB. (torch.distributed.checkpoint reads a tensor into memory and
+    copies it there, which takes up to three times that. Files of torch before 1.6 cannot be mapped and are read whole.)
 
     What a state dict means to ``load_state_dict`` it means here: hooks, versions and extra state included. Loading
     code that the model's own classes bring runs as it would there. Such a model may be left with part of a checkpoint
@@ -228,8 +228,8 @@ class _Loading:
         self._last_hooks: list[tuple[Callable[..., Any], nn.Module]] = []
         self._problems: list[str] = []
         self._state = dict(_tensors(model, persistent_only=True))
-        self._check_targets()
         self._own_code = _own_loading_code(model)
+        self._check_targets()
         if self._own_code is None:
             self._plan()
             self._refuse_problems()

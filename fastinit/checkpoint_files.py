@@ -126,16 +126,19 @@ class _Distributed:
         self._metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, True)
         self._check_sizes()
-        stored = self._metadata.state_dict_metadata
-        nested = any(name.startswith("state_dict.") for name in stored)
-        self._prefix = "state_dict." if nested else ""
-        names = [name.removeprefix(self._prefix) for name in stored if name.startswith(self._prefix)]
-        self.tensors = {}
-        for name in names:
-            info = stored[self._prefix + name]
-            if isinstance(info, TensorStorageMetadata):
-                self.tensors[name] = _Info(tuple(info.size), info.properties.dtype)
-        self.objects = tuple(name for name in names if name not in self.tensors)
+        # A value that is a dict or a list is stored in parts, and the keys that lead to each part apart from its name.
+        infos, paths = self._metadata.state_dict_metadata, self._metadata.planner_data or {}
+        parts = {stored: tuple(paths.get(stored, (stored,))) for stored in infos}
+        if any(keys[0] == "state_dict" and len(keys) > 1 for keys in parts.values()):
+            parts = {stored: keys[1:] for stored, keys in parts.items() if keys[0] == "state_dict"}
+        self.tensors: dict[str, _Info] = {}
+        self._parts: dict[str, dict[str, tuple]] = {}
+        for stored, keys in parts.items():
+            self._parts.setdefault(keys[0], {})[stored] = keys
+            info = infos[stored]
+            if len(keys) == 1 and isinstance(info, TensorStorageMetadata):
+                self.tensors[keys[0]] = _Info(tuple(info.size), info.properties.dtype)
+        self.objects = tuple(name for name in self._parts if name not in self.tensors)
 
     def _check_sizes(self) -> None:
         ends: dict[str, int] = {}
@@ -148,24 +151,33 @@ class _Distributed:
             if file.stat().st_size < end:
                 raise ValueError(f"its file {name!r} has {file.stat().st_size} bytes of at least {end}")
 
-    def _load(self, name: str, value: Any) -> Any:
+    def _load(self, stored: str, target: torch.Tensor | None) -> Any:
         from torch.distributed.checkpoint import DefaultLoadPlanner
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        state = {self._prefix + name: value}
+        info = self._metadata.state_dict_metadata[stored]
+        state: dict[str, Any] = {stored: None}
+        if isinstance(info, TensorStorageMetadata):
+            dtype = info.properties.dtype
+            if target is not None and is_dtensor(target):
+                state[stored] = torch.empty_like(target, dtype=dtype)
+            else:
+                state[stored] = torch.empty(info.size, dtype=dtype, device="cpu")
         planner.set_up_planner(state, self._metadata, True)
         plan = planner.finish_plan(planner.create_local_plan())
         self._reader.read_data(plan, planner).wait()
-        return state[self._prefix + name]
+        return state[stored]
 
     def read(self, name: str, target: torch.Tensor | None) -> torch.Tensor:
-        shape, dtype = self.tensors[name]
-        if target is not None and is_dtensor(target):
-            return self._load(name, torch.empty_like(target, dtype=dtype))
-        return self._load(name, torch.empty(shape, dtype=dtype, device="cpu"))
+        (stored,) = self._parts[name]
+        return self._load(stored, target)
 
     def read_object(self, name: str) -> Any:
-        return self._load(name, None)
+        from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
+
+        values = {stored: self._load(stored, None) for stored in self._parts[name]}
+        return unflatten_state_dict(values, self._parts[name])[name]
 
     def close(self) -> None:
         """Nothing is kept open."""
