@@ -148,7 +148,7 @@ def _cuts(shape, placements, mesh_shape, coordinate) -> list[list[Cut]]:
             cuts[placement.dim].append(Cut(ranks, rank))
         elif type(placement) is not Replicate:
             raise ValueError(
-                f"fastinit: placements={tuple(placements)} contain {placement}, which has no elements of its own to "
+                f"fastinit: placements={tuple(placements)} contain {placement!r}, which has no elements of its own to "
                 "fill; initialise the tensor as Shard or Replicate and redistribute it afterwards"
             )
     return cuts
