@@ -60,9 +60,10 @@ def local_boxes(tensor: DTensor) -> list[Box]:
     cuts_of_dims = _cuts(shape, tensor.placements, mesh_shape, coordinate)
     runs = []
     for size, local_size, cuts in zip(shape, sizes, cuts_of_dims, strict=True):
-        # In the order of the mesh axes a strided shard stands for a cut that was made later than its place says: FSDP2
-        # divides what tensor parallelism has left. The two agree where all divide evenly. Elsewhere FSDP2 is right, and
-        # shards that `distribute_tensor` made from strided placements are the other ones.
+        # A strided shard stands for a cut that was made later than the order of the mesh axes says: FSDP2 divides what
+        # tensor parallelism has left. Where all divides evenly, following the axes in their order comes to the same.
+        # Elsewhere FSDP2's shards are the one, those that `distribute_tensor` makes of strided placements the other,
+        # and the local size tells them apart; where it does not, which is rare, they are taken for FSDP2's.
         for order in (_as_made(cuts), cuts):
             found = shard_runs(size, order)
             if sum(length for _, length in found) == local_size:

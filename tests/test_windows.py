@@ -298,14 +298,14 @@ def _sizes_and_strides(view):
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "part"])
-def test_large_writes_that_overlap_keep_their_order_on_all_threads(whole):
-    length = 1 << 20
-    recipe = (
-        Write(NORMAL, (0.0, 1.0), 0),
-        Write(CONSTANT, (3.0,), region=Region(length // 4, (length // 2,), (1,))),
-        Write(NORMAL, (0.0, 1.0), 1, region=Region(length // 2, (2, length // 4), (length // 8, 1))),
-    )
-    local, fills = torch.empty(length), Fills(SEED, CPU)
+def test_writes_that_overlap_keep_their_order_on_several_threads(whole):
+    # A thread takes 65536 elements at a time. Out of order, the next one would write the end of those too early.
+    rows, row = 64, 1 << 16
+    length = (rows + 1) * row // 2
+    slow = Write(NORMAL, (0.0, 1.0), 0, region=Region(0, (rows, row), (row // 2, 1)))
+    quick = Write(CONSTANT, (3.0,), region=Region(length - row // 8, (row // 8,), (1,)))
+    recipe = (slow, quick, slow._replace(stream=1), quick._replace(parameters=(4.0,)))
+    local, fills = torch.zeros(length), Fills(SEED, CPU)
     if whole:
         fills.add(local.data_ptr(), length, torch.float32, recipe)
     else:
