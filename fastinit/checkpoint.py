@@ -224,7 +224,7 @@ class _Loading:
         self.new = new
         self.report = LoadReport()
         self.copies: list[_Copy] = []
-        self._extra_states: list[tuple[nn.Module, str]] = []
+        self._extra_states: dict[str, nn.Module] = {}
         self._last_hooks: list[tuple[Callable[..., Any], nn.Module]] = []
         self._problems: list[str] = []
         self._state = dict(_tensors(model, persistent_only=True))
@@ -246,13 +246,15 @@ class _Loading:
         """Copy everything; before that, unless the model is new, look for values that its dtypes cannot hold."""
         if self._own_code is not None:
             self._run_own_code(advance)
-            return
-        if not self.new:
+        elif self.new:
+            self._stream(advance, check=True, write=True)
+        else:
             self._stream(advance, check=True, write=False)
             self._refuse_problems()
-        self._stream(advance, check=self.new, write=True)
+            self._stream(advance, check=False, write=True)
         self._refuse_problems()
-        for module, name in self._extra_states:
+        self.report.bytes = sum(copy.source.nbytes for copy in self.copies if isinstance(copy.source, _Stored))
+        for name, module in self._extra_states.items():
             module.set_extra_state(self.checkpoint.read_object(name))
         for hook, module in self._last_hooks:
             hook(module, _IncompatibleKeys(self.report.missing, self.report.unexpected))
@@ -278,10 +280,6 @@ class _Loading:
         """Let torch's own code say what goes where, for a model without loading code of its own."""
         values: dict[str, Any] = {name: _Stored.of(self.checkpoint, name) for name in self.checkpoint.tensors}
         values.update(dict.fromkeys(self.checkpoint.objects))
-        versions = self.checkpoint.versions or {}
-        missing: list[str] = []
-        unexpected: list[str] = []
-        without_extra_state: list[tuple[nn.Module, str]] = []
         targets = {id(tensor) for _, tensor in _tensors(self.model)}
 
         def copy(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -290,31 +288,35 @@ class _Loading:
             else:
                 target.copy_(source)
 
-        def visit(module: nn.Module, values: dict[str, Any], prefix: str) -> None:
-            extra_state = prefix + _EXTRA_STATE_KEY_SUFFIX
-            if type(module).set_extra_state is not nn.Module.set_extra_state:
-                # It changes the module in ways that nobody can foresee: last.
-                (self._extra_states if extra_state in values else without_extra_state).append((module, extra_state))
-                values.pop(extra_state, None)
-            absent: list[str] = []
-            version = dict(versions.get(prefix[:-1], {}))
-            module._load_from_state_dict(values, prefix, version, True, absent, unexpected, self._problems)
-            missing.extend(name for name in absent if name != extra_state)
-            for name, child in module._modules.items():
-                if child is not None:
-                    below = f"{prefix}{name}."
-                    visit(child, {key: value for key, value in values.items() if key.startswith(below)}, below)
-            self._last_hooks.extend((hook, module) for hook in module._load_state_dict_post_hooks.values())
-
+        missing: list[str] = []
+        unexpected: list[str] = []
         with _Copies(copy):
-            visit(self.model, values, "")
-        supplied = {module for module, _ in self._extra_states}
-        missing.extend(name for module, name in without_extra_state if module not in supplied)
+            self._visit(self.model, values, "", missing, unexpected)
         for each in self.copies:
             self._check_dtype(each)
         self._judge(missing, unexpected)
         self._resolve_ties()
         self._sort()
+
+    def _visit(
+        self, module: nn.Module, values: dict[str, Any], prefix: str, missing: list[str], unexpected: list[str]
+    ) -> None:
+        """What load_state_dict does for a module and those below it; extra state and last hooks are put off."""
+        extra_state = prefix + _EXTRA_STATE_KEY_SUFFIX
+        if type(module).set_extra_state is not nn.Module.set_extra_state and extra_state in values:
+            # It changes the module in ways that nobody can foresee: last.
+            self._extra_states[extra_state] = module
+            del values[extra_state]
+        version = dict((self.checkpoint.versions or {}).get(prefix[:-1], {}))
+        module._load_from_state_dict(values, prefix, version, True, missing, unexpected, self._problems)
+        below: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            if key.startswith(prefix):
+                below.setdefault(key[len(prefix) :].partition(".")[0], {})[key] = value
+        for name, child in module._modules.items():
+            if child is not None:
+                self._visit(child, below.get(name, {}), f"{prefix}{name}.", missing, unexpected)
+        self._last_hooks.extend((hook, module) for hook in module._load_state_dict_post_hooks.values())
 
     def _check_dtype(self, copy: _Copy) -> None:
         found, wanted = copy.source.dtype, copy.target.dtype
@@ -333,20 +335,26 @@ class _Loading:
             memory, start, end = _extent(copy.target)
             supplied.setdefault(memory, []).append((start, end))
 
-        def has_values(tensor: torch.Tensor) -> bool:
+        def is_supplied(name: str) -> bool:
+            if name not in self._state:
+                return self._has_extra_state(name)
             # Files that cannot hold a tensor twice, safetensors, have a tied one, or the whole of which it is a part.
-            memory, start, end = _extent(tensor)
+            memory, start, end = _extent(self._state[name])
             return any(first <= start and end <= last for first, last in supplied.get(memory, ()))
 
-        self.report.missing = missing = [
-            name for name in dict.fromkeys(missing) if name not in self._state or not has_values(self._state[name])
-        ]
+        self.report.missing = missing = [name for name in dict.fromkeys(missing) if not is_supplied(name)]
         self.report.unexpected = unexpected = list(dict.fromkeys(unexpected))
-        self.report.bytes = sum(copy.source.nbytes for copy in self.copies if isinstance(copy.source, _Stored))
         if self.strict and missing:
             self._problems.append(f"missing in the checkpoint: {', '.join(missing)}. strict=False initialises them")
         if self.strict and unexpected:
             self._problems.append(f"unexpected in the checkpoint: {', '.join(unexpected)}. strict=False skips them")
+
+    def _has_extra_state(self, name: str) -> bool:
+        """Whether a module of several names has its extra state under one of them."""
+        if name in self._extra_states:
+            return True
+        owner, _, leaf = name.rpartition(".")
+        return leaf == _EXTRA_STATE_KEY_SUFFIX and self.model.get_submodule(owner) in self._extra_states.values()
 
     def _resolve_ties(self) -> None:
         """Keep of several copies into one memory the last, as load_state_dict would; if strict they have to agree."""
@@ -386,13 +394,14 @@ class _Loading:
     def _carry_out(self, copy: _Copy, check: bool, write: bool) -> None:
         target, source = copy
         tensor = source.read(target) if isinstance(source, _Stored) else source
-        if check:
-            value = _first_lost(tensor, target.dtype)
-            if value is not None:
-                self._problems.append(_lost_message(_name(copy), value, tensor.dtype, target.dtype))
         if write:
             with torch.no_grad():
                 target.copy_(tensor)
+        if check:
+            # A GPU looks faster at what was written than the CPU at what was read.
+            value = _first_lost(tensor, target.dtype, target.detach() if write and not target.is_cpu else tensor)
+            if value is not None:
+                self._problems.append(_lost_message(_name(copy), value, tensor.dtype, target.dtype))
 
     def _run_own_code(self, advance: Callable[[int], Any]) -> None:
         state = self.checkpoint.read_all()
@@ -406,7 +415,7 @@ class _Loading:
                 if _kind(source.dtype) != _kind(target.dtype):
                     raise TypeError(f"{source.dtype} in the checkpoint, {target.dtype} in the model")
                 if _narrows(_Copy(target, source)):
-                    value = _first_lost(source, target.dtype)
+                    value = _first_lost(source, target.dtype, source)
                     if value is not None:
                         raise ValueError(_lost_message(name, value, source.dtype, target.dtype))
                 stand_in = _Stored.of(self.checkpoint, name)
@@ -424,7 +433,6 @@ class _Loading:
             self._problems.append(str(error))
             raise self._refusal() from error
         self._judge(getattr(result, "missing_keys", ()), getattr(result, "unexpected_keys", ()))
-        self._refuse_problems()
 
     def initialize_the_rest(self) -> None:
         """Write what the checkpoint has not, and nobody else since the model was created without values."""
@@ -533,29 +541,35 @@ def _narrows(copy: _Copy) -> bool:
     return low < lowest or high > highest
 
 
-def _first_lost(tensor: torch.Tensor, dtype: torch.dtype) -> float | None:
-    """The first finite value that another dtype of the same kind cannot hold."""
-    if is_dtensor(tensor):
-        tensor = tensor.to_local()  # type: ignore[attr-defined]
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-        dtype = dtype.to_real()
-    low, high = _limits(dtype)
+def _first_lost(tensor: torch.Tensor, dtype: torch.dtype, same: torch.Tensor) -> float | None:
+    """The first finite value that another dtype of the same kind cannot hold.
+
+    `same` is the tensor, or what became of it in that dtype: it is looked at first.
+    """
+    tensor, same = _local_real(tensor), _local_real(same)
     if not tensor.numel():
         return None
+    low, high = _limits(dtype)
     if tensor.is_floating_point():
-        least, greatest = torch.aminmax(tensor)
+        least, greatest = torch.aminmax(same)
         # NaN and infinities fail this too. A value beyond the greatest finite one may still be rounded to it.
         if low <= least.item() and greatest.item() <= high:
             return None
+    real = dtype.to_real()
     for part in tensor.reshape(-1).split(_CHUNK):
         if part.is_floating_point():
-            lost = part.isfinite() & ~part.to(dtype).double().isfinite()
+            lost = part.isfinite() & ~part.to(real).double().isfinite()
         else:
             lost = (part.long() < low) | (part.long() > high)
         if lost.any():
             return part[lost][0].item()
     return None
+
+
+def _local_real(tensor: torch.Tensor) -> torch.Tensor:
+    if is_dtensor(tensor):
+        tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _lost_message(name: str, value: float, source: torch.dtype, target: torch.dtype) -> str:

@@ -52,6 +52,7 @@ class _Info(NamedTuple):
 class _Safetensors:
     """The tensors of one safetensors file, mapped."""
 
+    is_mapped = True
     objects: tuple[str, ...] = ()
     versions = None
 
@@ -81,6 +82,8 @@ class _TorchFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._values: Mapping[str, Any] | None = None
+        # Only the format of torch 1.6 and later, a zip file, can be mapped.
+        self.is_mapped = zipfile.is_zipfile(path)
         values = self._opened()
         tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
         self.tensors = _in_order(tensors)
@@ -89,13 +92,11 @@ class _TorchFile:
 
     def _opened(self) -> Mapping[str, Any]:
         if self._values is None:
-            # Only the format of torch 1.6 and later, a zip file, can be mapped.
-            mapped = zipfile.is_zipfile(self._path)
-            values = torch.load(self._path, map_location="cpu", weights_only=True, mmap=mapped)
+            values = torch.load(self._path, map_location="cpu", weights_only=True, mmap=self.is_mapped)
             if isinstance(values, Mapping) and isinstance(values.get("state_dict"), Mapping):
                 values = values["state_dict"]
-            if not isinstance(values, Mapping):
-                raise TypeError(f"it holds a {type(values).__name__}, not a state dict")
+            if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+                raise TypeError(f"it holds a {type(values).__name__}, not a state dict, whose keys are names")
             self._values = values
         return self._values
 
@@ -115,6 +116,7 @@ class _Distributed:
     Every process reads for itself: nothing here waits for another one.
     """
 
+    is_mapped = False
     versions = None
 
     def __init__(self, path: Path) -> None:
@@ -185,8 +187,12 @@ class _Distributed:
 
 def _in_order(tensors: Mapping[str, torch.Tensor]) -> dict[str, _Info]:
     """Shape and dtype of mapped tensors, in the order in which they lie in their file."""
-    ordinary = {name: tensor for name, tensor in tensors.items() if tensor.layout == torch.strided}
-    names = [*sorted(ordinary, key=lambda name: ordinary[name].data_ptr()), *(tensors.keys() - ordinary.keys())]
+    for name, tensor in tensors.items():
+        dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+        if not dense or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            kind = tensor.layout if type(tensor) is torch.Tensor else type(tensor).__name__
+            raise TypeError(f"{name!r} is no ordinary, dense tensor ({kind}, {tensor.dtype}, {tensor.device})")
+    names = sorted(tensors, key=lambda name: tensors[name].data_ptr())
     return {name: _Info(tuple(tensors[name].shape), tensors[name].dtype) for name in names}
 
 
@@ -242,9 +248,9 @@ class Checkpoint:
     def _opened(self, kind: Callable[[Path], Any], path: Path) -> Any:
         try:
             with _modes_off():
-                file = kind(path)
-                file.close()
-                return file
+                self._close()
+                self._open = kind(path)
+                return self._open
         except ImportError as error:
             raise ImportError(
                 f"fastinit.load: {str(path)!r} needs the package {error.name!r}: pip install 'torch-fastinit[load]'"
@@ -253,7 +259,7 @@ class Checkpoint:
             raise CheckpointError(_unreadable(path, error)) from error
 
     def _use(self, file: Any, nbytes: int) -> None:
-        if file is not self._open or self._touched + nbytes > self._limit:
+        if file is not self._open or (file.is_mapped and self._touched + nbytes > self._limit):
             self._close()
         self._open = file
         self._touched += nbytes

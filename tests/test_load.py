@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import huggingface_hub
@@ -26,8 +27,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import fastinit
-from fastinit import deferred
-from fastinit.checkpoint import CheckpointError, LoadReport, load
+from fastinit import CheckpointError, LoadReport, deferred, load
 
 ROOT = Path(__file__).parents[1]
 X = torch.arange(6).reshape(2, 3)
@@ -310,6 +310,17 @@ def test_extra_state_is_missing_or_unexpected_as_a_tensor_would_be(tmp_path):
     report = LoadReport()
     quiet_load(model, path, strict=False, report=report)
     assert report.missing == ["_extra_state"] and model.state == {"steps": 0}
+
+
+def test_the_extra_state_of_a_shared_module_is_wanted_once(tmp_path):
+    def make():
+        model = nn.Module()
+        model.one = model.other = WithExtraState()
+        return model
+
+    state = {name: value for name, value in make().state_dict().items() if name.startswith("other")}
+    state["other._extra_state"] = {"steps": 5}
+    assert quiet_load(make, saved(tmp_path, state)).one.state["steps"] == 5
 
 
 def test_a_failed_load_sets_no_extra_state(tmp_path):
@@ -645,6 +656,11 @@ def test_what_weights_only_refuses_is_refused_with_torchs_reason(tmp_path):
 def test_a_torch_file_without_a_state_dict_is_refused(tmp_path):
     refused(built(Net), saved(tmp_path, [torch.ones(2)]), "it holds a list, not a state dict")
     refused(built(Net), saved(tmp_path, {"epoch": 3}), "missing in the checkpoint: scale")
+    refused(built(Net), saved(tmp_path, {0: torch.ones(2)}), "not a state dict, whose keys are names")
+
+
+def test_a_sparse_tensor_is_refused(tmp_path):
+    refused(built(Net), saved(tmp_path, {"scale": torch.eye(2).to_sparse()}), "'scale' is no ordinary, dense tensor")
 
 
 def test_an_index_has_to_agree_with_its_files(tmp_path):
@@ -703,6 +719,19 @@ def test_tensors_on_meta_are_refused_with_a_remedy(tmp_path):
     model = plain(Net, device="meta")
     with pytest.raises(CheckpointError, match=r"on the meta device: scale, .*to_empty"):
         quiet_load(model, path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_a_loaded_model_keeps_no_file_mapped_and_is_freed_at_once(tmp_path):
+    for name in ("model.safetensors", "model.pt", "dcp"):
+        path = written(tmp_path, name, trained())
+        model = quiet_load(Net, path)
+        quiet_load(model, path)
+        with open("/proc/self/maps") as file:
+            assert str(path) not in file.read()
+        alive = weakref.ref(model)
+        del model
+        assert alive() is None
 
 
 def test_torch_state_is_as_before_after_an_error(tmp_path):
