@@ -24,6 +24,8 @@ from models import (
 )
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrizations
 
 import fastinit
@@ -741,6 +743,40 @@ def test_torch_state_is_as_before_after_an_error(tmp_path):
         quiet_load(built(Net), path)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (torch._C._len_torch_function_stack(), torch.is_grad_enabled())
+
+
+# Sharded models -----------------------------------------------------------------------------------------------------
+
+
+def uneven():
+    return nn.Sequential(nn.Linear(7, 13), nn.BatchNorm1d(13), nn.Linear(13, 5))
+
+
+def load_shards(rank, world, folder):
+    """One process of the next test."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    mesh = torch.distributed.init_device_mesh("cpu", (world,))
+    model = built(uneven, "bf16", seed=rank)
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    quiet_load(model, folder / "dcp")
+    source = torch.load(folder / "model.pt")
+    for name, tensor in model.state_dict().items():
+        assert same_bits(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor, source[name].to(tensor.dtype))
+    with pytest.raises(CheckpointError, match=r"DTensors: 0\.weight.*torch_save_to_dcp"):
+        quiet_load(model, folder / "model.pt")
+    with pytest.raises(CheckpointError, match=r"0\.weight has the value 1e\+38"):
+        quiet_load(model.half(), folder / "large")
+    torch.distributed.destroy_process_group()
+
+
+def test_each_process_reads_its_own_shards_of_a_distributed_checkpoint(tmp_path):
+    source = built(uneven, seed=1)
+    save_torch(source, tmp_path / "model.pt")
+    save_dcp(source.state_dict(), tmp_path / "dcp")
+    source[0].weight.data.fill_(1e38)
+    save_dcp(source.state_dict(), tmp_path / "large")
+    torch.multiprocessing.spawn(load_shards, (2, tmp_path), 2)
 
 
 # A model without values, reports, bars --------------------------------------------------------------------------------
