@@ -394,12 +394,17 @@ def _zero(rec: Recorder, func, tensor):
 @_handles("__setitem__")
 def _setitem(rec: Recorder, func, tensor, index, value):
     entry = rec.find(tensor)
-    if entry is None or type(value) not in (int, float) or (torch.is_grad_enabled() and tensor.requires_grad):
+    if entry is None or _has_tensor(index) or (torch.is_grad_enabled() and tensor.requires_grad):
         return NotImplemented
-    if _has_tensor(index):
+    is_scalar = type(value) in (int, float)
+    if not is_scalar and not isinstance(value, torch.Tensor):
         return NotImplemented
     view = _view(rec, torch.Tensor.__getitem__, tensor, index)
-    if view is NotImplemented or not rec.fill(view, CONSTANT, (float(value),)):
+    if view is NotImplemented:
+        return NotImplemented
+    if is_scalar:
+        return None if rec.fill(view, CONSTANT, (float(value),)) else NotImplemented
+    if value.dim() > view.dim() or _copy(rec, torch.Tensor.copy_, view, value) is NotImplemented:
         return NotImplemented
     return None
 
@@ -619,15 +624,14 @@ def _copy(rec: Recorder, func, tensor, source, *args, **kwargs):
     origin = rec.find(source)
     _refuse_leaf(tensor)
     if origin is entry:
-        return tensor
+        return tensor if rec.is_whole(entry, source) and source.shape == tensor.shape else NotImplemented
     if origin is None:
-        # Data from outside, a checkpoint say: converted while it is copied, and what was pending is dropped.
-        # A view of all of it may have another shape. Not torch.broadcast_shapes, which imports the decompositions.
-        pairs = zip(reversed(source.shape), reversed(tensor.shape), strict=False)  # broadcast
-        if source.dim() > tensor.dim() or any(size not in (1, target) for size, target in pairs):
-            return NotImplemented
+        # Data from outside, a checkpoint say: converted while it is copied. What is pending is dropped after that, so
+        # that a copy which torch refuses leaves it as it was.
+        rec.give_memory(entry)
+        func(tensor, source, *args, **kwargs)
         rec.replace_by_real(entry)
-        return func(tensor, source, *args, **kwargs)
+        return tensor
     same_values = origin.dtype in (torch.float32, entry.dtype) and origin.recipe and rec.is_whole(origin, source)
     if same_values and origin.shape == entry.shape:
         rec.overwrite(entry, origin.recipe)
@@ -665,17 +669,26 @@ def _view(rec: Recorder, func, tensor, *args, **kwargs):
     return NotImplemented
 
 
+def _view_as(rec: Recorder, func, tensor, other):
+    """A view whose shape is that of another tensor, of which nothing else is read."""
+    if rec.find(tensor) is not None:
+        return _view(rec, func, tensor, other)
+    return func(tensor, other)
+
+
 def _is_view_of(entry: Entry, tensor) -> bool:
     return isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata == entry.storage_key
 
 
 for _target in _callables(
-    *"view view_as reshape reshape_as flatten unflatten t transpose swapaxes swapdims permute movedim moveaxis select "
+    *"view reshape flatten unflatten t transpose swapaxes swapdims permute movedim moveaxis select "
     "narrow chunk split tensor_split unsafe_chunk unsafe_split hsplit vsplit dsplit unbind squeeze unsqueeze expand "
-    "expand_as diagonal as_strided ravel unfold t_ transpose_ squeeze_ unsqueeze_ swapaxes_ swapdims_ as_strided_ "
+    "diagonal as_strided ravel unfold t_ transpose_ squeeze_ unsqueeze_ swapaxes_ swapdims_ as_strided_ "
     "adjoint contiguous".split()
 ):
     HANDLERS[_target] = _view
+for _target in _callables("view_as", "reshape_as", "expand_as"):
+    HANDLERS[_target] = _view_as
 for _name in ("T", "mT", "H", "mH"):
     HANDLERS[getattr(torch.Tensor, _name).__get__] = _view
 
@@ -732,7 +745,8 @@ def _convert(rec: Recorder, func, tensor, *args, **kwargs):
         if dtype in (torch.float16, torch.bfloat16) and tensor.dtype == torch.float64 and not tensor.requires_grad:
             tensor = tensor.float()  # what the fp32 model would have
         elif not args or not isinstance(args[0], torch.Tensor):
-            return NotImplemented
+            # Not by way of the recorder, which takes .float() of half-precision data for a result in half precision.
+            return func(tensor, *args, **kwargs)
         # By name: the tensor whose dtype and device are asked for may be one of ours.
         return tensor.to(dtype=dtype, device=device or tensor.device, copy=copy)
     if kwargs.get("memory_format") not in (None, torch.preserve_format) or (
@@ -794,7 +808,7 @@ def _type(rec: Recorder, func, tensor, dtype=None, **kwargs):
         return func(tensor)
     if isinstance(dtype, torch.dtype):
         return _convert(rec, func, tensor, dtype)
-    return NotImplemented
+    return _memory_access(rec, func, tensor, dtype, **kwargs)
 
 
 # --- access to memory -----------------------------------------------------------------------------------------------
