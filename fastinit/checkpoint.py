@@ -50,7 +50,7 @@ class LoadReport:
         unexpected: names in the checkpoint that the model does not have.
         converted: dtype in the checkpoint and in the model of each tensor whose dtype differs, by its name there.
         bytes: size in the checkpoint of the tensors that were loaded.
-        seconds: wall time, with the creation of the model if `load` did that. Copies to a GPU are complete.
+        seconds: wall time, with the creation of the model if `load` did that.
 
     Example:
         >>> print(fastinit.LoadReport(missing=["head.weight"], bytes=3 << 20, seconds=0.5))

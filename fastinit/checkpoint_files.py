@@ -29,7 +29,11 @@ _ACCEPTED = (
     "files (*.index.json), a directory that holds one of these, or a torch.distributed.checkpoint directory"
 )
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_IN_A_DIRECTORY = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin")
+# What is looked for in a directory, in this order: first the names that are customary.
+_IN_A_DIRECTORY = (
+    *("model.safetensors.index.json", "model.safetensors", "*.safetensors.index.json", "*.safetensors"),
+    *("pytorch_model.bin.index.json", "pytorch_model.bin", "*.bin.index.json", "*.bin"),
+)
 
 # What was read through a mapping counts as this process's memory until the file is unmapped. A file is opened again
 # before that exceeds its largest tensor, or this: opening a file costs more than a small tensor.
@@ -209,13 +213,12 @@ class Checkpoint:
         for file in files.values():
             self._file_of.update(dict.fromkeys((*file.tensors, *file.objects), file))
             self.versions = self.versions or file.versions
-        lost = [f"{name} ({file})" for name, file in indexed.items() if name not in self._file_of]
+        lost = [f"{name} ({file})" for name, file in indexed.items() if name not in files[file].tensors]
         if lost:
             raise CheckpointError(
                 f"fastinit.load: the index {str(path)!r} names tensors that their files do not have: {', '.join(lost)}"
             )
-        for name, file in indexed.items():
-            self._file_of[name] = files[file]
+        self._file_of.update((name, files[file]) for name, file in indexed.items())
         self.is_distributed = any(isinstance(file, _Distributed) for file in files.values())
         self.tensors: dict[str, _Info] = {
             name: info for file in files.values() for name, info in file.tensors.items() if self._file_of[name] is file

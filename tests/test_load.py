@@ -672,6 +672,9 @@ def test_an_index_has_to_agree_with_its_files(tmp_path):
     name, file = next(iter(content["weight_map"].items()))
     index.write_text(json.dumps({"weight_map": {**content["weight_map"], "other": file}}))
     refused(built(Net), path, rf"tensors that their files do not have: other \({file}\)")
+    other = next(each for each in content["weight_map"].values() if each != file)
+    index.write_text(json.dumps({"weight_map": {**content["weight_map"], name: other}}))
+    refused(built(Net), path, rf"{name} \({other}\)")
     index.write_text(json.dumps({"weight_map": {**content["weight_map"], name: "gone.safetensors"}}))
     refused(built(Net), index, "do not exist: gone.safetensors")
     for broken in ("", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
@@ -701,6 +704,8 @@ def test_a_path_of_another_kind_is_a_value_error_that_says_what_is_accepted(tmp_
         save_file({"x": torch.ones(1)}, tmp_path / name)
     with pytest.raises(ValueError, match=r"several checkpoints, pass one: a\.safetensors, b\.safetensors"):
         quiet_load(Net, tmp_path)
+    save_model(trained(), tmp_path / "model.safetensors")
+    assert_loaded(quiet_load(Net, tmp_path), trained())
 
 
 def test_arguments_that_do_not_go_together_are_refused(tmp_path):
