@@ -8,6 +8,7 @@ from .deferred import initialize, uninitialized
 from .fills import empty, fill_
 from .layout import Window
 from .recipe import Constant, Normal, TruncatedNormal, Uniform
+from .sharded import materialize, param_init_fn
 
 __all__ = [
     "CheckpointError",
@@ -23,6 +24,8 @@ __all__ = [
     "fill_",
     "initialize",
     "load",
+    "materialize",
     "on",
+    "param_init_fn",
     "uninitialized",
 ]

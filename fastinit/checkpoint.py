@@ -27,10 +27,11 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, _IncompatibleKeys
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from .checkpoint_files import Checkpoint, CheckpointError, is_dtensor
+from .checkpoint_files import Checkpoint, CheckpointError
 from .context import _readable, on
 from .deferred import forget, initialize, uninitialized
 from .recorder import _modes_off
+from .sharding import is_dtensor
 
 # Elements that are compared or searched at a time.
 _CHUNK = 1 << 18

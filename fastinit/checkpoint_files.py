@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -20,6 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
+
+from .sharding import is_dtensor
 
 # Below every mode: a device context or a recorder around the caller has no say in how files are read.
 _modes_off = torch._C.DisableTorchFunction
@@ -343,9 +344,3 @@ def _unreadable(path: Path, error: Exception) -> str:
             f"weights_only=False) and pass the result to model.load_state_dict. {error}"
         )
     return f"fastinit.load: {str(path)!r} cannot be read, it is truncated, corrupt or of another format: {error}"
-
-
-def is_dtensor(tensor: torch.Tensor) -> bool:
-    # A model can only have them if somebody has imported them.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)

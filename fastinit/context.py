@@ -7,11 +7,13 @@ import sys
 import time
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
 from . import native, patches
+from .deferred import Deferred
+from .distributed import from_rank_0, is_distributed
 from .recorder import Empty, Recorder, _modes_off, concrete
 
 _DTYPES = {
@@ -32,6 +34,17 @@ _DTYPES = {
 # torch's own, taken before any context can have replaced them.
 _get_default_dtype = torch.get_default_dtype
 _set_default_dtype = torch.set_default_dtype
+
+
+class Partitioner(Protocol):
+    """What `on(shard=...)` takes for engines that partition parameters when they are created."""
+
+    def place(self, parameters: list[tuple[torch.nn.Module, str, torch.nn.Parameter, Deferred | None]]) -> None:
+        """Take over the parameters of a context that has just ended.
+
+        They come as (owner, name there, parameter, recipe), in one order on every rank, tied ones with each of their
+        owners. A parameter is on the meta device with a recipe, or has the values that the constructor computed.
+        """
 
 
 @dataclass(slots=True)
@@ -108,13 +121,18 @@ class on(ContextDecorator):
             with the modules: `uninitialized` names what nothing has written since, `initialize` writes it, and the
             first forward raises if there is any. "nan" fills them with NaN meanwhile. "unchecked" leaves raw memory
             and records nothing. A checkpoint that is loaded inside the block needs none of this.
+        shard: True leaves parameters on the meta device with their initialisation recorded, for `materialize` to give
+            each rank its part once the model is sharded; buffers and what the constructor computes are there as ever.
+            `fastinit.deepspeed.zero3(config)` makes them partitions of ZeRO-3. If torch.distributed is initialised,
+            the key is rank 0's: every rank has to enter the block, or to pass the same `seed`.
 
     Returns:
         The context manager, which is also a decorator. Entering it gives a report of parameters, bytes, fills, time
         and memory, complete when the block ends.
 
     Raises:
-        ValueError: unknown device, dtype or `empty`, or a seed that is not a 64-bit integer.
+        ValueError: unknown device, dtype, `empty` or `shard`, both of the latter, or a seed that is not a 64-bit
+            integer.
         RuntimeError: no such GPU, or a build without CUDA.
 
     Example:
@@ -131,24 +149,29 @@ class on(ContextDecorator):
         *,
         seed: int | None = None,
         empty: bool | Literal["nan", "unchecked"] = False,
+        shard: bool | Partitioner = False,
     ) -> None:
         self._device = _parse_device(device)
         self._dtype = _parse_dtype(dtype)
         self._seed = _parse_seed(seed)
         self._empty = _parse_empty(empty)
+        self._shard = _parse_shard(shard, self._empty)
         self._entered: list[tuple[Recorder, Report, torch.dtype]] = []
 
     def _recreate_cm(self) -> on:
         # A decorated function may call itself or run in several threads: each call gets a context of its own.
-        return on(self._device, self._dtype, seed=self._seed, empty=self._empty or False)
+        return on(self._device, self._dtype, seed=self._seed, empty=self._empty or False, shard=self._shard)
 
     def __enter__(self) -> Report:
         with _modes_off():
             device = _available_device(self._device)
             process_default = _get_default_dtype()
         dtype = self._dtype or _supported_default(torch.get_default_dtype())
-        seed = _draw_seed() if self._seed is None else self._seed
-        recorder = Recorder(device, dtype, seed, self._empty)
+        seed, agreed = (_draw_seed(), False) if self._seed is None else (self._seed, True)
+        if self._shard is not False and not agreed and is_distributed():
+            (seed,), agreed = from_rank_0([seed], device), True
+        recorder = Recorder(device, dtype, seed, self._empty, self._shard is not False)
+        recorder.seed_agreed = agreed
         recorder.entered_from = id(sys._getframe(1))
         report = Report(device, dtype, seed)
         report._start()
@@ -168,6 +191,9 @@ class on(ContextDecorator):
         recorder, report, process_default = self._entered.pop()
         try:
             recorder.__exit__(exc_type, exc_value, traceback)
+            if exc_type is None and not isinstance(self._shard, bool):
+                with _modes_off():
+                    self._shard.place(list(recorder.parameters()))
         finally:
             if process_default != torch.float32:
                 _set_default_dtype(process_default)
@@ -221,6 +247,17 @@ def _parse_empty(empty) -> Empty | None:
     if empty is True or empty == "nan" or empty == "unchecked":
         return empty
     raise ValueError(f'fastinit.on: empty={empty!r} must be True, False, "nan" or "unchecked"')
+
+
+def _parse_shard(shard, empty: Empty | None) -> bool | Partitioner:
+    if not isinstance(shard, bool) and not hasattr(shard, "place"):
+        raise ValueError(f"fastinit.on: shard={shard!r} must be True, False or fastinit.deepspeed.zero3(config)")
+    if shard is not False and empty is not None:
+        raise ValueError(
+            f"fastinit.on: shard={shard!r} and empty={empty!r} exclude each other; for a sharded model that a "
+            "checkpoint will fill, use shard=True and fastinit.materialize(model, empty=True)"
+        )
+    return shard
 
 
 def _draw_seed() -> int:

@@ -19,10 +19,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from .layout import numel
-from .materialize import DTYPES, Fills, can_fill
+from .execution import DTYPES, Fills, can_fill
+from .layout import Box, Window, numel
 from .native import CONSTANT
 from .recipe import Region, Write
+from .sharding import is_dtensor, local_boxes
 
 _modes_off = torch._C.DisableTorchFunction
 
@@ -36,13 +37,19 @@ _NAMES_IN_ERRORS = 20
 
 
 class Deferred(NamedTuple):
-    """What one tensor would have been filled with, and the mark that says that it was not; None: it was."""
+    """What one tensor would have been filled with, and the mark that says that it was not; None: it was, or is on meta.
+
+    The device is the one that the context created models on; seed_agreed says that all ranks have the same seed.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     seed: int
     recipe: tuple[Write, ...]
     mark: float | None
+    device: torch.device
+    seed_agreed: bool
+    marked_as_shard: bool = False  # the mark was put into this rank's part, and not before there were parts
 
 
 class Kept:
@@ -93,6 +100,20 @@ def keep(module: nn.Module, name: str, deferred: Deferred) -> None:
         kept.tensors[name] = deferred
 
 
+def kept_for(module: nn.Module, name: str) -> Deferred | None:
+    """The recipe that a module keeps for one of its tensors."""
+    kept = module.__dict__.get(_ATTRIBUTE)
+    return kept.tensors.get(name) if kept else None
+
+
+def replace_seeds(seeds: dict[int, int]) -> None:
+    """Put the seeds that all ranks have agreed on in place of this rank's, in every model that has any of them."""
+    for kept in list(_watched):
+        for name, deferred in kept.tensors.items():
+            if not deferred.seed_agreed and deferred.seed in seeds:
+                kept.tensors[name] = deferred._replace(seed=seeds[deferred.seed], seed_agreed=True)
+
+
 def mark_recipe(shape: tuple[int, ...], mark: float) -> tuple[Write, ...]:
     """The fill that marks an unwritten tensor: NaN is put everywhere, any other mark in a few places."""
     if mark != mark:
@@ -131,7 +152,7 @@ def uninitialized(model: nn.Module) -> list[str]:
         ['weight']
     """
     with _modes_off():
-        named = list(_once(_deferred(model)))
+        named = list(once(deferred_tensors(model)))
         return [name for (name, *_), marks in zip(named, _marks_left(named), strict=True) if marks]
 
 
@@ -160,9 +181,9 @@ def initialize(model: nn.Module, names: Iterable[str] | None = None) -> list[str
         ['weight', 'bias']
     """
     with _modes_off():
-        deferred = list(_deferred(model))
+        deferred = list(deferred_tensors(model))
         if names is None:
-            chosen = list(_once(deferred))
+            chosen = list(once(deferred))
             marks = _marks_left(chosen)
             _refuse_partly_written([name for (name, *_), left in zip(chosen, marks, strict=True) if 0 < left < 1])
             chosen = [each for each, left in zip(chosen, marks, strict=True) if left]
@@ -172,8 +193,11 @@ def initialize(model: nn.Module, names: Iterable[str] | None = None) -> list[str
             by_name = {each[0]: each for each in deferred}
             wanted = list(names)
             _refuse_unknown(model, [name for name in wanted if name not in by_name])
-            chosen = list(_once(by_name[name] for name in wanted if name in by_name))
-        _write(chosen)
+            chosen = list(once(by_name[name] for name in wanted if name in by_name))
+        _refuse_marked_before_sharding(chosen if names is None else [])
+        pieces = [_piece(*each) for each in chosen]
+        warn_about_empty_recipes(chosen)
+        write_pieces(pieces)
         return [name for name, _, _ in chosen]
 
 
@@ -194,10 +218,17 @@ def warn_never_initialised(owner: str, name: str, shape: tuple[int, ...]) -> Non
     )
 
 
-_Named = tuple[str, torch.Tensor, Deferred]
+def warn_about_empty_recipes(named: Iterable[Named]) -> None:
+    for name, _, deferred in named:
+        if not deferred.recipe:
+            owner, _, leaf = name.rpartition(".")
+            warn_never_initialised(owner or "model", leaf, deferred.shape)
 
 
-def _deferred(model: nn.Module) -> Iterator[_Named]:
+Named = tuple[str, torch.Tensor, Deferred]
+
+
+def deferred_tensors(model: nn.Module) -> Iterator[Named]:
     """Full name, tensor and recipe of all that a model's modules keep, tied ones under each of their names."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         kept = module.__dict__.get(_ATTRIBUTE)
@@ -217,7 +248,7 @@ def _found(module: nn.Module, name: str, deferred: Deferred) -> tuple[torch.Tens
     return None if tensor is None else (tensor, deferred)
 
 
-def _once(named: Iterable[_Named]) -> Iterator[_Named]:
+def once(named: Iterable[Named]) -> Iterator[Named]:
     seen = set()
     for each in named:
         if id(each[1]) not in seen:
@@ -225,13 +256,18 @@ def _once(named: Iterable[_Named]) -> Iterator[_Named]:
             yield each
 
 
-def _marks_left(named: list[_Named]) -> list[float]:
+def _marks_left(named: list[Named]) -> list[float]:
     """For each tensor the part of its marks that nothing has written over, from 0 to 1; one transfer per device."""
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
     left = [0.0] * len(named)
     for index, (_, tensor, deferred) in enumerate(named):
+        if is_dtensor(tensor):
+            local = tensor.to_local().detach()
+            left[index] = _has_mark(local, deferred.mark)
+        elif tensor.is_meta:
+            left[index] = 1.0
         # A tensor of another size or kind, a quantised one say, is not the one that was created.
-        if deferred.mark is not None and _is_ordinary(tensor) and tensor.numel() == numel(deferred.shape):
+        elif deferred.mark is not None and _is_ordinary(tensor) and tensor.numel() == numel(deferred.shape):
             elements = _marked_elements(tensor.detach())
             elements = elements if elements.dtype == torch.float64 else elements.float()
             groups.setdefault((tensor.device, elements.dtype), []).append((index, elements))
@@ -244,10 +280,23 @@ def _marks_left(named: list[_Named]) -> list[float]:
     return left
 
 
+def is_on_meta(tensor: torch.Tensor) -> bool:
+    """Whether a tensor, or this rank's shard of it, has no memory yet."""
+    return tensor.to_local().is_meta if is_dtensor(tensor) else tensor.is_meta
+
+
+def _has_mark(local: torch.Tensor, mark: float | None) -> float:
+    """The same for a shard, which may have been marked before it was cut: then there is no telling where."""
+    if local.is_meta:
+        return 1.0
+    if mark is None or not local.is_floating_point() or not local.numel():
+        return 0.0
+    return float((local.isnan() if mark != mark else local == mark).any())
+
+
 def _is_ordinary(tensor: torch.Tensor) -> bool:
     return (
         tensor.is_floating_point()
-        and not tensor.is_meta
         and tensor.layout == torch.strided
         and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
     )
@@ -261,42 +310,54 @@ def _marked_elements(tensor: torch.Tensor) -> torch.Tensor:
     return tensor[places]
 
 
-def _write(named: list[_Named]) -> None:
+class Piece(NamedTuple):
+    """Memory to write, and which elements of a tensor lie in it; boxes None: all of them, in the tensor's shape."""
+
+    memory: torch.Tensor
+    deferred: Deferred
+    boxes: list[Box] | None
+
+
+def _piece(name: str, tensor: torch.Tensor, deferred: Deferred) -> Piece:
+    """Where a tensor, or this rank's shard of it, has to be written."""
+    if tuple(tensor.shape) != deferred.shape:
+        raise ValueError(
+            f"fastinit: {name!r} has shape {tuple(tensor.shape)}, but was created with shape {deferred.shape}; "
+            "initialise it before it is changed, or write it yourself"
+        )
+    if is_dtensor(tensor):
+        local = tensor.to_local().detach()
+        piece = Piece(local, deferred, local_boxes(tensor))
+    else:
+        piece = Piece(tensor.detach(), deferred, None)
+    if piece.memory.is_meta:
+        raise ValueError(f"fastinit: {name!r} is on the meta device; use fastinit.materialize(model)")
+    return piece
+
+
+def write_pieces(pieces: Iterable[Piece], *, zeros: bool = True) -> None:
+    """Give memory the values that recipes have for it, all of it together, rounded once to its dtype.
+
+    With zeros=False, what a recipe leaves out is left as it is.
+    """
     fills: dict[tuple[int, torch.device], Fills] = {}
     copies = []
-    for name, tensor, (shape, _, seed, recipe, _) in named:
-        _refuse_other_shape(name, tensor, shape)
-        target = tensor.detach()
+    for target, deferred, boxes in pieces:
         memory = target
-        if not (target.is_contiguous() and can_fill(target.dtype, target.device)):
+        if not can_fill(target.dtype, target.device):
             dtype = target.dtype if target.dtype in DTYPES else torch.float32
             device = target.device if can_fill(dtype, target.device) else torch.device("cpu")
-            memory = torch.empty(shape, dtype=dtype, device=device)
+            memory = torch.empty_strided(target.shape, target.stride(), dtype=dtype, device=device)
             copies.append((target, memory))
-        if not recipe or recipe[0].region is not None:
-            memory.zero_()
-        if not recipe:
-            owner, _, leaf = name.rpartition(".")
-            warn_never_initialised(owner or "model", leaf, shape)
-        fills.setdefault((seed, memory.device), Fills(seed, memory.device)).add(
-            memory.data_ptr(), memory.numel(), memory.dtype, recipe
-        )
+        if boxes is None and not memory.is_contiguous():
+            boxes = [Window(deferred.shape, (0,) * memory.dim()).box(memory.shape, memory.stride())]
+        each = fills.setdefault((deferred.seed, memory.device), Fills(deferred.seed, memory.device))
+        each.write(memory, deferred.recipe, boxes, zeros=zeros)
+        torch.autograd.graph.increment_version(target)
     for each in fills.values():
         each.run()
     for target, memory in copies:
         target.copy_(memory)
-    for _, tensor, _ in named:
-        torch.autograd.graph.increment_version(tensor)
-
-
-def _refuse_other_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.is_meta:
-        raise ValueError(f"fastinit: {name!r} is on the meta device and has no memory to write; move the model first")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"fastinit: {name!r} has shape {tuple(tensor.shape)}, but was created with shape {shape}; initialise it "
-            "before it is changed, or write it yourself"
-        )
 
 
 def _refuse_unknown(model: nn.Module, names: list[str]) -> None:
@@ -307,6 +368,17 @@ def _refuse_unknown(model: nn.Module, names: list[str]) -> None:
         raise ValueError(
             f"fastinit.initialize: names={_listed(unknown)} are not parameters or buffers of this "
             f"{type(model).__name__}; use the names of named_parameters() and named_buffers()"
+        )
+
+
+def _refuse_marked_before_sharding(named: Iterable[Named]) -> None:
+    """A shard may have got none of the marks: a rank cannot tell that it is unwritten, and would leave it so."""
+    names = [name for name, tensor, deferred in named if is_dtensor(tensor) and not deferred.marked_as_shard]
+    if names:
+        raise RuntimeError(
+            f"fastinit: {_listed(names)} were created with empty=True and sharded afterwards, so that no rank can tell "
+            "which are unwritten. Name those to write: fastinit.initialize(model, names); the next time, create the "
+            "model with shard=True"
         )
 
 
@@ -375,7 +447,9 @@ _check._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refuse_unwritten(module: nn.Module) -> None:
-    named = list(_once(_deferred(module)))
+    named = list(once(deferred_tensors(module)))
+    if any(is_on_meta(tensor) for _, tensor, _ in named):
+        return  # on purpose: torch refuses what needs values
     marks = _marks_left(named)
     unwritten = [name for (name, *_), left in zip(named, marks, strict=True) if left == 1]
     if unwritten:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from . import native
+from .execution import DTYPES, allocate, can_fill, run_batch
 from .layout import Window, contiguous_strides
-from .materialize import DTYPES, allocate, can_fill, run_batch
 from .recipe import Distribution, canonical
 
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import init
 
+from .execution import DTYPES
 from .layout import contiguous_strides
-from .materialize import DTYPES
 from .native import ADD, CLAMP, CONSTANT, DIVIDE, MULTIPLY, NORMAL, TRUNCATED_NORMAL, UNIFORM
-from .recipe import ERFINV, Write, with_step
+from .recipe import ERFINV, ORTHOGONAL, Region, Write, with_step
 
 if TYPE_CHECKING:
     from .recorder import Entry, Recorder
@@ -79,7 +79,8 @@ def _stride(rec: Recorder, func, tensor, dim=None):
     entry = rec.find(tensor)
     if entry is None or entry.allocated:
         return func(tensor) if dim is None else func(tensor, dim)
-    strides = contiguous_strides(entry.shape)
+    region = rec.region(entry, tensor)
+    strides = contiguous_strides(entry.shape) if region is None else region.strides
     return strides if dim is None else strides[dim]
 
 
@@ -88,7 +89,10 @@ def _is_contiguous(rec: Recorder, func, tensor, **kwargs):
     entry = rec.find(tensor)
     if entry is not None and kwargs:
         rec.give_memory(entry)
-    return True if entry is not None and not entry.allocated else func(tensor, **kwargs)
+    if entry is None or entry.allocated:
+        return func(tensor, **kwargs)
+    region = rec.region(entry, tensor)
+    return region is None or region.strides == contiguous_strides(region.sizes)
 
 
 # --- factories ------------------------------------------------------------------------------------------------------
@@ -501,6 +505,17 @@ def _init_kaiming_uniform(rec: Recorder, func, tensor, a=0, mode="fan_in", nonli
     return _init_fill(rec, torch.Tensor.uniform_, tensor, UNIFORM, (-bound, bound))
 
 
+@_handles_init(init.orthogonal_)
+def _init_orthogonal(rec: Recorder, func, tensor, gain=1, generator=None):
+    entry = rec.find(tensor)
+    if generator is not None or entry is None or len(entry.shape) < 2 or type(gain) not in (int, float):
+        return NotImplemented
+    if tuple(tensor.shape) != entry.shape or not rec.is_whole(entry, tensor):
+        return NotImplemented
+    rec.overwrite(entry, (Write(ORTHOGONAL, (float(gain), *map(float, entry.shape)), rec.next_stream()),))
+    return tensor
+
+
 # Replaced in torch.nn.init while a context is active (fastinit.patches). A mode would see the calls inside most of
 # them, but not what trunc_normal_ means, and these are the calls of which constructors are made: going straight to the
 # handler saves the dispatch through torch's overrides.
@@ -653,13 +668,17 @@ for _target in _callables("clone"):
 
 
 def _view(rec: Recorder, func, tensor, *args, **kwargs):
-    """Views share the tensor's memory, so it gets some; its values stay pending."""
+    """Views of a tensor whose values stay pending."""
     entry = rec.find(tensor) if isinstance(tensor, torch.Tensor) else None
     if entry is None:
         return NotImplemented
     if kwargs.get("memory_format") not in (None, torch.contiguous_format):
         rec.settle([entry])
         return NotImplemented
+    if not (entry.allocated or entry.resident or (torch.is_grad_enabled() and tensor.requires_grad)):
+        views = _views_without_memory(rec, entry, func, tensor, args, kwargs)
+        if views is not None:
+            return views
     rec.give_memory(entry)
     result = func(tensor, *args, **kwargs)
     results = result if isinstance(result, (tuple, list)) else (result,)
@@ -667,6 +686,22 @@ def _view(rec: Recorder, func, tensor, *args, **kwargs):
         return result
     # A copy after all: of values that are not there yet.
     return NotImplemented
+
+
+def _views_without_memory(rec: Recorder, entry: Entry, func, tensor, args, kwargs):
+    """What a function that takes views gives, as placeholders; None if it is no such function for this tensor."""
+    if func in IN_PLACE:
+        return None
+    offset, sizes, strides = rec.region(entry, tensor) or (0, entry.shape, contiguous_strides(entry.shape))
+    stand_in = torch.empty(math.prod(entry.shape), dtype=entry.dtype, device="meta").as_strided(sizes, strides, offset)
+    result = func(stand_in, *args, **kwargs)
+    if result is stand_in:
+        return tensor
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    if not all(view.untyped_storage()._cdata == stand_in.untyped_storage()._cdata for view in results):
+        return None
+    views = [rec.view(entry, Region(view.storage_offset(), tuple(view.size()), view.stride())) for view in results]
+    return views[0] if results[0] is result else type(result)(views)
 
 
 def _view_as(rec: Recorder, func, tensor, other):
@@ -705,7 +740,7 @@ def _alias(rec: Recorder, func, tensor, *args):
         return NotImplemented
     alias = func(tensor, *args)
     if not entry.allocated:
-        rec.stand_for(alias, entry)
+        rec.stand_for(alias, entry, rec.region(entry, tensor))
     return alias
 
 
@@ -716,10 +751,11 @@ for _target in _callables("detach", "detach_"):
 
 def _set_data(rec: Recorder, func, tensor, value):
     entry = rec.find(value)
+    region = None if entry is None else rec.region(entry, value)
     rec.leave(tensor)
     func(tensor, value)
     if entry is not None and not entry.allocated:
-        rec.stand_for(tensor, entry)
+        rec.stand_for(tensor, entry, region)
 
 
 HANDLERS[torch.Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]

@@ -66,7 +66,7 @@ def _install() -> None:
         if recorder is not None and data is not None:
             known = recorder._by_id.get(id(data))
             if known is not None and known[0]() is data:
-                recorder.stand_for(parameter, known[1])
+                recorder.stand_for(parameter, known[1], known[2])
         return parameter
 
     # No named parameters: torch._dynamo compares this signature with its own when it is first imported.
@@ -162,7 +162,7 @@ def _settle_before_use(module, args) -> None:
 
 def _note_parent(module, name, child) -> None:
     recorder = _thread.recorder
-    if recorder is not None and recorder.empty:
+    if recorder is not None and recorder.defers:
         recorder.saw(module)
 
 

@@ -22,6 +22,10 @@ from .native import ADD, CLAMP, CONSTANT, MAX_STEPS, MULTIPLY, NORMAL, TRUNCATED
 # truncated normal.
 ERFINV = 4
 
+# A kind of recipes only, with the parameters (gain, *shape): an initialisation that needs the whole tensor. It comes
+# first in its recipe, covers the whole and takes no steps.
+ORTHOGONAL = 4
+
 
 class Region(NamedTuple):
     """Where in a tensor's storage a write goes, in elements."""
@@ -157,7 +161,7 @@ def _require_finite(owner: str, **values: float) -> None:
 
 def with_step(recipe: tuple[Write, ...], op: int, a: float, b: float = 0.0) -> tuple[Write, ...] | None:
     """The recipe followed by one step on every element, or None if a fill cannot carry that step."""
-    if not recipe:
+    if not recipe or recipe[0].kind == ORTHOGONAL:
         return None
     result = []
     for write in recipe:

@@ -24,7 +24,7 @@ import math
 import sys
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from types import FunctionType
 from typing import Any, Literal
@@ -33,10 +33,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
-from .deferred import MARK, Deferred, keep, mark_recipe, warn_never_initialised
+from .deferred import MARK, Deferred, keep, kept_for, mark_recipe, warn_never_initialised
+from .execution import DTYPES, Fills, allocate, reserve
 from .interception import HANDLERS, IN_PLACE, INIT_HANDLERS, PASS
-from .layout import numel
-from .materialize import DTYPES, Fills, allocate
+from .layout import contiguous_strides, numel
 from .native import CONSTANT
 from .recipe import Region, Write
 
@@ -108,18 +108,29 @@ class Entry:
 class Recorder(TorchFunctionMode):
     """Records the initialisations of one context; see the module's docstring."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int, empty: Empty | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+        empty: Empty | None = None,
+        shard: bool = False,
+    ) -> None:
         super().__init__()
         self.device = device
         self.default_dtype = dtype
         self.seed = seed
         self.empty = empty
+        self.shard = shard
+        self.defers = bool(empty) or shard
+        self.seed_agreed = False  # all ranks have it
         self.streams = 0
         self.executed = 0
         self.dropped = 0
         self.deferred = 0
         self.module_parameters: list[weakref.ref] = []
-        self._by_id: dict[int, tuple[weakref.ref[torch.Tensor], Entry]] = {}
+        # A placeholder may stand for a part of its entry, a view of it: the region says which.
+        self._by_id: dict[int, tuple[weakref.ref[torch.Tensor], Entry, Region | None]] = {}
         self._purge_at = 10_000
         self._by_storage: dict[int, Entry] = {}
         self._shadows: OrderedDict[Entry, None] = OrderedDict()
@@ -128,7 +139,7 @@ class Recorder(TorchFunctionMode):
         self._suspended = False
         self._modules: dict[int, weakref.ref[torch.nn.Module]] = {}  # those that were seen, if they may keep recipes
         # On a GPU, fills run while the constructor goes on: entries that are ready for it, and their size.
-        self._overlap = device.type == "cuda" and not empty
+        self._overlap = device.type == "cuda" and not self.defers
         self._ready: list[Entry] = []
         self._ready_bytes = 0
         self._ready_limit = _FIRST_BYTES
@@ -158,7 +169,9 @@ class Recorder(TorchFunctionMode):
             self._outer._suspended = False
         # Also after an exception: what the code in the context has handed out must not be left as raw memory.
         with _modes_off():
-            if self.empty:
+            if self.shard:
+                self._defer_to_shards()
+            elif self.empty:
                 self._defer()
             self.settle_all()
 
@@ -197,7 +210,16 @@ class Recorder(TorchFunctionMode):
 
     def is_whole(self, entry: Entry, tensor: torch.Tensor) -> bool:
         """Whether a tensor of this entry covers all of it, in its order."""
-        return not entry.allocated or (tensor.numel() == numel(entry.shape) and tensor.is_contiguous())
+        region = self.region(entry, tensor)
+        return region is None or (
+            numel(region.sizes) == numel(entry.shape) and region.strides == contiguous_strides(region.sizes)
+        )
+
+    def region(self, entry: Entry, tensor: torch.Tensor) -> Region | None:
+        """Where in its entry a tensor lies; None: it is the whole, in its shape."""
+        if entry.storage_key is None:
+            return self._by_id[id(tensor)][2]
+        return Region(int(tensor.storage_offset()), tuple(tensor.size()), tensor.stride())
 
     def factory_device(self) -> torch.device:
         """Where a factory without a device argument puts its result: an inner ``torch.device`` context wins."""
@@ -216,12 +238,20 @@ class Recorder(TorchFunctionMode):
             self._purge_at = 2 * len(self._by_id) + 10_000
         return tensor
 
-    def stand_for(self, tensor: torch.Tensor, entry: Entry) -> None:
-        """Let a tensor that shares a placeholder's element stand for its entry too."""
+    def stand_for(self, tensor: torch.Tensor, entry: Entry, region: Region | None = None) -> None:
+        """Let a tensor without memory stand for an entry, or for a region of it."""
         # A tensor that died leaves its id in the table, which another tensor may have by now: find() compares.
         ref = weakref.ref(tensor)
-        self._by_id[id(tensor)] = (ref, entry)
+        self._by_id[id(tensor)] = (ref, entry, region)
         entry.refs.append(ref)
+
+    def view(self, entry: Entry, region: Region) -> torch.Tensor:
+        """A view of an entry that has no memory yet."""
+        tensor = torch.empty_strided(
+            region.sizes, _ZERO_STRIDES[: len(region.sizes)], dtype=entry.dtype, device=entry.device
+        )
+        self.stand_for(tensor, entry, region)
+        return tensor
 
     def leave(self, tensor: torch.Tensor) -> None:
         """A tensor that gets other memory no longer stands for its entry."""
@@ -243,27 +273,39 @@ class Recorder(TorchFunctionMode):
         if entry.device.type == "cuda":
             self._reserve_for_all()
         tensors = [tensor for ref in entry.refs if (tensor := ref()) is not None]
-        memory = tensors[0] if entry.resident else allocate(entry.shape, entry.dtype, entry.device)
+        if entry.resident:
+            memory = tensors[0]
+        else:
+            memory = allocate(entry.shape, entry.dtype, entry.device)
+            self._point(entry, memory)
         for tensor in tensors:
             del self._by_id[id(tensor)]
-            if not entry.resident:
-                tensor.data = memory
         storage = memory.untyped_storage()
         entry.storage_key = storage._cdata
         entry.storage_weak = storage._weak_ref()
         entry.data_ptr = memory.data_ptr()
         self._by_storage[entry.storage_key] = entry
 
+    def _point(self, entry: Entry, memory: torch.Tensor) -> None:
+        """Let the tensors that stand for an entry have its memory."""
+        for ref in entry.refs:
+            tensor = ref()
+            if tensor is not None:
+                region = self._by_id[id(tensor)][2]
+                tensor.data = (
+                    memory if region is None else memory.as_strided(region.sizes, region.strides, region.offset)
+                )
+
     def _reserve_for_all(self) -> None:
         """Reserve for whatever waits for memory now: the others will get theirs one by one, too, when a checkpoint is
         copied into a model."""
         if len(self._by_id) < self._reserved_for:
             return
-        waiting = {entry: None for ref, entry in self._by_id.values() if ref() is not None and not entry.resident}
+        waiting = {entry: None for ref, entry, _ in self._by_id.values() if ref() is not None and not entry.resident}
         # Not before there is twice as much again: a constructor may take many views, of one new tensor each.
         self._reserved_for = 2 * len(self._by_id)
         for segment in self._segments(list(waiting)):
-            _reserve([nbytes for _, nbytes in segment], segment[0][0].device)
+            reserve([nbytes for _, nbytes in segment], segment[0][0].device)
 
     def _memory(self, entry: Entry) -> torch.Tensor:
         """A tensor over an allocated entry's memory."""
@@ -313,17 +355,17 @@ class Recorder(TorchFunctionMode):
         entry = self.find(tensor)
         if entry is None:
             return self._fill_now(tensor, write)
-        if entry.storage_key is None or self.is_whole(entry, tensor):
+        region = self.region(entry, tensor)
+        if region is None or self.is_whole(entry, tensor):
             self.overwrite(entry, (write,))
             if self._overlap and entry.name is not None and not entry.allocated:
                 self._make_ready(entry, tensor.nbytes)
             return True
-        sizes, strides = tuple(tensor.size()), tensor.stride()
-        if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides, strict=True)):
+        if any(stride == 0 and size > 1 for size, stride in zip(region.sizes, region.strides, strict=True)):
             return False
         if entry.recipe is not None and len(entry.recipe) < _MAX_WRITES:
             if tensor.numel():
-                entry.recipe += (write._replace(region=Region(int(tensor.storage_offset()), sizes, strides)),)
+                entry.recipe += (write._replace(region=region),)
                 entry.filled = False
             return True
         if entry.dtype in _HALVES:
@@ -363,20 +405,14 @@ class Recorder(TorchFunctionMode):
         """The fp32 values of a half-precision entry, made from its recipe at the first use."""
         if entry.shadow is None:
             shadow = torch.empty(entry.shape, dtype=torch.float32, device=entry.device)
-            self._write(entry, shadow, entry.recipe)
+            fills = Fills(self.seed, shadow.device)
+            fills.write(shadow, entry.recipe)
+            self._run(fills)
             entry.recipe = None
             self._keep_shadow(entry, shadow)
         elif entry in self._shadows:
             self._shadows.move_to_end(entry)
         return entry.shadow
-
-    def _write(self, entry: Entry, memory: torch.Tensor, recipe: tuple[Write, ...]) -> None:
-        if not recipe or recipe[0].region is not None:
-            memory.zero_()
-        if recipe:
-            fills = Fills(self.seed, memory.device)
-            fills.add(memory.data_ptr(), memory.numel(), memory.dtype, recipe)
-            self._run(fills)
 
     def _keep_shadow(self, entry: Entry, shadow: torch.Tensor) -> None:
         entry.shadow = shadow
@@ -407,10 +443,8 @@ class Recorder(TorchFunctionMode):
 
     def _shadow_view(self, entry: Entry, tensor: torch.Tensor) -> torch.Tensor:
         """The part of an entry's shadow that a tensor of the entry covers."""
-        shadow = self.shadow(entry)
-        if not entry.allocated:
-            return shadow.view(entry.shape)
-        return shadow.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+        shadow, region = self.shadow(entry), self.region(entry, tensor)
+        return shadow if region is None else shadow.as_strided(region.sizes, region.strides, region.offset)
 
     def wrap(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A half-precision tensor whose fp32 values were just computed."""
@@ -511,42 +545,71 @@ class Recorder(TorchFunctionMode):
 
     def _defer(self) -> None:
         """Hand the recipes of what a state dict holds to the modules that own it, and leave out the random fills."""
-        owners: dict[Entry, list[tuple[torch.nn.Module, str, torch.Tensor]]] = {}
-        for module in self._seen_modules():
-            tensors = {**module._parameters, **module._buffers}
-            for name, tensor in tensors.items():
-                if tensor is None or name in module._non_persistent_buffers_set:
-                    continue
-                entry = self.find(tensor)
-                if entry is not None:
-                    owners.setdefault(entry, []).append((module, name, tensor))
-        for entry, owned in owners.items():
-            recipe = entry.recipe
-            if recipe is None or not all(
-                self.is_whole(entry, tensor) and tuple(tensor.shape) == entry.shape for *_, tensor in owned
-            ):
-                continue
-            mark = None
+        for entry, owners in self._owned().items():
+            recipe, mark = entry.recipe, None
             if not recipe or any(write.kind != CONSTANT for write in recipe):
                 mark = math.nan if self.empty == "nan" else MARK
                 entry.recipe = () if self.empty == "unchecked" else mark_recipe(entry.shape, mark)
                 entry.deferred = True
                 self.deferred += len(recipe)
             if self.empty != "unchecked":
-                deferred = Deferred(entry.shape, entry.dtype, self.seed, recipe, mark)
-                for module, name, _ in owned:
-                    keep(module, name, deferred)
+                self._keep(entry, owners, recipe, mark)
 
-    def _seen_modules(self) -> Iterator[torch.nn.Module]:
-        waiting = [module for ref in self._modules.values() if (module := ref()) is not None]
+    def _defer_to_shards(self) -> None:
+        """Hand the recipes of parameters to the modules that own them, and leave the parameters on the meta device.
+
+        Those whose values were computed, or that have memory because the constructor asked for it, stay what they are.
+        """
+        for entry, owners in self._owned().items():
+            are_parameters = all(module._parameters.get(name) is not None for module, name in owners)
+            if entry.allocated or entry.resident or not are_parameters:
+                continue
+            self._keep(entry, owners, entry.recipe, None)
+            self.deferred += len(entry.recipe)
+            for ref in entry.refs:
+                tensor = ref()
+                if tensor is not None:
+                    _move_to_meta(tensor, self._by_id.pop(id(tensor))[2])
+
+    def _owned(self) -> dict[Entry, list[tuple[torch.nn.Module, str]]]:
+        """What modules own whole, a state dict holds, and is still a recipe: the owners, and their names for it."""
+        owned: dict[Entry, list[tuple[torch.nn.Module, str]]] = {}
+        parts = set()
+        for module in self.seen_modules():
+            for name, tensor in {**module._parameters, **module._buffers}.items():
+                if tensor is None or name in module._non_persistent_buffers_set:
+                    continue
+                entry = self.find(tensor)
+                if entry is None or entry.recipe is None:
+                    continue
+                owned.setdefault(entry, []).append((module, name))
+                if not (self.is_whole(entry, tensor) and tuple(tensor.shape) == entry.shape):
+                    parts.add(entry)
+        return {entry: owners for entry, owners in owned.items() if entry not in parts}
+
+    def _keep(self, entry: Entry, owners, recipe: tuple[Write, ...], mark: float | None) -> None:
+        deferred = Deferred(entry.shape, entry.dtype, self.seed, recipe, mark, entry.device, self.seed_agreed)
+        for module, name in owners:
+            keep(module, name, deferred)
+
+    def seen_modules(self) -> Iterator[torch.nn.Module]:
+        """The modules that the context has seen, and those below them, in one order on every rank."""
+        waiting = deque(module for ref in self._modules.values() if (module := ref()) is not None)
         seen = set(map(id, waiting))
         while waiting:
-            module = waiting.pop()
+            module = waiting.popleft()
             yield module
             for child in module._modules.values():
                 if child is not None and id(child) not in seen:
                     seen.add(id(child))
                     waiting.append(child)
+
+    def parameters(self) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Parameter, Deferred | None]]:
+        """The parameters of all modules that the context has seen, with the recipes that were deferred."""
+        for module in self.seen_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    yield module, name, parameter, kept_for(module, name)
 
     def _mark(self, entry: Entry, data_ptr: int) -> None:
         if entry.device not in self._marks:
@@ -567,11 +630,9 @@ class Recorder(TorchFunctionMode):
             elif entry.deferred:
                 self._mark(entry, entry.data_ptr)
             elif entry.recipe is not None and not entry.filled:
-                if not entry.recipe or entry.recipe[0].region is not None:
-                    self._memory(entry).zero_()
                 if entry.device not in fills:
                     fills[entry.device] = Fills(self.seed, entry.device)
-                fills[entry.device].add(entry.data_ptr, numel(entry.shape), entry.dtype, entry.recipe)
+                fills[entry.device].write(self._memory(entry), entry.recipe)
             self._untrack(entry)
         for each in fills.values():
             self._run(each)
@@ -579,7 +640,7 @@ class Recorder(TorchFunctionMode):
     def settle_all(self) -> None:
         """Give everything that is still alive its memory and values, in the order of creation."""
         try:
-            entries = {entry: None for ref, entry in self._by_id.values() if ref() is not None}
+            entries = {entry: None for ref, entry, _ in self._by_id.values() if ref() is not None}
             self._settle_new([entry for entry in entries if not entry.resident])
             for entry in entries:
                 if entry.resident and not entry.filled:
@@ -658,15 +719,12 @@ class Recorder(TorchFunctionMode):
     def _settle_segment(self, segment: list[tuple[Entry, int]]) -> None:
         device = segment[0][0].device
         if device.type == "cuda":
-            _reserve([nbytes for _, nbytes in segment], device)
+            reserve([nbytes for _, nbytes in segment], device)
         fills, size = Fills(self.seed, device), 0
         for entry, nbytes in segment:
             self._given.append(entry)
             memory = allocate(entry.shape, entry.dtype, device)
-            for ref in entry.refs:
-                tensor = ref()
-                if tensor is not None:
-                    tensor.data = memory
+            self._point(entry, memory)
             recipe = entry.recipe
             if entry.shadow is not None:
                 memory.copy_(entry.shadow)
@@ -676,13 +734,12 @@ class Recorder(TorchFunctionMode):
             if entry.deferred:
                 self._mark(entry, memory.data_ptr())
                 continue
-            if not recipe or recipe[0].region is not None:
+            if not recipe:
                 # Raw memory is for those alone who asked for it with torch.empty and keep it outside of a module.
-                if entry.name is not None:
-                    memory.zero_()
-                    if not recipe:
-                        warn_never_initialised(entry.name[0].__name__, entry.name[1], entry.shape)
-            fills.add(memory.data_ptr(), nbytes // entry.dtype.itemsize, entry.dtype, recipe)
+                if entry.name is None:
+                    continue
+                warn_never_initialised(entry.name[0].__name__, entry.name[1], entry.shape)
+            fills.write(memory, recipe)
             size += nbytes
             if size >= _BATCH_BYTES:
                 self._run(fills)
@@ -695,7 +752,7 @@ class Recorder(TorchFunctionMode):
         """A module has taken a tensor as a parameter or a buffer."""
         if is_parameter:
             self.module_parameters.append(weakref.ref(tensor))
-        if self.empty:
+        if self.defers:
             self.saw(module)
         known = self._by_id.get(id(tensor))
         if known is not None and known[0]() is tensor:
@@ -707,17 +764,21 @@ class Recorder(TorchFunctionMode):
 
     def saw(self, module: torch.nn.Module) -> None:
         """A module has been given something, a child perhaps: it, or what is below it, may own what is deferred."""
-        self._modules[id(module)] = weakref.ref(module)
+        known = self._modules.get(id(module))
+        if known is None or known() is not module:
+            # An id that a dead module had must not put this one in its place in the order.
+            self._modules.pop(id(module), None)
+            self._modules[id(module)] = weakref.ref(module)
 
     def _adopt(self, tensor: torch.Tensor) -> None:
         """Recognise a tensor that was made from a placeholder without the recorder seeing it."""
         if tensor.numel() < 2 or any(tensor.stride()) or (not tensor.is_cpu and not tensor.is_cuda):
             return
         key = tensor.untyped_storage()._cdata
-        for ref, entry in list(self._by_id.values()):
+        for ref, entry, region in list(self._by_id.values()):
             other = ref()
             if other is not None and other.untyped_storage()._cdata == key:
-                self.stand_for(tensor, entry)
+                self.stand_for(tensor, entry, region)
                 return
 
 
@@ -730,6 +791,15 @@ def concrete(device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _move_to_meta(tensor: torch.Tensor, region: Region | None) -> None:
+    """Make a placeholder, or the view of one, a tensor on the meta device, which stays the same object."""
+    strides = contiguous_strides(tensor.shape) if region is None else region.strides
+    meta = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="meta")
+    # No .data: torch takes none of another kind of device. And not torch.utils.swap_tensors, which would exchange the
+    # attributes too and refuses tensors that have weak references.
+    torch._C._swap_tensor_impl(tensor, meta.requires_grad_(tensor.requires_grad))
 
 
 def _device_context() -> DeviceContext | None:
@@ -803,24 +873,3 @@ def _initialises_at_the_end() -> bool:
                 return True
         frame = frame.f_back
     return False
-
-
-def _reserve(sizes: list[int], device: torch.device) -> None:
-    """Let torch's allocator hold one free segment that the next allocations of these sizes are cut from.
-
-    Freed memory stays in the allocator's cache, so this replaces one cudaMalloc per tensor by one in all. The sum is
-    exact: nothing stays reserved and unused, and the peak does not exceed what the tensors take.
-    """
-    # The allocator rounds to 512 bytes and serves up to 1 MiB from small segments of its own.
-    needed = sum((size + 511) // 512 * 512 for size in sizes if size > 1 << 20)
-    if needed <= 20 << 20:
-        return
-    stats = torch.cuda.memory.memory_stats_as_nested_dict(device)
-    cached = stats["reserved_bytes"]["all"]["current"] - stats["allocated_bytes"]["all"]["current"]
-    if needed <= cached:
-        return
-    try:
-        torch.empty(needed, dtype=torch.uint8, device=device)
-    except torch.OutOfMemoryError:
-        # Memory may still do in pieces; if it does not, the tensor that fails names itself.
-        return

@@ -7,10 +7,11 @@ that made the shard. torch.distributed is imported by the functions that need it
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 
@@ -27,6 +28,12 @@ class Cut(NamedTuple):
     rank: int
     groups: int = 1
     """The rows are first divided into so many groups, and each of them among the ranks: torch's ``split_factor``."""
+
+
+def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is distributed. A model can only have such tensors if somebody has imported them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_boxes(tensor: DTensor) -> list[Box]:

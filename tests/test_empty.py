@@ -238,7 +238,7 @@ def test_what_else_has_written_is_left_alone():
 
 def test_unknown_names_are_refused_and_nothing_is_written():
     lazy = emptied(model)
-    with pytest.raises(ValueError, match="names=nowhere.weight are not parameters or buffers of this Sequential"):
+    with pytest.raises(ValueError, match=r"names=nowhere\.weight are not parameters or buffers of this Sequential"):
         fastinit.initialize(lazy, ["1.weight", "nowhere.weight"])
     assert sorted(fastinit.uninitialized(lazy)) == sorted(RANDOM)
 

@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fastinit.execution import Fills
 from fastinit.layout import Box, Window, compose, contiguous_strides, flat_box, nested_parts, numel, with_dims
-from fastinit.materialize import Fills
 from fastinit.native import ADD, CLAMP, CONSTANT, DIVIDE, MULTIPLY, NORMAL, TRUNCATED_NORMAL, UNIFORM
 from fastinit.recipe import ERFINV, Region, Write
 from fastinit.sharding import Cut, local_boxes, shard_runs
