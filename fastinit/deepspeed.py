@@ -1,0 +1,269 @@
+"""DeepSpeed ZeRO-3: models whose parameters are partitions from the start, each rank's slices filled in place.
+
+``deepspeed.zero.Init`` allocates and initialises every parameter whole on every rank, broadcasts it, and keeps one
+slice. Here a rank's slices are allocated together and filled in one batch, with the values of the unsharded model. Then
+a ``zero.Init`` that nobody enters makes the parameters its own, so that everything else about them is DeepSpeed's
+doing. It has no public function for that: hence the range of versions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from .deferred import Deferred, Piece, forget, warn_never_initialised, write_pieces
+from .execution import allocate, can_fill, reserve
+from .layout import flat_box, numel
+
+_modes_off = torch._C.DisableTorchFunction
+
+# Those that the tests were run with: the first, and the first one that is too new. pyproject.toml asks for them.
+_VERSIONS = ((0, 17), (0, 20))
+
+_Owned: TypeAlias = "tuple[nn.Module, str, nn.Parameter, Deferred | None]"
+
+
+def zero3(ds_config: dict[str, Any] | str) -> Zero3:
+    """How ZeRO stage 3 divides a model: a value for ``fastinit.on(..., shard=...)``.
+
+    Each rank gets its slice of every parameter, on the device and in the dtype that the configuration says, with the
+    bits that the unsharded model has there: flattened row-major, ``ceil(numel / ranks)`` elements for each rank, the
+    last one's padding zero. Tied parameters are one. ``deepspeed.initialize``, ``deepspeed.zero.GatheredParameters``
+    and checkpoints find what ``deepspeed.zero.Init`` would have left, slices that are offloaded to the CPU and the
+    secondary ones of hpZ included.
+
+    Like ``deepspeed.zero.Init``, this initialises the process group if need be and selects the GPU of this rank, so
+    every rank calls it, before its `fastinit.on`; and unless the configuration's ``memory_efficient_linear`` is false,
+    creating the model replaces ``torch.nn.functional.linear`` for the rest of the process.
+
+    Args:
+        ds_config: what ``deepspeed.initialize(config=...)`` takes: a dictionary, or the path of a JSON file.
+
+    Returns:
+        An object for any number of models.
+
+    Raises:
+        ImportError: there is no DeepSpeed, or one of a version that this was not tested with.
+        ValueError: a stage other than 3, offload of parameters to NVMe, or quantised weights.
+        RuntimeError: the process group could not be initialised, or nothing fills memory of DeepSpeed's accelerator.
+
+    Example:
+        >>> with fastinit.on("cuda", "bf16", shard=fastinit.deepspeed.zero3(ds_config)):  # doctest: +SKIP
+        ...     model = Llama(config)
+        >>> engine, *_ = deepspeed.initialize(model=model, config=ds_config)  # doctest: +SKIP
+    """
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ImportError(
+            "fastinit.deepspeed.zero3 needs DeepSpeed: pip install 'torch-fastinit[deepspeed]'"
+        ) from error
+    _refuse_version(deepspeed.__version__)
+    _initialize_process_group(deepspeed)
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    _refuse_options(DeepSpeedConfig(ds_config))
+    placing = Zero3(deepspeed.zero.Init(config_dict_or_path=ds_config))
+    if not can_fill(placing.dtype, placing.slice_device):
+        raise RuntimeError(
+            f"fastinit.deepspeed.zero3: DeepSpeed keeps parameters on device={str(placing.slice_device)!r}, where this "
+            "build of fastinit fills nothing; reinstall torch-fastinit with FASTINIT_CUDA=1 if it is an NVIDIA GPU, or "
+            "set DS_ACCELERATOR=cpu"
+        )
+    return placing
+
+
+class Zero3:
+    """Makes ZeRO-3 partitions of parameters, by the rules of a ``deepspeed.zero.Init``; `zero3` returns one."""
+
+    def __init__(self, init: Any) -> None:
+        self._init = init
+        self.dtype: torch.dtype = init.dtype
+        self.device: torch.device = init.local_device
+        self.slice_device = torch.device("cpu") if init.remote_device == "cpu" else self.device
+
+    def place(self, parameters: Sequence[_Owned]) -> None:
+        """Turn parameters into ZeRO-3 partitions, in this order, which has to be the same on all ranks.
+
+        Args:
+            parameters: of modules, with their names there; tied ones under each of them. Those with a recipe are on the
+                meta device, the others have values.
+
+        Raises:
+            ValueError: the context's device or dtype is not the one that the configuration trains with, or a parameter
+                has neither values nor a recipe. The parameters are as they were.
+        """
+        with _modes_off(), torch.no_grad():
+            new = {id(each[2]): each for each in parameters if not hasattr(each[2], "ds_id")}
+            self._refuse(list(new.values()))
+            partitions = [(each, self._slices(*each[2:])) for each in new.values()]
+            self._allocate([slices for _, slices in partitions])
+            self._fill(partitions)
+            # Only now, when nothing is left that fails.
+            for (_, _, parameter, deferred), slices in partitions:
+                self._hand_over(parameter, deferred, slices)
+            for module in {id(each[0]): each[0] for each in parameters}.values():
+                forget(module)
+            if self._init.mem_efficient_linear:
+                # torch's own would keep the gathered weights alive until the backward pass.
+                self._init._enable_mem_efficient_linear()
+
+    def _refuse(self, parameters: Sequence[_Owned]) -> None:
+        floating = [parameter.dtype for _, _, parameter, _ in parameters if parameter.is_floating_point()]
+        if floating and self.dtype not in floating:
+            raise ValueError(
+                f"fastinit.on: dtype={floating[0]}, but shard=zero3(ds_config) trains in {self.dtype}; pass that, or "
+                'change "bf16" and "fp16" in ds_config'
+            )
+        for module, name, parameter, deferred in parameters:
+            if deferred is None and parameter.is_meta:
+                raise ValueError(
+                    f"fastinit.on: the constructor of {type(module).__name__} created its parameter {name!r} on the "
+                    "meta device, so that shard=zero3(ds_config) has no values for it; create it without device="
+                )
+            if deferred is not None and deferred.device != self.device:
+                raise ValueError(
+                    f"fastinit.on: device={str(deferred.device)!r} holds {type(module).__name__}.{name}, but "
+                    f"shard=zero3(ds_config) trains on {str(self.device)!r}, the device of this rank; pass that"
+                )
+
+    def _slices(self, parameter: nn.Parameter, deferred: Deferred | None) -> list[_Slice]:
+        """This rank's slice of a parameter, and with hpZ its slice of the secondary partition."""
+        from deepspeed import comm
+
+        init = self._init
+        # An expert's parameters have a group of their own.
+        group = getattr(parameter, "ds_zero_partition_process_group", init.ds_process_group)
+        elements = numel(parameter.shape if deferred is None else deferred.shape)
+        ranks = comm.get_world_size(group=group)
+        size = -(-elements // ranks)
+        dtype = self.dtype if parameter.is_floating_point() else parameter.dtype
+        slices = [_Slice(elements, size, comm.get_rank(group=group), dtype, parameter.requires_grad)]
+        if init.zero_param_process_group is not None:
+            size = size * ranks // init.num_ranks_in_param_group
+            slices.append(_Slice(elements, size, init.rank_in_group, dtype, parameter.requires_grad))
+        return slices
+
+    def _allocate(self, slices: Sequence[list[_Slice]]) -> None:
+        # The engine moves the primary slices that are trained to one large buffer, frees them, and keeps the others
+        # where they are. In a segment of their own they leave a piece of memory that is large enough for the buffer.
+        for secondary, trained in ((False, True), (False, False), (True, True), (True, False)):
+            group = [each for pair in slices for each in pair[secondary : secondary + 1] if each.trained == trained]
+            if self.slice_device.type == "cuda":
+                reserve([each.size * each.dtype.itemsize for each in group], self.slice_device)
+            for each in group:
+                each.memory = allocate(each.size, each.dtype, self.slice_device)
+                if self._init.pin_memory:
+                    from deepspeed.accelerator import get_accelerator
+
+                    each.memory = get_accelerator().pin_memory(each.memory)
+
+    def _fill(self, partitions: Sequence[tuple[_Owned, list[_Slice]]]) -> None:
+        pieces = []
+        for (module, name, parameter, deferred), slices in partitions:
+            for each in slices:
+                count = each.end - each.begin
+                if deferred is not None and count:
+                    pieces.append(Piece(each.memory, deferred, [flat_box(each.begin, each.end)]))
+                elif count:
+                    each.memory[:count].copy_(parameter.detach().reshape(-1)[each.begin : each.end])
+                if count < each.size:
+                    each.memory[count:].zero_()
+            if deferred is not None and not deferred.recipe:
+                warn_never_initialised(type(module).__name__, name, deferred.shape)
+        write_pieces(pieces)
+        if self.slice_device.type == "cuda":
+            # DeepSpeed gathers on streams of its own, which do not wait for this one.
+            torch.cuda.current_stream(self.slice_device).synchronize()
+
+    def _hand_over(self, parameter: nn.Parameter, deferred: Deferred | None, slices: Sequence[_Slice]) -> None:
+        """Let DeepSpeed see a parameter of the right shape, dtype and device, which has been partitioned already."""
+        shape = parameter.shape if deferred is None else deferred.shape
+        whole = torch.empty((), dtype=slices[0].dtype, device=self.device).expand(shape)
+        # Any reference to the parameter stays valid, as torch.utils.swap_tensors would have it, and `.data =` where the
+        # device allows it; but that exchanges attributes too, and this is for parameters on the meta device as well.
+        torch._C._swap_tensor_impl(parameter, nn.Parameter(whole, parameter.requires_grad))
+        self._init._convert_to_deepspeed_param(parameter)
+        partitioned: Any = parameter
+        partitioned.ds_numel_aligned = partitioned.aligned_size()
+        partitioned.ds_tensor = _described(slices[0])
+        if len(slices) > 1:
+            partitioned.ds_secondary_tensor = _described(slices[1])
+        partitioned.partition()
+
+
+class _Slice:
+    """A rank's part of a flattened parameter: so many elements of memory, of which the last ones may be padding."""
+
+    memory: torch.Tensor
+
+    def __init__(self, elements: int, size: int, index: int, dtype: torch.dtype, trained: bool) -> None:
+        self.size = size
+        self.begin = min(index * size, elements)
+        self.end = min(self.begin + size, elements)
+        self.dtype = dtype
+        self.trained = trained
+
+
+def _described(piece: _Slice) -> torch.Tensor:
+    """The memory of a slice, with what DeepSpeed wants to know of it."""
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+
+    memory: Any = piece.memory
+    memory.ds_numel = piece.size
+    memory.status = PartitionedParamStatus.AVAILABLE
+    memory.final_location = None  # nvme, or None
+    return memory
+
+
+def _refuse_version(version: str) -> None:
+    first, end = _VERSIONS
+    if not first <= tuple(int(part) for part in version.split(".")[:2]) < end:
+        raise ImportError(
+            f"fastinit.deepspeed.zero3 knows how DeepSpeed {first[0]}.{first[1]} up to, but not including, "
+            f"{end[0]}.{end[1]} keeps partitions, and this is {version}; pip install 'torch-fastinit[deepspeed]'"
+        )
+
+
+def _initialize_process_group(deepspeed: Any) -> None:
+    if not deepspeed.comm.is_initialized():
+        try:
+            deepspeed.init_distributed()
+        except Exception as error:
+            raise RuntimeError(
+                "fastinit.deepspeed.zero3: the process group could not be initialised; start the script with torchrun "
+                f"or deepspeed, or call torch.distributed.init_process_group before. {error}"
+            ) from error
+    if "LOCAL_RANK" not in os.environ:
+        raise RuntimeError(
+            "fastinit.deepspeed.zero3: DeepSpeed takes this rank's device from the environment variable LOCAL_RANK, "
+            "which is not set; start the script with torchrun or deepspeed, or set it"
+        )
+
+
+def _refuse_options(config: Any) -> None:
+    """Raise ValueError for what would make a partition something else than slices of the parameters' values."""
+    zero = config.zero_config
+    if zero.stage != 3:
+        raise ValueError(
+            f'fastinit.deepspeed.zero3: ds_config has zero_optimization.stage={int(zero.stage)}; set "stage": 3, or '
+            "create the model without shard="
+        )
+    refused = {
+        "zero_optimization.offload_param.device": (zero.offload_param and zero.offload_param.device.value) == "nvme"
+        and "nvme",
+        "zero_optimization.zero_quantized_weights": zero.zero_quantized_weights,
+        "zero_optimization.zero_quantized_nontrainable_weights": zero.zero_quantized_nontrainable_weights,
+        "weight_quantization": config.weight_quantization_config,
+        "zero_optimization.mics_shard_size": max(getattr(zero, "mics_shard_size", -1), 0),
+    }
+    for option, value in refused.items():
+        if value:
+            raise ValueError(
+                f"fastinit.deepspeed.zero3: ds_config has {option}={value!r}, which is not supported; remove it, or "
+                "create the model under deepspeed.zero.Init"
+            )
