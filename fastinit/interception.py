@@ -22,6 +22,8 @@ from .layout import contiguous_strides
 from .native import ADD, CLAMP, CONSTANT, DIVIDE, MULTIPLY, NORMAL, TRUNCATED_NORMAL, UNIFORM
 from .recipe import ERFINV, ORTHOGONAL, Region, Write, with_step
 
+_modes_off = torch._C.DisableTorchFunction
+
 if TYPE_CHECKING:
     from .recorder import Entry, Recorder
 
@@ -652,6 +654,48 @@ def _copy(rec: Recorder, func, tensor, source, *args, **kwargs):
         rec.overwrite(entry, origin.recipe)
         return tensor
     return NotImplemented
+
+
+_load_from_state_dict = torch.nn.Module._load_from_state_dict
+_set_extra_state = torch.nn.Module.set_extra_state
+
+
+def load_from_state_dict(rec: Recorder, module, state_dict, prefix, local_metadata, *args) -> bool:
+    """What ``Module._load_from_state_dict`` does, without a look of the recorder at each of its steps.
+
+    It reads shapes and copies, nothing else, unless the module has hooks or extra state. Returns False, and has done
+    nothing, if it may do more than that.
+    """
+    modes = torch._C._len_torch_function_stack()
+    if (
+        modes == 0
+        or torch._C._get_function_stack_at(modes - 1) is not rec
+        or module._load_state_dict_pre_hooks
+        or type(module).set_extra_state is not _set_extra_state
+        or local_metadata.get("assign_to_params_buffers")
+        or torch.__future__.get_swap_module_params_on_conversion()
+    ):
+        return False
+    with _modes_off():
+        pending = []
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                value = state_dict.get(prefix + name)
+                entry = None if tensor is None or value is None else rec.find(tensor)
+                if entry is None:
+                    continue
+                is_plain = type(value) in (torch.Tensor, torch.nn.Parameter)
+                if not is_plain or rec.find(value) is not None or not rec.is_whole(entry, tensor):
+                    return False
+                pending.append((entry, tensor))
+        for entry, _ in pending:
+            rec.give_memory(entry)
+        versions = [tensor._version for _, tensor in pending]
+        _load_from_state_dict(module, state_dict, prefix, local_metadata, *args)
+        for (entry, tensor), version in zip(pending, versions, strict=True):
+            if tensor._version != version:  # else torch has refused the copy
+                rec.replace_by_real(entry)
+    return True
 
 
 def _clone(rec: Recorder, func, tensor, **kwargs):

@@ -24,7 +24,13 @@ from torch.nn.modules.module import (
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from .interception import INIT_REPLACEMENTS, legacy_tensor, set_memory
+from .interception import (
+    INIT_REPLACEMENTS,
+    _load_from_state_dict,
+    legacy_tensor,
+    load_from_state_dict,
+    set_memory,
+)
 from .recorder import _modes_off, _thread, concrete
 
 # Python objects made between two runs of the garbage collector while a model is created.
@@ -68,6 +74,12 @@ def _install() -> None:
             if known is not None and known[0]() is data:
                 recorder.stand_for(parameter, known[1], known[2])
         return parameter
+
+    @functools.wraps(torch.nn.Module._load_from_state_dict)
+    def load_into(module, *args):
+        recorder = _thread.recorder
+        if recorder is None or not load_from_state_dict(recorder, module, *args):
+            _load_from_state_dict(module, *args)
 
     # No named parameters: torch._dynamo compares this signature with its own when it is first imported.
     def tensor_new(*args, **kwargs):
@@ -117,6 +129,7 @@ def _install() -> None:
     _replace(torch.nn.Parameter, "__new__", staticmethod(parameter_new), staticmethod(new_parameter))
     for name, handler in INIT_REPLACEMENTS.items():
         _replace(init, name, _straight_to(handler, getattr(init, name)), getattr(init, name))
+    _replace(torch.nn.Module, "_load_from_state_dict", load_into, _load_from_state_dict)
     _replace(torch, "get_default_dtype", default_dtype, get_default_dtype)
     _replace(torch, "set_default_dtype", change_default_dtype, set_default_dtype)
     _replace(torch, "get_default_device", default_device, get_default_device)

@@ -270,7 +270,7 @@ class Recorder(TorchFunctionMode):
         """Allocate an entry's tensor in its final dtype; what it is to contain stays pending."""
         if entry.allocated:
             return
-        if entry.device.type == "cuda":
+        if entry.device.type == "cuda" and not entry.resident:
             self._reserve_for_all()
         tensors = [tensor for ref in entry.refs if (tensor := ref()) is not None]
         if entry.resident:
