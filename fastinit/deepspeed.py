@@ -253,9 +253,9 @@ def _refuse_options(config: Any) -> None:
             f'fastinit.deepspeed.zero3: ds_config has zero_optimization.stage={int(zero.stage)}; set "stage": 3, or '
             "create the model without shard="
         )
+    offload = zero.offload_param.device if zero.offload_param else None
     refused = {
-        "zero_optimization.offload_param.device": (zero.offload_param and zero.offload_param.device.value) == "nvme"
-        and "nvme",
+        "zero_optimization.offload_param.device": offload if offload == "nvme" else None,
         "zero_optimization.zero_quantized_weights": zero.zero_quantized_weights,
         "zero_optimization.zero_quantized_nontrainable_weights": zero.zero_quantized_nontrainable_weights,
         "weight_quantization": config.weight_quantization_config,
