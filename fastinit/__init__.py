@@ -1,5 +1,6 @@
 """fastinit: PyTorch models created where they will live, in their precision, at the speed of memory."""
 
+from . import deepspeed
 from ._version import __version__
 from .checkpoint import LoadReport, load
 from .checkpoint_files import CheckpointError
@@ -20,6 +21,7 @@ __all__ = [
     "Uniform",
     "Window",
     "__version__",
+    "deepspeed",
     "empty",
     "fill_",
     "initialize",

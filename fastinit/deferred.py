@@ -9,6 +9,7 @@ is removed from the model, and the hook with the last model that has any.
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 import weakref
@@ -458,6 +459,8 @@ def _refuse_unwritten(module: nn.Module) -> None:
             "has written them since. Load a checkpoint that supplies them, or call fastinit.initialize(model)"
         )
     _refuse_partly_written([name for (name, *_), left in zip(named, marks, strict=True) if left])
+    if named and _is_functional_call():
+        return  # with tensors of the caller's: nothing is known of the model's own
     _checked.update(module.modules())
     forget(module)
     if named:
@@ -465,6 +468,15 @@ def _refuse_unwritten(module: nn.Module) -> None:
         for owner in [owner for kept in _watched if (owner := kept.module()) is not None and not kept.unwritten()]:
             owner.__dict__.pop(_ATTRIBUTE, None)
         _watch_no_more()
+
+
+def _is_functional_call() -> bool:
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is torch.nn.utils.stateless._functional_call.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _not_a_real_use() -> bool:

@@ -355,6 +355,7 @@ def _vector(lazy, state, path):
     lazy.load_state_dict({name: state[name] for name, _ in lazy.named_buffers() if name in state}, strict=False)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize(
     "load",
     [
@@ -437,6 +438,7 @@ def test_a_wrapper_of_the_model_is_refused_too():
         wrapper(X)
 
 
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
 @pytest.mark.parametrize("how", ["wrapped", "in place", "inner"])
 def test_compiled_models_are_checked_and_compiled_once(how):
     torch._dynamo.reset()
@@ -487,6 +489,7 @@ def test_function_transforms_and_fake_tensors_do_not_count_as_use():
     full.eval(), lazy.eval()
     each = torch.func.vmap(lambda x: torch.func.functional_call(lazy, values, (x[None],)))(X)
     assert torch.allclose(each.flatten(), full(X).flatten())
+    assert torch.equal(torch.func.functional_call(lazy, values, (X,)), full(X))
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         lazy(torch.ones(2, 8))
     assert len(fastinit.uninitialized(lazy)) == len(RANDOM)
