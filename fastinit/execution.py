@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from math import prod
 
 import torch
@@ -31,8 +30,11 @@ def allocate(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         torch.OutOfMemoryError, RuntimeError: torch's own, with the shape, dtype, device and a remedy in front.
     """
     try:
-        # What belongs to a model must not be an inference tensor because a checkpoint is loaded in inference mode.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        if torch.is_inference_mode_enabled():
+            # What belongs to a model must not be an inference tensor because a checkpoint is loaded in that mode.
+            with torch.inference_mode(False):
+                tensor = torch.empty(shape, dtype=dtype, device=device)
+        else:
             tensor = torch.empty(shape, dtype=dtype, device=device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         raise type(error)(

@@ -689,7 +689,7 @@ def load_from_state_dict(rec: Recorder, module, state_dict, prefix, local_metada
                     return False
                 pending.append((entry, tensor))
         for entry, _ in pending:
-            rec.give_memory(entry)
+            rec.make_resident(entry)
         versions = [tensor._version for _, tensor in pending]
         _load_from_state_dict(module, state_dict, prefix, local_metadata, *args)
         for (entry, tensor), version in zip(pending, versions, strict=True):

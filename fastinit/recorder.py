@@ -270,21 +270,28 @@ class Recorder(TorchFunctionMode):
         """Allocate an entry's tensor in its final dtype; what it is to contain stays pending."""
         if entry.allocated:
             return
-        if entry.device.type == "cuda" and not entry.resident:
-            self._reserve_for_all()
-        tensors = [tensor for ref in entry.refs if (tensor := ref()) is not None]
-        if entry.resident:
-            memory = tensors[0]
-        else:
-            memory = allocate(entry.shape, entry.dtype, entry.device)
-            self._point(entry, memory)
-        for tensor in tensors:
-            del self._by_id[id(tensor)]
-        storage = memory.untyped_storage()
+        self.make_resident(entry)
+        storage = self._leave_all(entry).untyped_storage()
         entry.storage_key = storage._cdata
         entry.storage_weak = storage._weak_ref()
-        entry.data_ptr = memory.data_ptr()
+        entry.data_ptr = storage.data_ptr()
         self._by_storage[entry.storage_key] = entry
+
+    def make_resident(self, entry: Entry) -> None:
+        """Allocate an entry's tensor, which is still found by identity; what it is to contain stays pending."""
+        if entry.resident or entry.allocated:
+            return
+        if entry.device.type == "cuda":
+            self._reserve_for_all()
+        self._point(entry, allocate(entry.shape, entry.dtype, entry.device))
+        entry.resident = True
+
+    def _leave_all(self, entry: Entry) -> torch.Tensor:
+        """Find an entry's tensors by identity no more; returns one of them."""
+        tensors = [tensor for ref in entry.refs if (tensor := ref()) is not None]
+        for tensor in tensors:
+            del self._by_id[id(tensor)]
+        return tensors[0]
 
     def _point(self, entry: Entry, memory: torch.Tensor) -> None:
         """Let the tensors that stand for an entry have its memory."""
@@ -334,6 +341,9 @@ class Recorder(TorchFunctionMode):
     def replace_by_real(self, entry: Entry) -> None:
         """Forget an entry whose tensor torch is about to overwrite whole."""
         self.overwrite(entry, ())
+        if entry.resident and not entry.allocated:
+            self._leave_all(entry)
+            return
         self.give_memory(entry)
         self._untrack(entry)
 
@@ -673,7 +683,7 @@ class Recorder(TorchFunctionMode):
         if self._ready_bytes >= self._ready_limit:
             ready = {e: None for e in self._ready if e.alive and not (e.allocated or e.resident) and e.recipe}
             if self._loads_later():
-                ready = {}
+                ready, self._overlap = {}, False
             elif _initialises_at_the_end():
                 ready = {e: None for e in ready if e.again}
             self._ready, self._ready_bytes = [], 0
