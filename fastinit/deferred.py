@@ -24,7 +24,7 @@ from .execution import DTYPES, Fills, can_fill
 from .layout import Box, Window, numel
 from .native import CONSTANT
 from .recipe import Region, Write
-from .sharding import is_dtensor, local_boxes
+from .sharding import is_dtensor, local_boxes, local_tensor
 
 _modes_off = torch._C.DisableTorchFunction
 
@@ -263,8 +263,7 @@ def _marks_left(named: list[Named]) -> list[float]:
     left = [0.0] * len(named)
     for index, (_, tensor, deferred) in enumerate(named):
         if is_dtensor(tensor):
-            local = tensor.to_local().detach()
-            left[index] = _has_mark(local, deferred.mark)
+            left[index] = _has_mark(local_tensor(tensor), deferred.mark)
         elif tensor.is_meta:
             left[index] = 1.0
         # A tensor of another size or kind, a quantised one say, is not the one that was created.
@@ -283,7 +282,7 @@ def _marks_left(named: list[Named]) -> list[float]:
 
 def is_on_meta(tensor: torch.Tensor) -> bool:
     """Whether a tensor, or this rank's shard of it, has no memory yet."""
-    return tensor.to_local().is_meta if is_dtensor(tensor) else tensor.is_meta
+    return local_tensor(tensor).is_meta if is_dtensor(tensor) else tensor.is_meta
 
 
 def _has_mark(local: torch.Tensor, mark: float | None) -> float:
@@ -327,8 +326,7 @@ def _piece(name: str, tensor: torch.Tensor, deferred: Deferred) -> Piece:
             "initialise it before it is changed, or write it yourself"
         )
     if is_dtensor(tensor):
-        local = tensor.to_local().detach()
-        piece = Piece(local, deferred, local_boxes(tensor))
+        piece = Piece(local_tensor(tensor), deferred, local_boxes(tensor))
     else:
         piece = Piece(tensor.detach(), deferred, None)
     if piece.memory.is_meta:

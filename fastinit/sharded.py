@@ -33,7 +33,7 @@ from .deferred import (
 from .distributed import from_rank_0, is_distributed
 from .execution import allocate, reserve
 from .layout import Box, Window, numel
-from .sharding import is_dtensor, local_boxes
+from .sharding import is_dtensor, local_boxes, local_tensor
 
 _modes_off = torch._C.DisableTorchFunction
 
@@ -83,7 +83,8 @@ def materialize(
     if empty and window is not None:
         raise ValueError("fastinit.materialize: empty=True and window= exclude each other; load the windows yourself")
     with _modes_off(), torch.no_grad():
-        waiting = list(once(each for each in deferred_tensors(model) if is_on_meta(each[1])))
+        deferred = list(deferred_tensors(model))
+        waiting = list(once(each for each in deferred if is_on_meta(each[1])))
         _refuse_unrecorded(model, waiting)
         if not waiting:
             return [] if empty else initialize(model)
@@ -95,10 +96,10 @@ def materialize(
             return [name for name, _, _ in waiting]
         warn_about_empty_recipes(waiting)
         written = {name for name, _, _ in waiting}
-        written.update(initialize(model))
-        order = [name for name, _, _ in deferred_tensors(model)]
+        if any(recipe.mark is not None for _, _, recipe in deferred):
+            written.update(initialize(model))  # what has memory already, but no values
         forget(model)
-        return [name for name in order if name in written]
+        return [name for name, _, _ in deferred if name in written]
 
 
 def param_init_fn(module: nn.Module) -> None:
@@ -144,7 +145,7 @@ def _give_memory(
     devices = [_device_of(tensor, deferred, device) for _, tensor, deferred in named]
     windows = [None if window is None else _checked_window(window, *each) for each in named]
     shapes = [
-        tuple(tensor.to_local().shape) if is_dtensor(tensor) else _extent(part) if part else deferred.shape
+        tuple(local_tensor(tensor).shape) if is_dtensor(tensor) else _extent(part) if part else deferred.shape
         for (_, tensor, deferred), part in zip(named, windows, strict=True)
     ]
     for target in dict.fromkeys(devices):
@@ -167,7 +168,7 @@ def _give_memory(
     for (_, tensor, deferred), part in zip(named, windows, strict=True):
         boxes: list[Box] | None = None
         if is_dtensor(tensor):
-            memory = tensor.to_local().detach()
+            memory = local_tensor(tensor)
             boxes = local_boxes(tensor)
         else:
             memory = tensor.detach()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
@@ -57,14 +58,22 @@ def local_boxes(tensor: DTensor) -> list[Box]:
         >>> local_boxes(weight)  # on rank 1 # doctest: +SKIP
         [Box(index_offset=12, sizes=(3, 4), index_strides=(4, 1), memory_offset=0, memory_strides=(4, 1))]
     """
-    with torch.no_grad():
-        local = tensor.to_local()
-    coordinate = tensor.device_mesh.get_coordinate()
+    mesh, local = tensor.device_mesh, local_tensor(tensor)
+    coordinate = mesh.get_coordinate()
     if coordinate is None:
         return []
-    shape, sizes, strides = tuple(tensor.shape), tuple(local.shape), local.stride()
-    mesh_shape = tuple(tensor.device_mesh.shape)
-    cuts_of_dims = _cuts(shape, tensor.placements, mesh_shape, coordinate)
+    layout = (tuple(tensor.placements), tuple(mesh.shape), tuple(coordinate))
+    return list(_boxes(tuple(tensor.shape), tuple(local.shape), local.stride(), *layout))
+
+
+def local_tensor(tensor: DTensor) -> torch.Tensor:
+    """This rank's shard; ``to_local()`` would make a view of it for autograd."""
+    return tensor._local_tensor
+
+
+@lru_cache(maxsize=1024)  # the layers of a model are alike
+def _boxes(shape, sizes, strides, placements, mesh_shape, coordinate) -> tuple[Box, ...]:
+    cuts_of_dims = _cuts(shape, placements, mesh_shape, coordinate)
     runs = []
     for size, local_size, cuts in zip(shape, sizes, cuts_of_dims, strict=True):
         # A strided shard stands for a cut that was made later than the order of the mesh axes says: FSDP2 divides what
@@ -78,8 +87,8 @@ def local_boxes(tensor: DTensor) -> list[Box]:
                 break
         else:
             raise ValueError(
-                f"fastinit: the local tensor has shape {sizes}, but placements={tuple(tensor.placements)} on a mesh of "
-                f"shape {mesh_shape} do not give that to the rank at {tuple(coordinate)} of a tensor of shape {shape}; "
+                f"fastinit: the local tensor has shape {sizes}, but placements={placements} on a mesh of "
+                f"shape {mesh_shape} do not give that to the rank at {coordinate} of a tensor of shape {shape}; "
                 "build it with distribute_tensor, parallelize_module or fully_shard, or fill it by hand with a window"
             )
     boxes = []
@@ -87,7 +96,7 @@ def local_boxes(tensor: DTensor) -> list[Box]:
         start = tuple(first for first, _, _ in combination)
         memory_offset = sum(place * stride for (_, _, place), stride in zip(combination, strides, strict=True))
         boxes.append(Window(shape, start).box([length for _, length, _ in combination], strides, memory_offset))
-    return boxes
+    return tuple(boxes)
 
 
 def shard_runs(size: int, cuts: Sequence[Cut]) -> list[tuple[int, int]]:
