@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import gc
 import threading
+import weakref
 
 import torch
 from torch.nn import init
@@ -63,7 +64,7 @@ def remove() -> None:
 def _install() -> None:
     new_parameter = torch.nn.Parameter.__new__
     get_default_dtype, set_default_dtype = torch.get_default_dtype, torch.set_default_dtype
-    get_default_device = torch.get_default_device
+    get_default_device, swap = torch.get_default_device, torch.utils.swap_tensors
     new_tensor = torch._C.TensorBase.__new__
 
     def parameter_new(cls, data=None, requires_grad=True):
@@ -80,6 +81,16 @@ def _install() -> None:
         recorder = _thread.recorder
         if recorder is None or not load_from_state_dict(recorder, module, *args):
             _load_from_state_dict(module, *args)
+
+    def swap_tensors(t1, t2):
+        # torch exchanges no tensors that have weak references.
+        recorder = _thread.recorder
+        if recorder is None:
+            return swap(t1, t2)
+        with _modes_off():
+            parameters = [tensor for tensor in (t1, t2) if recorder.let_go(tensor)]
+            swap(t1, t2)
+        recorder.module_parameters += map(weakref.ref, parameters)
 
     # No named parameters: torch._dynamo compares this signature with its own when it is first imported.
     def tensor_new(*args, **kwargs):
@@ -130,6 +141,7 @@ def _install() -> None:
     for name, handler in INIT_REPLACEMENTS.items():
         _replace(init, name, _straight_to(handler, getattr(init, name)), getattr(init, name))
     _replace(torch.nn.Module, "_load_from_state_dict", load_into, _load_from_state_dict)
+    _replace(torch.utils, "swap_tensors", swap_tensors, swap)
     _replace(torch, "get_default_dtype", default_dtype, get_default_dtype)
     _replace(torch, "set_default_dtype", change_default_dtype, set_default_dtype)
     _replace(torch, "get_default_device", default_device, get_default_device)

@@ -260,6 +260,15 @@ class Recorder(TorchFunctionMode):
             del self._by_id[id(tensor)]
             known[1].refs = [ref for ref in known[1].refs if ref is not known[0]]  # == would compare the tensors
 
+    def let_go(self, tensor: torch.Tensor) -> bool:
+        """Give a tensor its values and hold no weak reference to it; whether a module had it as a parameter."""
+        entry = self.find(tensor)
+        if entry is not None:
+            self.settle([entry])
+        before = len(self.module_parameters)
+        self.module_parameters = [ref for ref in self.module_parameters if ref() is not tensor]
+        return len(self.module_parameters) < before
+
     def next_stream(self) -> int:
         """Ordinal of the next random fill."""
         stream = self.streams
@@ -322,6 +331,7 @@ class Recorder(TorchFunctionMode):
     def _untrack(self, entry: Entry) -> None:
         self._shadows.pop(entry, None)
         entry.shadow = None
+        entry.refs.clear()  # a dead placeholder may hold the entry for a while, and torch swaps no tensors with weakrefs
         if entry.allocated:
             del self._by_storage[entry.storage_key]
             torch.UntypedStorage._free_weak_ref(entry.storage_weak)
@@ -343,6 +353,7 @@ class Recorder(TorchFunctionMode):
         self.overwrite(entry, ())
         if entry.resident and not entry.allocated:
             self._leave_all(entry)
+            entry.refs.clear()
             return
         self.give_memory(entry)
         self._untrack(entry)

@@ -893,3 +893,23 @@ def test_a_state_dict_of_transformers_loads_into_a_model_that_the_context_makes(
     _, folder = saved("llama")
     state = safetensors.load_file(folder / "model.safetensors")
     assert_loads(_llama, lambda model: model.load_state_dict(state), dtype)
+
+
+@over_dtypes
+def test_tensors_are_swapped_where_torch_is_asked_to_swap_them(dtype):
+    state = checkpoint()
+
+    def load(model):
+        model.load_state_dict(state)
+
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model, _ = loaded(Net, load, dtype)
+        reference = plain(functools.partial(created_and_loaded, Net, load), dtype)
+        converted, _ = loaded(Net, lambda model: model.to(torch.float64), dtype)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert_same_structure(model, reference)
+    for name, tensor in model.state_dict().items():
+        assert same_bits(tensor, reference.state_dict()[name]), name
+    assert converted.frozen.dtype == torch.float64 and not converted.frozen.requires_grad
