@@ -331,7 +331,8 @@ class Recorder(TorchFunctionMode):
     def _untrack(self, entry: Entry) -> None:
         self._shadows.pop(entry, None)
         entry.shadow = None
-        entry.refs.clear()  # a dead placeholder may hold the entry for a while, and torch swaps no tensors with weakrefs
+        # A dead placeholder may hold the entry for a while, and torch swaps no tensors that have weak references.
+        entry.refs.clear()
         if entry.allocated:
             del self._by_storage[entry.storage_key]
             torch.UntypedStorage._free_weak_ref(entry.storage_weak)
