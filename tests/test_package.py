@@ -1,5 +1,6 @@
 """The package as people install it: what importing loads, what is shipped, and how setup.py decides about CUDA."""
 
+import doctest
 import importlib.util
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastinit
 from fastinit import native
@@ -185,3 +187,13 @@ def test_this_compiler_passes_its_own_check(setup):
     if nvcc is None:
         pytest.skip("no CUDA compiler on this machine")
     assert set(setup.check_nvcc(nvcc)) & set(setup.ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    "module", ["checkpoint", "context", "deferred", "fills", "layout", "recipe", "sharded", "sharding"]
+)
+def test_the_examples_in_docstrings_run(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"fastinit": fastinit, "torch": torch}
+    result = doctest.testmod(importlib.import_module(f"fastinit.{module}"), extraglobs=names)
+    assert result.attempted and not result.failed
