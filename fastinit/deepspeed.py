@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from .deferred import Deferred, Piece, forget, warn_never_initialised, write_pieces
 from .execution import allocate, can_fill, reserve
@@ -109,8 +110,7 @@ class Zero3:
             for module in {id(each[0]): each[0] for each in parameters}.values():
                 forget(module)
             if self._init.mem_efficient_linear:
-                # torch's own would keep the gathered weights alive until the backward pass.
-                self._init._enable_mem_efficient_linear()
+                _save_memory_in_linear()
 
     def _refuse(self, parameters: Sequence[_Owned]) -> None:
         floating = [parameter.dtype for _, _, parameter, _ in parameters if parameter.is_floating_point()]
@@ -218,6 +218,17 @@ def _described(piece: _Slice) -> torch.Tensor:
     memory.status = PartitionedParamStatus.AVAILABLE
     memory.final_location = None  # nvme, or None
     return memory
+
+
+def _save_memory_in_linear() -> None:
+    """Do what entering a ``zero.Init`` does: torch's own function keeps gathered weights until the backward pass."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as patches
+
+    if not hasattr(patches, "linear_bk"):
+        patches.linear_bk = functional.linear  # which DeepCompile puts back
+    if functional.linear is patches.linear_bk:
+        functional.linear = zero3_linear_wrap
 
 
 def _refuse_version(version: str) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 import types
+from multiprocessing import connection
 from pathlib import Path
 
 import pytest
@@ -47,17 +48,21 @@ class Ranks:
         for pipe in self.pipes:
             pipe.send((function, args))
         deadline = time.monotonic() + SECONDS
-        results = []
-        for rank, pipe in enumerate(self.pipes):
-            try:
-                error, result = pipe.recv() if pipe.poll(max(deadline - time.monotonic(), 0)) else ("too long", None)
-            except EOFError:
-                error = "the process has ended"
+        results = {}
+        while len(results) < self.world:
+            # Any of them: one that has failed leaves the others waiting.
+            ready = connection.wait(set(self.pipes) - set(results), max(deadline - time.monotonic(), 0))
+            error = None if ready else f"not all ranks were done after {SECONDS} s"
+            for pipe in ready:
+                try:
+                    failed, results[pipe] = pipe.recv()
+                except EOFError:
+                    failed = "the process has ended"
+                error = error or (failed and f"rank {self.pipes.index(pipe)}: {failed}")
             if error:
                 self.end()
-                pytest.fail(f"rank {rank}: {error}", pytrace=False)
-            results.append(result)
-        return results
+                pytest.fail(error, pytrace=False)
+        return [results[pipe] for pipe in self.pipes]
 
     def _start(self):
         context = multiprocessing.get_context("spawn")
@@ -122,7 +127,7 @@ class Model(nn.Module):
         self.down = nn.Linear(2 * width, width)
         self.head = nn.Linear(width, 21, bias=False)
         self.head.weight = self.embedding.weight
-        self.shift = nn.Parameter(torch.zeros(1))
+        self.shift = nn.Parameter(torch.zeros(width))
         self.frozen = nn.Parameter(torch.randn(5, 3), requires_grad=False)
         self.statistics = nn.BatchNorm1d(width, affine=False)
         self.register_buffer("rotation", torch.arange(4) ** -0.5, persistent=False)
