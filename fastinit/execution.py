@@ -52,6 +52,8 @@ def reserve(sizes: list[int], device: torch.device) -> None:
     Freed memory stays in the allocator's cache, so this replaces one cudaMalloc per tensor by one in all. The sum is
     exact: nothing stays reserved and unused, and the peak does not exceed what the tensors take.
     """
+    if device.type != "cuda":
+        return
     # The allocator rounds to 512 bytes and serves up to 1 MiB from small segments of its own.
     needed = sum((size + 511) // 512 * 512 for size in sizes if size > 1 << 20)
     if needed <= 20 << 20:

@@ -49,7 +49,8 @@ _HALVES = (torch.float16, torch.bfloat16)
 # in all: contract 4 grants 64 MiB beyond the model.
 _SHADOW_BYTES = 32 << 20
 
-# A tensor that is written piece by piece, in more pieces than this, gets its memory at once.
+# A tensor that is written piece by piece, in more pieces than this, gets its memory at once. (Not one that is to be
+# sharded: each rank would hold all of it.)
 _MAX_WRITES = 8
 
 # Device memory is reserved in segments of up to this size: one cudaMalloc per parameter would cost more than the fills.
@@ -317,11 +318,11 @@ class Recorder(TorchFunctionMode):
         copied into a model."""
         if len(self._by_id) < self._reserved_for:
             return
-        waiting = {entry: None for ref, entry, _ in self._by_id.values() if ref() is not None and not entry.resident}
+        waiting = {entry for ref, entry, _ in self._by_id.values() if ref() is not None and not entry.resident}
         # Not before there is twice as much again: a constructor may take many views, of one new tensor each.
         self._reserved_for = 2 * len(self._by_id)
-        for segment in self._segments(list(waiting)):
-            reserve([nbytes for _, nbytes in segment], segment[0][0].device)
+        for device in {entry.device for entry in waiting}:
+            reserve([numel(e.shape) * e.dtype.itemsize for e in waiting if e.device == device], device)
 
     def _memory(self, entry: Entry) -> torch.Tensor:
         """A tensor over an allocated entry's memory."""
@@ -385,7 +386,7 @@ class Recorder(TorchFunctionMode):
             return True
         if any(stride == 0 and size > 1 for size, stride in zip(region.sizes, region.strides, strict=True)):
             return False
-        if entry.recipe is not None and len(entry.recipe) < _MAX_WRITES:
+        if entry.recipe is not None and (len(entry.recipe) < _MAX_WRITES or self.shard):
             if tensor.numel():
                 entry.recipe += (write._replace(region=region),)
                 entry.filled = False

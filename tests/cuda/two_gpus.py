@@ -136,7 +136,7 @@ def zero3():
     }
     model, seed = deferred(fastinit.deepspeed.zero3(config))
     reference = on_cpu(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = torch.optim.AdamW(model.parameters())
     engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters(parameter):
