@@ -182,10 +182,12 @@ class Zero3:
 
     def _hand_over(self, parameter: nn.Parameter, deferred: Deferred | None, slices: Sequence[_Slice]) -> None:
         """Let DeepSpeed see a parameter of the right shape, dtype and device, which has been partitioned already."""
+        from deepspeed.runtime.zero.partition_parameters import free_param
+
         shape = parameter.shape if deferred is None else deferred.shape
         whole = torch.empty((), dtype=slices[0].dtype, device=self.device).expand(shape)
-        # Any reference to the parameter stays valid, as torch.utils.swap_tensors would have it, and `.data =` where the
-        # device allows it; but that exchanges attributes too, and this is for parameters on the meta device as well.
+        # The parameter stays the object that it is. `.data =` would refuse what comes from the meta device, and
+        # torch.utils.swap_tensors would exchange the attributes too.
         torch._C._swap_tensor_impl(parameter, nn.Parameter(whole, parameter.requires_grad))
         self._init._convert_to_deepspeed_param(parameter)
         partitioned: Any = parameter
@@ -193,7 +195,7 @@ class Zero3:
         partitioned.ds_tensor = _described(slices[0])
         if len(slices) > 1:
             partitioned.ds_secondary_tensor = _described(slices[1])
-        partitioned.partition()
+        free_param(partitioned)
 
 
 class _Slice:
