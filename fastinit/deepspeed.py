@@ -108,7 +108,10 @@ class Zero3:
             for (_, _, parameter, deferred), slices in partitions:
                 self._hand_over(parameter, deferred, slices)
             for module in {id(each[0]): each[0] for each in parameters}.values():
-                forget(module)
+                forget(module, recurse=False)
+            if self.slice_device.type == "cuda":
+                # DeepSpeed gathers on streams of its own, which do not wait for this one.
+                torch.cuda.current_stream(self.slice_device).synchronize()
             if self._init.mem_efficient_linear:
                 _save_memory_in_linear()
 
@@ -176,9 +179,6 @@ class Zero3:
             if deferred is not None and not deferred.recipe:
                 warn_never_initialised(type(module).__name__, name, deferred.shape)
         write_pieces(pieces)
-        if self.slice_device.type == "cuda":
-            # DeepSpeed gathers on streams of its own, which do not wait for this one.
-            torch.cuda.current_stream(self.slice_device).synchronize()
 
     def _hand_over(self, parameter: nn.Parameter, deferred: Deferred | None, slices: Sequence[_Slice]) -> None:
         """Let DeepSpeed see a parameter of the right shape, dtype and device, which has been partitioned already."""

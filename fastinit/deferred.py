@@ -202,9 +202,9 @@ def initialize(model: nn.Module, names: Iterable[str] | None = None) -> list[str
         return [name for name, _, _ in chosen]
 
 
-def forget(model: nn.Module) -> None:
+def forget(model: nn.Module, *, recurse: bool = True) -> None:
     """Remove every trace of deferred initialisation from a model, without a look at its tensors."""
-    for module in model.modules():
+    for module in model.modules() if recurse else (model,):
         module.__dict__.pop(_ATTRIBUTE, None)
     _watch_no_more()
 
