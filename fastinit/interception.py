@@ -719,7 +719,7 @@ def _view(rec: Recorder, func, tensor, *args, **kwargs):
     if kwargs.get("memory_format") not in (None, torch.contiguous_format):
         rec.settle([entry])
         return NotImplemented
-    if not (entry.allocated or entry.resident or (torch.is_grad_enabled() and tensor.requires_grad)):
+    if not (entry.allocated or entry.resident):
         views = _views_without_memory(rec, entry, func, tensor, args, kwargs)
         if views is not None:
             return views
@@ -744,7 +744,20 @@ def _views_without_memory(rec: Recorder, entry: Entry, func, tensor, args, kwarg
     results = result if isinstance(result, (tuple, list)) else (result,)
     if not all(view.untyped_storage()._cdata == stand_in.untyped_storage()._cdata for view in results):
         return None
-    views = [rec.view(entry, Region(view.storage_offset(), tuple(view.size()), view.stride())) for view in results]
+    regions = [Region(view.storage_offset(), tuple(view.size()), view.stride()) for view in results]
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        # Views that autograd knows, of the one element that stands for the tensor; not every view can be taken of it.
+        try:
+            result = func(tensor, *args, **kwargs)
+        except RuntimeError:
+            return None
+        views = [result] if isinstance(result, torch.Tensor) else list(result)
+        if any(view.untyped_storage()._cdata != tensor.untyped_storage()._cdata for view in views):
+            return None
+        for view, region in zip(views, regions, strict=True):
+            rec.stand_for(view, entry, region)
+        return result
+    views = [rec.view(entry, region) for region in regions]
     return views[0] if results[0] is result else type(result)(views)
 
 

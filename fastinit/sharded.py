@@ -89,8 +89,7 @@ def materialize(
         if not waiting:
             return [] if empty else initialize(model)
         waiting = _with_agreed_seeds(model, waiting)
-        pieces = _give_memory(model, waiting, device, window, empty)
-        write_pieces(pieces, zeros=not empty)
+        _give_values(model, waiting, device, window, empty)
         if empty:
             _note_marks(model, {id(tensor) for _, tensor, _ in waiting})
             return [name for name, _, _ in waiting]
@@ -124,7 +123,7 @@ def param_init_fn(module: nn.Module) -> None:
         named = [each for each in once(deferred_tensors(module)) if id(each[1]) in own and is_on_meta(each[1])]
         _refuse_unrecorded(module, named, recurse=False)
         named = _with_agreed_seeds(module, named)
-        write_pieces(_give_memory(module, named, None, None, False))
+        _give_values(module, named)
         warn_about_empty_recipes(named)
 
 
@@ -138,8 +137,31 @@ def _with_agreed_seeds(model: nn.Module, named: list[Named]) -> list[Named]:
     return [each for each in once(deferred_tensors(model)) if id(each[1]) in tensors]
 
 
+def _give_values(
+    model: nn.Module,
+    named: list[Named],
+    device: str | torch.device | None = None,
+    window: Callable[..., Slices | None] | None = None,
+    empty: bool = False,
+) -> None:
+    """Allocate and write what this rank holds of each tensor; after an error, all of them are on meta as before."""
+    _refuse_unfit(named)
+    padded = _padded_by_fsdp(model)
+    before = [_on_meta(tensor) for _, tensor, _ in named]
+    try:
+        write_pieces(_give_memory(named, padded, device, window, empty), zeros=not empty)
+    except BaseException:
+        for (_, tensor, _), memory in zip(named, before, strict=True):
+            _put(tensor, memory, padded)
+        raise
+
+
 def _give_memory(
-    model: nn.Module, named: list[Named], device: Any, window: Callable[..., Slices | None] | None, empty: bool
+    named: list[Named],
+    padded: dict[int, Any],
+    device: str | torch.device | None,
+    window: Callable[..., Slices | None] | None,
+    empty: bool,
 ) -> list[Piece]:
     """Allocate what this rank holds of each tensor and put it in place; the pieces are what is to be written there."""
     devices = [_device_of(tensor, deferred, device) for _, tensor, deferred in named]
@@ -157,13 +179,10 @@ def _give_memory(
             ]
             reserve(sizes, target)
     # Shards that FSDP2 pads are copied into the padded memory: the largest first, while the others have none yet.
-    padded = _padded_by_fsdp(model)
     order = sorted(range(len(named)), key=lambda i: -numel(shapes[i]) if id(named[i][1]) in padded else 1)
     for i in order:
         tensor = named[i][1]
-        _put(tensor, allocate(shapes[i], tensor.dtype, devices[i]))
-        if id(tensor) in padded:
-            padded[id(tensor)].reset_sharded_param()
+        _put(tensor, allocate(shapes[i], tensor.dtype, devices[i]), padded)
     pieces = []
     for (_, tensor, deferred), part in zip(named, windows, strict=True):
         boxes: list[Box] | None = None
@@ -181,8 +200,13 @@ def _give_memory(
     return pieces
 
 
-def _put(tensor: torch.Tensor, memory: torch.Tensor) -> None:
-    """Give a tensor on the meta device, or the shard of one, memory; it stays the same object."""
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the meta device like that one, or like this rank's shard of it."""
+    return torch.empty_like(local_tensor(tensor) if is_dtensor(tensor) else tensor, device="meta", requires_grad=False)
+
+
+def _put(tensor: torch.Tensor, memory: torch.Tensor, padded: dict[int, Any]) -> None:
+    """Give a tensor, or this rank's shard of it, other memory; it stays the same object."""
     # Not torch.utils.swap_tensors, which would exchange the attributes too.
     if is_dtensor(tensor):
         from torch.distributed.tensor import DTensor
@@ -190,6 +214,8 @@ def _put(tensor: torch.Tensor, memory: torch.Tensor) -> None:
         distributed = DTensor(memory, tensor._spec, requires_grad=tensor.requires_grad)  # type: ignore[call-arg]
         torch._C._swap_tensor_impl(tensor, distributed)
         tensor._local_tensor = memory
+        if id(tensor) in padded:
+            padded[id(tensor)].reset_sharded_param()
     else:
         torch._C._swap_tensor_impl(tensor, memory.requires_grad_(tensor.requires_grad))
 
@@ -257,6 +283,18 @@ def _note_marks(model: nn.Module, tensors: set[int]) -> None:
             deferred = kept_for(module, name)
             if deferred is not None and id(parameter) in tensors:
                 keep(module, name, deferred._replace(mark=MARK, marked_as_shard=True))
+
+
+def _refuse_unfit(named: Iterable[Named]) -> None:
+    """Refuse tensors that are not what was recorded, or of which no rank owns elements."""
+    for name, tensor, deferred in named:
+        if tuple(tensor.shape) != deferred.shape:
+            raise ValueError(
+                f"fastinit: {name!r} has shape {tuple(tensor.shape)}, but was created with shape {deferred.shape}; "
+                "materialise the model before it is changed, or give the parameter values yourself"
+            )
+        if is_dtensor(tensor):
+            local_boxes(tensor)
 
 
 def _refuse_unrecorded(model: nn.Module, named: Iterable[Named], recurse: bool = True) -> None:

@@ -9,21 +9,20 @@ the other in this process, on a process group that communicates nothing.
 import math
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, product
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import HALVES, SEED, bits, same_bits
+from ranks import cases, distributions, on_every_rank
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastinit.execution import Fills
 from fastinit.layout import Box, Window, compose, contiguous_strides, flat_box, nested_parts, numel, with_dims
@@ -34,10 +33,6 @@ from fastinit.sharding import Cut, local_boxes, shard_runs
 CPU = torch.device("cpu")
 UNTOUCHED = -3.0
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-
-
-def cases(count):
-    return settings(derandomize=True, deadline=None, max_examples=count)
 
 
 # --- Boxes ------------------------------------------------------------------------------------------------------------
@@ -336,26 +331,6 @@ def test_a_part_in_half_precision_is_the_rounded_part_of_the_fp32_tensor(dtype):
 # --- DTensors ---------------------------------------------------------------------------------------------------------
 
 
-def on_every_rank(world, function):
-    """What function(rank) returns on each rank of a process group whose collectives do nothing.
-
-    Each rank has a thread of its own, one at a time: torch keeps what it knows of a mesh, the rank included, by thread.
-    """
-
-    def run(rank):
-        dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-        try:
-            return function(rank)
-        finally:
-            dist.destroy_process_group()
-
-    results = []
-    for rank in range(world):
-        with ThreadPoolExecutor(1) as thread:
-            results.append(thread.submit(run, rank).result())
-    return results
-
-
 def arange(shape):
     return torch.arange(numel(shape), dtype=torch.float32).view(shape)
 
@@ -371,20 +346,6 @@ def assert_describes(dtensor):
 
 def places_of(dtensor):
     return list(all_places(local_boxes(dtensor)))
-
-
-@st.composite
-def distributions(draw):
-    """A shape, a mesh of 1 to 3 axes and a placement on each, some of them those of FSDP2 over tensor parallelism."""
-    shape = draw(st.lists(st.integers(1, 8), min_size=1, max_size=3).map(tuple))
-    mesh = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3).filter(lambda sizes: math.prod(sizes) <= 8))
-    dims = st.integers(0, len(shape) - 1)
-    placements = [draw(st.one_of(st.just(Replicate()), dims.map(Shard), dims.map(Shard))) for _ in mesh]
-    dim = draw(dims)
-    axes = [axis for axis, placement in enumerate(placements) if placement == Shard(dim)]
-    if len(axes) > 1 and shape[dim] % math.prod(mesh[axis] for axis in axes) == 0 and draw(st.booleans()):
-        placements[axes[-2]] = _StridedShard(dim, split_factor=mesh[axes[-1]])
-    return shape, tuple(mesh), placements
 
 
 @cases(150)

@@ -1,0 +1,141 @@
+"""Ranks for the tests of sharded models: processes on this machine, or threads whose collectives do nothing.
+
+`Ranks` are processes with gloo. They stay for many tests, because importing torch takes seconds, and form a new process
+group for each function that they are given, of as many ranks as it asks for. They cannot hang a test: what takes too
+long is killed, and fails it.
+
+`on_every_rank` runs the ranks of a mesh one after the other in this process, on a process group that communicates
+nothing: a hundred meshes take a second.
+"""
+
+import datetime
+import math
+import multiprocessing
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+SECONDS = 60  # for a function to run in all ranks
+TIMEOUT = datetime.timedelta(seconds=10)  # of a collective
+
+
+class Ranks:
+    """Processes that wait for functions to run; started when they are needed, and anew after some were killed."""
+
+    def __init__(self, most, directories):
+        self._most, self._directories = most, directories
+        self._processes, self._pipes, self._stores = [], [], 0
+
+    def run(self, function, *args, world, joined=True):
+        """What function(*args) returns on each of so many ranks, in a process group of theirs.
+
+        With joined=False there is no group yet: the function is given the arguments of init_process_group first.
+        """
+        outcomes = self.outcomes(function, *args, world=world, joined=joined)
+        for rank, (error, _) in enumerate(outcomes):
+            assert error is None, f"rank {rank} of {world}: {error}"
+        return [result for _, result in outcomes]
+
+    def outcomes(self, function, *args, world, joined=True):
+        """The same as (error or None, result) of each rank; a rank may raise, or end its process."""
+        if not self._processes:
+            self._start()
+        self._stores += 1
+        for rank in range(world):
+            group = {"init_method": f"file://{self._directory}/{self._stores}", "rank": rank, "world_size": world}
+            self._pipes[rank].send((function, args, group, joined))
+        deadline = time.monotonic() + SECONDS
+        outcomes = []
+        for pipe in self._pipes[:world]:
+            try:
+                in_time = pipe.poll(max(deadline - time.monotonic(), 0))
+                outcomes.append(pipe.recv() if in_time else (f"no answer within {SECONDS} s", None))
+            except EOFError:
+                outcomes.append(("the process has ended", None))
+        if any(error for error, _ in outcomes):
+            self.end()  # whoever waits for the one that failed
+        return outcomes
+
+    def _start(self):
+        # Its server imports torch once and is forked for each rank, before any of it computes.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel"])
+        self._directory = self._directories.mktemp("ranks")
+        for _ in range(self._most):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there,), daemon=True)
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def end(self):
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+
+def _serve(pipe):
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args, group, joined = pipe.recv()
+        except EOFError:
+            return
+        group |= {"backend": "gloo", "timeout": TIMEOUT}
+        try:
+            if joined:
+                dist.init_process_group(**group)
+            result = function(*args) if joined else function(group, *args)
+            pipe.send((None, result))
+        except BaseException:
+            pipe.send((traceback.format_exc(), None))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def on_every_rank(world, function):
+    """What function(rank) returns on each rank of a process group whose collectives do nothing.
+
+    Each rank has a thread of its own, one at a time: torch keeps what it knows of a mesh, the rank included, by thread.
+    """
+    def run(rank):
+        dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+        try:
+            return function(rank)
+        finally:
+            dist.destroy_process_group()
+
+    results = []
+    for rank in range(world):
+        with ThreadPoolExecutor(1) as thread:
+            results.append(thread.submit(run, rank).result())
+    return results
+
+
+def cases(count):
+    return settings(derandomize=True, deadline=None, max_examples=count)
+
+
+@st.composite
+def distributions(draw):
+    """A shape, a mesh of 1 to 3 axes and a placement on each, some of them those of FSDP2 over tensor parallelism."""
+    shape = draw(st.lists(st.integers(1, 8), min_size=1, max_size=3).map(tuple))
+    mesh = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3).filter(lambda sizes: math.prod(sizes) <= 8))
+    dims = st.integers(0, len(shape) - 1)
+    placements = [draw(st.one_of(st.just(Replicate()), dims.map(Shard), dims.map(Shard))) for _ in mesh]
+    dim = draw(dims)
+    axes = [axis for axis, placement in enumerate(placements) if placement == Shard(dim)]
+    if len(axes) > 1 and shape[dim] % math.prod(mesh[axis] for axis in axes) == 0 and draw(st.booleans()):
+        placements[axes[-2]] = _StridedShard(dim, split_factor=mesh[axes[-1]])
+    return shape, tuple(mesh), placements
