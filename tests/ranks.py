@@ -23,7 +23,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-SECONDS = 60  # for a function to run in all ranks
+SECONDS = 120  # for a function to run in all ranks
 TIMEOUT = datetime.timedelta(seconds=10)  # of a collective
 
 

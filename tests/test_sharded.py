@@ -392,6 +392,8 @@ def _check_wrappers(dtype):
     model = assert_created_sharded(shard, Model, dtype)
     assert model._orig_mod.head.weight is model._orig_mod.embedding.weight
     assert model._orig_mod.blocks[0]._checkpoint_wrapped_module.qkv.weight.device_mesh == mesh
+    tokens = torch.arange(12).view(2, 6)
+    assert same_bits(model(tokens), unsharded(Model, dtype)(tokens))
 
 
 @HALF_AND_FULL
@@ -513,10 +515,13 @@ def test_transformers_are_created_sharded_with_the_same_bits_and_logits(ranks, c
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _losses(model, tokens, steps=3):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+def _optimizer(model):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+
+
+def _losses(model, optimizer, tokens):
     losses = []
-    for _ in range(steps):
+    for _ in range(3):
         loss = functional.cross_entropy(model(tokens).float(), tokens.flatten())
         losses.append(loss.item())
         loss.backward()
@@ -529,10 +534,11 @@ def _check_training(dtype, sizes):
     # All ranks see the same batch. Then gradients are means of 2 or 4 equal numbers, and so exactly those of one rank.
     tokens = torch.arange(12).view(2, 6)
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :])
-    model = deferred(Model, dtype)
+    reference, model = unsharded(Model, dtype), deferred(Model, dtype)
     _fully_sharded(model, mesh=mesh)
+    optimizer = _optimizer(model)  # keeps the parameters that there are now
     fastinit.materialize(model)
-    expected, losses = _losses(unsharded(Model, dtype), tokens), _losses(model, tokens)
+    expected, losses = _losses(reference, _optimizer(reference), tokens), _losses(model, optimizer, tokens)
     assert losses == expected and losses[-1] < losses[0]
 
 
@@ -564,10 +570,11 @@ def _check_tensor_parallel_training():
         "down": RowwiseParallel(),
         "head": ColwiseParallel(output_layouts=Replicate()),
     }
+    reference = unsharded(FeedForward, "fp32")
     model = parallelize_module(deferred(FeedForward), mesh["tensor"], plan)
     fully_shard(model, mesh=mesh["data"])
     fastinit.materialize(model)
-    expected, losses = _losses(unsharded(FeedForward, "fp32"), tokens), _losses(model, tokens)
+    expected, losses = _losses(reference, _optimizer(reference), tokens), _losses(model, _optimizer(model), tokens)
     # A matrix that is divided along the sum is multiplied in another order: a few units in the last place of fp32.
     torch.testing.assert_close(losses, expected, rtol=2e-6, atol=0)
     assert losses[-1] < losses[0]
