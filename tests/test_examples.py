@@ -24,7 +24,7 @@ def run(script, *arguments):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=300,
     )
 
 
