@@ -88,15 +88,17 @@ class Report:
         self._memory = _allocated_bytes(self.device)
         self._started = time.perf_counter()
 
-    def _finish(self, recorder: Recorder) -> None:
-        self.seconds = time.perf_counter() - self._started
-        self.peak_memory = max(_peak_bytes(self.device) - self._memory, 0)
+    def _count(self, recorder: Recorder) -> None:
         with _modes_off():
             for parameter in {ref() for ref in recorder.module_parameters}:
                 if parameter is None:
                     continue
                 self.parameters += parameter.numel()
                 self.bytes += parameter.nbytes
+
+    def _finish(self, recorder: Recorder) -> None:
+        self.seconds = time.perf_counter() - self._started
+        self.peak_memory = max(_peak_bytes(self.device) - self._memory, 0)
         self.fills_executed = recorder.executed
         self.fills_dropped = recorder.dropped
         self.fills_deferred = recorder.deferred
@@ -191,6 +193,7 @@ class on(ContextDecorator):
         recorder, report, process_default = self._entered.pop()
         try:
             recorder.__exit__(exc_type, exc_value, traceback)
+            report._count(recorder)  # before an engine takes the parameters over
             if exc_type is None and not isinstance(self._shard, bool):
                 with _modes_off():
                     self._shard.place(list(recorder.parameters()))

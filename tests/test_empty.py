@@ -532,3 +532,19 @@ def test_a_context_inside_of_an_empty_one_has_its_own_mode():
     assert fastinit.uninitialized(outer) == ["weight", "bias"]
     fastinit.initialize(outer)
     assert same_bits(outer.weight, built(lambda: nn.Linear(4, 4), seed=1).weight)
+
+
+def test_an_engine_is_given_every_parameter_and_the_report_counts_what_it_takes_over():
+    class Engine:
+        def place(self, parameters):
+            self.parameters = [(type(owner), name, deferred is not None) for owner, name, _, deferred in parameters]
+            for *_, parameter, _ in parameters:
+                torch._C._swap_tensor_impl(parameter, nn.Parameter(torch.empty(0)))
+
+    engine = Engine()
+    with fastinit.on("cpu", "bf16", shard=engine) as report:
+        made = Block()
+    assert (nn.Linear, "weight", True) in engine.parameters and (Block, "computed", False) in engine.parameters
+    assert len(engine.parameters) == len(list(made.parameters())) == 7
+    assert report.parameters == sum(p.numel() for p in built(Block).parameters()) and made.linear.weight.numel() == 0
+    deferred.forget(made)
