@@ -199,6 +199,8 @@ def _check_mixed_precision():
     offload = CPUOffloadPolicy(pin_memory=False)
     assert_created_sharded(lambda m: _fully_sharded(m, mesh=mesh, offload_policy=offload), Model, "fp32")
     assert_created_sharded(lambda m: _fully_sharded(m, mesh=mesh, reshard_after_forward=False), Model, "fp32")
+    ignoring = assert_created_sharded(lambda m: fully_shard(m, mesh=mesh, ignored_params={m.gate}), Model, "fp32")
+    assert type(ignoring.gate) is nn.Parameter and isinstance(ignoring.frozen, DTensor)
 
 
 def test_policies_of_fsdp2_do_not_change_the_values(ranks):
@@ -538,8 +540,11 @@ def _check_training(dtype, sizes):
     _fully_sharded(model, mesh=mesh)
     optimizer = _optimizer(model)  # keeps the parameters that there are now
     fastinit.materialize(model)
+    addresses = [parameter._local_tensor.data_ptr() for parameter in model.parameters()]
     expected, losses = _losses(reference, _optimizer(reference), tokens), _losses(model, optimizer, tokens)
     assert losses == expected and losses[-1] < losses[0]
+    # Shards lie where FSDP2 wants them, with its padding; it would copy others when it is used first.
+    assert addresses == [parameter._local_tensor.data_ptr() for parameter in model.parameters()]
 
 
 @HALF_AND_FULL
@@ -717,6 +722,30 @@ def test_ranks_that_were_seeded_differently_get_rank_0s_model_by_one_broadcast(r
             assert torch.equal(parameters[name], bits(parameter)), name
 
 
+def _check_seeds_of_fsdp1(group):
+    torch.manual_seed(100 + group["rank"])
+    with fastinit.on("cpu", "bf16", shard=True):
+        model = FeedForward()
+    dist.init_process_group(**group)
+    device = torch.device("cpu")
+    model = FullyShardedDataParallel(model, param_init_fn=fastinit.param_init_fn, device_id=device)
+    with FullyShardedDataParallel.summon_full_params(model):
+        # Their memory goes when this block ends.
+        return {name: bits(parameter).clone() for name, parameter in model.module.named_parameters()}
+
+
+def test_fsdp1_of_ranks_that_were_seeded_differently_is_rank_0s_model(ranks):
+    results = ranks.run(_check_seeds_of_fsdp1, world=2, joined=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(100)
+        with fastinit.on("cpu", "bf16"):
+            expected = FeedForward()
+    for parameters in results:
+        assert len(parameters) == 7
+        for name, parameter in expected.named_parameters():
+            assert torch.equal(parameters[name], bits(parameter)), name
+
+
 def _check_given_seed():
     before = _collectives()
     with fastinit.on("cpu", "bf16", seed=SEED, shard=True):
@@ -806,9 +835,10 @@ def _growth_of_memory(constructor, dtype):
 
     def create(constructor):
         model = deferred(constructor, dtype)
-        for parameter in model.modules():
-            if parameter is not model and parameter._parameters:
-                fully_shard(parameter, mesh=mesh)
+        assert all(parameter.is_meta for parameter in model.parameters())
+        for module in model.modules():
+            if module is not model and module._parameters:
+                fully_shard(module, mesh=mesh)
         fully_shard(model, mesh=mesh)
         fastinit.materialize(model)
         return model
@@ -874,6 +904,14 @@ def test_a_window_that_does_not_fit_is_refused(result):
     assert _still_deferred(model)
     fastinit.materialize(model)
     assert_same_shards(model, unsharded(Model, "fp32"))
+
+
+def test_what_is_on_meta_is_uninitialized_and_initialize_points_to_materialize():
+    model = deferred(Model)
+    assert set(fastinit.uninitialized(model)) == {name for name, _ in model.named_parameters()} - {"decay"}
+    with pytest.raises(ValueError, match=r"is on the meta device; use fastinit.materialize\(model\)"):
+        fastinit.initialize(model)
+    assert _still_deferred(model)
 
 
 def test_windows_and_shard_exclude_empty():
