@@ -460,6 +460,7 @@ def _check_offload(pin):
     assert losses == pytest.approx(train_unsharded(whole), rel=2e-2)  # see _check_training
 
 
+@pytest.mark.slow
 def test_hpz_has_its_secondary_partition(four_ranks):
     four_ranks.run(_check_secondary)
 
