@@ -800,7 +800,7 @@ def test_the_end_of_a_rank_in_mid_materialize_is_an_error_for_the_others(ranks, 
     assert ended == ("the process has ended", None)
     for error, _ in others:
         assert "Error" in error and "no answer" not in error
-        assert ("in materialize" in error) == (step == "from_rank_0")
+        assert "in materialize" in error or step != "from_rank_0"
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
