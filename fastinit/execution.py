@@ -23,8 +23,8 @@ def can_fill(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype in DTYPES and (device.type == "cpu" or (device.type == "cuda" and native.build_info()["cuda"]))
 
 
-def allocate(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised contiguous tensor from torch's allocator; huge pages are advised for large CPU ones.
+def allocate(shape, dtype: torch.dtype, device: torch.device, *, huge_pages: bool = True) -> torch.Tensor:
+    """Uninitialised contiguous tensor from torch's allocator; huge pages are advised for large CPU ones, or not.
 
     Raises:
         torch.OutOfMemoryError, RuntimeError: torch's own, with the shape, dtype, device and a remedy in front.
@@ -41,9 +41,15 @@ def allocate(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
             f"no memory for a tensor of shape {tuple(shape)} and dtype {dtype} on device={str(device)!r}: "
             f"choose a smaller dtype or model, free memory, or create it as shards. {error}"
         ) from error
-    if tensor.nbytes >= _HUGE_PAGES_FROM and device.type == "cpu":
-        native.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    if huge_pages:
+        advise_huge_pages(tensor)
     return tensor
+
+
+def advise_huge_pages(tensor: torch.Tensor) -> None:
+    """Have a large CPU tensor placed on huge pages, as far as it has none yet, where the system offers them."""
+    if tensor.nbytes >= _HUGE_PAGES_FROM and tensor.device.type == "cpu":
+        native.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
 
 
 def reserve(sizes: list[int], device: torch.device) -> None:

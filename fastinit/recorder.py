@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
 from .deferred import MARK, Deferred, keep, kept_for, mark_recipe, warn_never_initialised
-from .execution import DTYPES, Fills, allocate, reserve
+from .execution import DTYPES, Fills, advise_huge_pages, allocate, reserve
 from .interception import HANDLERS, IN_PLACE, INIT_HANDLERS, PASS
 from .layout import contiguous_strides, numel
 from .native import CONSTANT
@@ -148,6 +148,7 @@ class Recorder(TorchFunctionMode):
         self._reserved_for = 0
         self.entered_from = 0  # id of the frame that has entered the context
         self._marks: dict[torch.device, Fills] = {}
+        self._marked: list[torch.Tensor] = []
 
     # --- entering and leaving -----------------------------------------------------------------------------------
 
@@ -671,6 +672,9 @@ class Recorder(TorchFunctionMode):
             self.settle([entry for entry in list(self._by_storage.values()) if entry.alive])
             for marks in self._marks.values():
                 marks.run()
+            # Only now: a mark must not fetch a huge page, which is cleared whole, for a few bytes.
+            for memory in self._marked:
+                advise_huge_pages(memory)
         except BaseException:
             # Nothing half-made stays behind: give the memory back.
             for entry in self._given:
@@ -686,6 +690,7 @@ class Recorder(TorchFunctionMode):
             self._shadows.clear()
             self._given.clear()
             self._marks.clear()
+            self._marked.clear()
             self._ready, self._ready_bytes = [], 0
 
     def _make_ready(self, entry: Entry, nbytes: int) -> None:
@@ -746,7 +751,7 @@ class Recorder(TorchFunctionMode):
         fills, size = Fills(self.seed, device), 0
         for entry, nbytes in segment:
             self._given.append(entry)
-            memory = allocate(entry.shape, entry.dtype, device)
+            memory = allocate(entry.shape, entry.dtype, device, huge_pages=not entry.deferred)
             self._point(entry, memory)
             recipe = entry.recipe
             if entry.shadow is not None:
@@ -756,6 +761,7 @@ class Recorder(TorchFunctionMode):
                 continue
             if entry.deferred:
                 self._mark(entry, memory.data_ptr())
+                self._marked.append(memory)
                 continue
             if not recipe:
                 # Raw memory is for those alone who asked for it with torch.empty and keep it outside of a module.

@@ -58,7 +58,7 @@ def materialize(
         device: where to. None: that of the context, or of the parameter's device mesh.
         window: for parallelism of your own: called as ``window(name, shape)`` with each parameter's full name and
             global shape, it returns the slices that this rank holds, one per dimension with a step of 1, or None for
-            all. The parameter becomes a plain tensor of that part.
+            all. Like Python's, slices end where the tensor does. The parameter becomes a plain tensor of that part.
         empty: leave the memory without values, for a checkpoint to fill. Afterwards `uninitialized` names what it has
             not supplied, `initialize` and this function write that.
 
@@ -67,7 +67,7 @@ def materialize(
 
     Raises:
         ValueError: a parameter on the meta device that no context has recorded, one whose shape was changed, a window
-            that does not fit, or a placement of DTensor whose elements no rank owns.
+            that is no such tuple of slices, or a placement of DTensor whose elements no rank owns.
         RuntimeError: ranks have created different models; or torch's own when memory is short.
 
     Example:

@@ -95,10 +95,10 @@ def test_a_model_that_initialises_again_at_its_end_is_filled_once(early):
 def test_memory_that_was_given_early_is_given_back_when_the_rest_does_not_fit(early, monkeypatch):
     allocate = recorder.allocate
 
-    def allocate_small(shape, dtype, device):
+    def allocate_small(shape, dtype, device, **options):
         if tuple(shape) == (100, 16):
             raise RuntimeError("no memory")
-        return allocate(shape, dtype, device)
+        return allocate(shape, dtype, device, **options)
 
     monkeypatch.setattr(recorder, "allocate", allocate_small)
     with pytest.raises(RuntimeError, match="no memory"):
