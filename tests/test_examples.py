@@ -28,10 +28,8 @@ def run(script, *arguments):
     )
 
 
-# One of them in every run of the suite, because each starts torch twice.
-@pytest.mark.parametrize(
-    "script", [pytest.param(each, marks=[] if each == "fsdp2_llama" else [pytest.mark.slow]) for each in SCRIPTS]
-)
+@pytest.mark.slow  # each starts torch three times
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_an_example_trains_on_two_processes_and_its_loss_falls(script):
     if script == "deepspeed_zero3":
         pytest.importorskip("deepspeed")
