@@ -156,7 +156,8 @@ def main() -> None:
         return
     device = torch.device(arguments.device)
     config = LLAMA_7B.with_layers(arguments.layers)
-    measure.create_small("fastinit", device, torch.bfloat16)
+    with fastinit.on(device, "bf16"):  # loads the kernels
+        torch.nn.Linear(8, 8)
     results: dict[str, Any] = {"machine": machine.describe(), "parameters": config.parameters, "device": str(device)}
     print(machine.summary(results["machine"]))
     results["empty"] = measure_empty(config, device, arguments.repeats)

@@ -9,8 +9,9 @@ bf16:
   constructor on the meta device, `fully_shard`, `to_empty` and the `reset_parameters` of each module;
 - tensor-parallel: the same with `parallelize_module` on the second axis of each mesh;
 - zero3: the constructor under `fastinit.on(..., shard=fastinit.deepspeed.zero3(config))`, against the constructor under
-  `deepspeed.zero.Init`;
-- windows: what `fastinit.materialize` takes for rank 0's rows of 1, 2, 4 and 8 ranks, which one process simulates.
+  `deepspeed.zero.Init`.
+
+What one rank of 1, 2, 4 and 8 takes, which one process can simulate, is in `python -m fastinit bench --suite full`.
 
 Each part is a torchrun of its own, so that one that fails or hangs costs only itself: its error is in the results.
 Times are medians over the repeats of the slowest rank; ways that are compared take turns. On a GPU the allocator's
@@ -48,7 +49,6 @@ from fastinit.cli.models import LLAMA_7B, Decoder, DecoderConfig
 LLAMA_13B = DecoderConfig(vocabulary=32_000, width=5120, layers=40, heads=40, hidden=13_824)
 SHAPES = {"7B": LLAMA_7B, "13B": LLAMA_13B}
 DTYPE = torch.bfloat16
-RANKS_SIMULATED = (1, 2, 4, 8)
 DEEPSPEED_CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "bf16": {"enabled": True},
@@ -105,26 +105,6 @@ class Clock:
         self._began = time.perf_counter()
 
 
-class Memory:
-    """The peak of memory from here on, beyond what is in use now."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self._before = torch.cuda.memory_allocated(device)
-        else:
-            measure.trim_heap()
-            if not measure.reset_peak_resident():
-                raise RuntimeError("this system cannot reset the peak of resident memory")
-            self._before = measure.resident_memory() or 0
-
-    def peak(self) -> int:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) - self._before
-        return measure.peak_resident() - self._before
-
-
 Creation = tuple[nn.Module, dict[str, float]]
 Create = Callable[[DecoderConfig], Creation]
 
@@ -141,9 +121,11 @@ def measure_ways(rank: Rank, ways: dict[str, Create], local_bytes: Callable[[nn.
                 gc.collect()
             elif cache == "none":
                 measure.warm_memory(2 * rank.config.parameters // rank.world)
-            before = Memory(rank.device)
+            memory_before = measure.Memory(rank.device)
             model, taken = create(rank.config)
-            peak, local = before.peak(), local_bytes(model)
+            peak, local = memory_before.peak(), local_bytes(model)
+            if peak is None:
+                raise RuntimeError("this system cannot reset the peak of resident memory")
             del model
             if repeat:  # the first ones import and compile
                 laps[way].append(taken)
@@ -357,40 +339,10 @@ def measure_zero3(rank: Rank) -> None:
         rank.save(results)
 
 
-def measure_windows(rank: Rank) -> None:
-    """In one process. What `fastinit.materialize` takes for the rows that rank 0 of so many would hold."""
-    device = rank.device
-
-    def rows_of_rank_0(ranks: int) -> Create:
-        def rows(_: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
-            return (slice(0, -(-shape[0] // ranks)), *(slice(None) for _ in shape[1:]))
-
-        def create(config: DecoderConfig) -> Creation:
-            clock = Clock(device)
-            with fastinit.on(device, DTYPE, shard=True):
-                model = Decoder(config)
-            clock.lap("constructor")
-            fastinit.materialize(model, window=rows)
-            clock.lap("materialize")
-            return model, clock.laps
-
-        return create
-
-    def local_bytes(model: nn.Module) -> int:
-        return sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
-
-    ways = {f"{ranks} ranks": rows_of_rank_0(ranks) for ranks in RANKS_SIMULATED}
-    results: dict[str, Any] = {"simulated": "one process, rank 0's rows", "times": {}}
-    for cache in rank.caches:
-        results["times"][cache] = measure_ways(rank, ways, local_bytes, cache)
-        rank.save(results)
-
-
 PARTS = {
     "fsdp2": measure_fsdp2,
     "tensor-parallel": measure_tensor_parallel,
     "zero3": measure_zero3,
-    "windows": measure_windows,
 }
 
 
@@ -515,9 +467,8 @@ def main() -> None:
     print(f"{text.count(config.parameters)} parameters in bf16, {ranks} ranks on {device}\n", flush=True)
     path = arguments.out / f"sharded-{device}-{ranks}.json"
     for part in arguments.parts:
-        of_part = 1 if part == "windows" else ranks
-        threads = max(1, results["machine"]["cpu_cores"] // of_part)
-        results["parts"][part] = run_part(part, arguments, of_part, threads)
+        threads = max(1, results["machine"]["cpu_cores"] // ranks)
+        results["parts"][part] = run_part(part, arguments, ranks, threads)
         path.write_text(json.dumps(results, indent=1) + "\n")
         print(report(part, results["parts"][part]), flush=True)
     print(f"Written: {path}")

@@ -1,5 +1,6 @@
 """The commands of `python -m fastinit`, run for real on small models."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -11,8 +12,12 @@ import torch
 
 import fastinit
 from fastinit.__main__ import main
-from fastinit.cli import bench, demo, doctor, text
+from fastinit.cli import bench, demo, doctor, figures, machine, measure, peers, sections, tables, text
 from fastinit.cli.models import LLAMA_7B, Decoder, DecoderConfig, GPT2Medium, training_step
+from fastinit.cli.sections import Settings
+from fastinit.cli.ways import WAYS
+from fastinit.cli.worker import Worker
+from fastinit.cli.workloads import Case, linears, llama
 
 ROOT = Path(__file__).parents[1]
 
@@ -165,13 +170,201 @@ def test_bench_writes_results_and_plot(capsys, tmp_path):
         assert (tmp_path / "bench-cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_reports_a_missing_library_as_missing(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "importable", lambda name: False)
-    cases = [case for case in bench.model_cases(torch.device("cpu"), quick=True) if case.requires == "transformers"]
-    monkeypatch.setattr(bench, "model_cases", lambda device, quick: cases)
-    records = bench.measure_models(torch.device("cpu"), quick=True)
-    assert records == [{"model": "GPT-2 medium, transformers", "cache": None, "missing": "transformers"}]
-    assert "transformers is not installed" in bench.model_table(records)
+QUICK = Settings("cpu", quick=True, peers=True)
+CPU = torch.device("cpu")
+
+
+def test_bench_reports_a_missing_library_as_missing(monkeypatch):
+    monkeypatch.setattr(peers, "importable", lambda name: False)
+    case = Case("Llama, transformers", llama(LLAMA_7B, "transformers"), ("fastinit", "torch"), requires="transformers")
+    records = sections.records_of(case, CPU, repeats=1)
+    assert records == [{"device": "cpu", "model": case.name, "cache": None, "missing": "transformers"}]
+    assert "transformers is not installed" in tables.model_table(records)
+
+
+def test_bench_reports_missing_ways_and_failing_ones_beside_the_others(monkeypatch):
+    monkeypatch.setattr(peers, "importable", lambda name: name != "lightning")
+
+    def breaks(device, dtype):
+        raise OSError("out of order")
+
+    monkeypatch.setitem(WAYS, "naive", WAYS["naive"].__class__("breaks", breaks))
+    case = Case("small", linears(2), ("fastinit", "torch", "fabric", "naive", "transformers"))
+    records = {record["way"]: record for record in sections.records_of(case, CPU, repeats=2)}
+    assert len(records["fastinit"]["seconds"]) == len(records["torch"]["seconds"]) == 2
+    assert records["torch"]["ratio"] > 0
+    assert records["fabric"]["missing"] == "lightning"
+    assert "out of order" in records["naive"]["error"]
+    assert records["transformers"]["unsupported"] == "creates models of transformers alone"
+    table = tables.model_table(list(records.values()))
+    assert "fabric: lightning is not installed" in table and "naive: failed: OSError: out of order" in table
+
+
+@pytest.fixture
+def few_fills(monkeypatch):
+    monkeypatch.setattr(sections, "elements_to_fill", lambda settings: 2**14)
+    monkeypatch.setattr(sections, "FILLS", {"normal": sections.FILLS["normal"]})
+
+
+def test_bench_compares_fills_with_peers_and_names_those_that_are_missing(few_fills, monkeypatch):
+    monkeypatch.setattr(peers, "importable", lambda name: name == "numpy")
+    records = list(sections.measure_kernels(QUICK))
+    (one_thread,) = (each for each in records if each["dtype"] == "fp32" and each["threads"] == 1)
+    assert set(one_thread["seconds"]) == {"fastinit", "torch", "NumPy"}
+    assert set(one_thread["absent"]) == {"JAX threefry", "JAX rbg"}
+    assert one_thread["absent"]["JAX rbg"] == {"missing": "jax"}
+    for name in one_thread["seconds"]:
+        assert sections.values_are_right(one_thread, name)
+    (half,) = (each for each in records if each["dtype"] == "bf16" and each["threads"] == 1)
+    assert "fp32 and fp64 alone" in half["absent"]["NumPy"]["unsupported"]
+    table = tables.kernel_table(records)
+    assert "JAX rbg: jax is not installed" in table and "NumPy / fastinit" in table
+
+
+def test_bench_keeps_the_other_times_when_a_peer_fails(few_fills, monkeypatch):
+    def prepare(distribution, tensor, threads):
+        def run():
+            raise RuntimeError("launch failed")
+
+        return peers.Running(run, lambda: tensor)
+
+    monkeypatch.setitem(peers.PEERS, "NumPy", peers.Peer(prepare, devices=("cpu",)))
+    for record in sections.measure_kernels(QUICK):
+        assert record["absent"]["NumPy"] == {"error": "RuntimeError: launch failed"}
+        assert record["ratio"] > 0
+    assert "NumPy: failed: RuntimeError: launch failed" in tables.kernel_table([record])
+
+
+def test_bench_marks_a_peer_whose_values_are_wrong(few_fills):
+    record = next(sections.measure_kernels(QUICK))
+    assert "!" not in tables.kernel_table([record])
+    record["values"]["torch"]["std"] *= 4.5
+    assert "! torch's normal fp32 has mean" in tables.kernel_table([record])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_creates_an_initialised_model(way):
+    if WAYS[way].requires is not None:
+        pytest.importorskip(WAYS[way].requires)
+    if way == "transformers":
+        pytest.skip("creates models of transformers alone: see the next test")
+    model, report = WAYS[way].prepare(CPU, torch.bfloat16)(linears(4))
+    assert (report is not None) == way.startswith("fastinit")
+    dtype = torch.float32 if way in ("plain", "fastinit fp32", "torch fp32") else torch.bfloat16
+    for linear in model:
+        assert linear.weight.dtype == dtype and linear.weight.device == CPU
+        # U(-1/8, 1/8), from `kaiming_uniform_` on 64 inputs
+        assert 0.06 < linear.weight.float().std() < 0.085 and linear.weight.abs().max() <= 0.125
+
+
+@pytest.mark.parametrize("way", ["fastinit", "torch", "fabric", "accelerate", "transformers"])
+def test_each_way_creates_an_initialised_model_of_transformers(way):
+    pytest.importorskip("transformers")
+    if WAYS[way].requires is not None:
+        pytest.importorskip(WAYS[way].requires)
+    build = llama(DecoderConfig(vocabulary=64, width=64, layers=1, heads=1, hidden=64), "transformers")
+    model, _ = WAYS[way].prepare(CPU, torch.bfloat16)(build)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16 and parameter.device == CPU
+        if "norm" in name:
+            assert parameter.eq(1).all()
+        else:
+            assert 0.018 < parameter.float().std() < 0.022
+
+
+def test_a_new_process_creates_and_says_why_it_could_not():
+    config = DecoderConfig(vocabulary=64, width=64, layers=1, heads=1, hidden=64)
+    workers = [Worker("fastinit", config, device, "bf16") for device in ("cpu", "cuda:99")]
+    for worker in workers:
+        worker.wait_until_ready()
+    assert workers[0].create()["parameters"] == config.parameters
+    with pytest.raises(RuntimeError, match=r"fastinit way failed.*\n(.|\n)*cuda:99"):
+        workers[1].create()
+
+
+def test_full_suite_runs_sections_apart_and_saves_what_each_measured(capsys, monkeypatch, tmp_path):
+    nowhere = Settings("cuda:99", quick=True)
+    monkeypatch.setattr(bench, "plan", lambda settings: [("layouts", settings), ("models", nowhere), ("ranks", QUICK)])
+    assert main(["bench", "--suite", "full", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    results = json.loads((tmp_path / "full-cpu.json").read_text())
+    first, failed, last = results["sections"]
+    assert "error" not in first and "error" not in last
+    assert "exit status 1" in failed["error"] and results["models"] == []
+    assert {each["layout"] for each in results["layouts"]} == {"50 fills of 4,096", "rectangle, rows of 1 KiB"}
+    assert [record["ranks"] for record in results["ranks"]] == [1, 2, 4, 8]
+    sizes = [record["local_bytes"] for record in results["ranks"]]
+    assert all(whole / 2.2 < half < whole / 1.8 for whole, half in itertools.pairwise(sizes))
+    assert {"jax", "lightning", "triton"} <= results["machine"]["peers"].keys()
+    output = capsys.readouterr().out
+    assert "30B on one GPU: seconds" in output and "not measured" in output and "exit status 1" in output
+    if machine.installed("matplotlib"):
+        assert (tmp_path / "full-cpu.png").read_bytes().startswith(b"\x89PNG")
+    # The tables once more, from the file alone.
+    assert main(["bench", "--plot", str(tmp_path / "full-cpu.json")]) == 0
+    assert "rectangle, rows of 1 KiB" in capsys.readouterr().out
+
+
+def test_full_suite_starts_no_section_after_its_time(tmp_path):
+    results = {"sections": []}
+    bench.run_apart([("layouts", QUICK)], results, tmp_path / "full.json", time_limit=0.0)
+    assert "not started" in results["sections"][0]["error"]
+    assert json.loads((tmp_path / "full.json").read_text()) == results
+
+
+def test_figures_are_held_against_their_goals():
+    def kernel(dtype, distribution, rate, **others):
+        seconds = {"fastinit": [1.0 / rate], **{name: [1.0 / other] for name, other in others.items()}}
+        ratio = rate / others["torch"]
+        return {
+            "device": "cuda", "dtype": dtype, "distribution": distribution, "threads": None, "elements": 1,
+            "seconds": seconds, "ratio": ratio,
+        }  # fmt: skip
+
+    results = {
+        "machine": {"cpu_isa": "avx512"},
+        "settings": {"suite": "full"},
+        "kernels": [
+            kernel("fp32", "constant", 9.0, torch=10.0),
+            kernel("fp32", "uniform", 8.0, torch=4.0),
+            kernel("bf16", "normal", 5.0, torch=2.0),
+        ],
+    }
+    kept = {figure.name: (figure.value, figure.kept) for figure in figures.of(results)}
+    assert kept["GPU normal bf16: torch / fastinit"] == (2.5, True)
+    assert kept["GPU uniform fp32: rate / fastest write of a constant"] == (0.8, False)
+    assert kept["30B on one GPU: seconds"] == (None, None)
+
+
+def test_pytest_benchmark_suite_measures_the_same_workloads(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    file = tmp_path / "benchmarks.json"
+    chosen = "(test_fill and normal and fp32 and not truncated) or (test_creation and Linear)"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "--quick",
+        "--device",
+        "cpu",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run([*command, f"--benchmark-json={file}", "-k", chosen], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "\nmissing: " in done.stdout
+    results = json.loads(file.read_text())
+    measured = {
+        benchmark["extra_info"].get("peer") or benchmark["extra_info"]["way"] for benchmark in results["benchmarks"]
+    }
+    assert {"fastinit", "torch", "NumPy", "plain"} <= measured
+    assert results["machine_info"]["fastinit"]["fastinit"] == fastinit.__version__
+
+
+def test_reports_are_split_by_the_parts_of_their_time():
+    report = WAYS["fastinit"].prepare(CPU, torch.bfloat16)(linears(1))[1]
+    parts = measure.split_of(report)
+    assert all(name.startswith("seconds_") and value >= 0 for name, value in parts.items())
 
 
 # what they share

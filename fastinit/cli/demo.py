@@ -15,9 +15,12 @@ import torch
 from fastinit import native
 
 from . import machine as machines
-from . import measure, text, worker
+from . import measure, text
 from .models import DecoderConfig
+from .ways import WAYS
+from .worker import Worker
 
+COMPARED = ("fastinit", "torch", "naive")
 PARAMETERS = 1_300_000_000
 NAIVE_PARAMETERS = 1_500_000_000  # the naive way takes seconds for each 1e9
 SHARE_OF_MEMORY = 0.7  # of what is free now, to leave some to activations and to everybody else
@@ -42,11 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
         flush=True,
     )
     results = {}
-    for way in text.progress(list(measure.WAYS), "creating", "way"):
+    for way in text.progress(COMPARED, "creating", "way"):
         part = naive_part(config) if way == "naive" else config
-        measured = worker.create_decoder(
-            way, part, device, arguments.dtype, seed=arguments.seed, train=way == "fastinit"
-        )
+        measured = Worker(way, part, device, arguments.dtype, seed=arguments.seed, train=way == "fastinit").create()
         results[way] = {**measured, "layers": part.layers, "scale": config.parameters / part.parameters}
     machine = machines.describe()
     print(comparison(results, config, device))
@@ -92,7 +93,7 @@ def comparison(results: dict[str, dict[str, Any]], config: DecoderConfig, device
         memory = ["host_growth", "device_peak"] if on_gpu else ["host_growth"]
         sizes = ["unknown" if result[key] is None else mark + text.size(result[key] * scale) for key in memory]
         ratio = seconds / results["fastinit"]["seconds"]
-        rows.append([measure.WAYS[way], mark + text.seconds(seconds), f"{mark}{ratio:.3g}", *sizes])
+        rows.append([WAYS[way].description, mark + text.seconds(seconds), f"{mark}{ratio:.3g}", *sizes])
         if mark:
             notes.append(f"~ measured on {result['layers']} of {config.layers} layers, scaled up")
     model = text.size(results["fastinit"]["tensor_bytes"])

@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,12 @@ def driver() -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that fastinit is imported from, with "+" if files differ; None outside a checkout."""
+    """The commit of the checkout that fastinit is imported from, with "+" if files differ; None outside a checkout.
+
+    The environment variable FASTINIT_COMMIT says it where the files have been copied without their history.
+    """
+    if os.environ.get("FASTINIT_COMMIT"):
+        return os.environ["FASTINIT_COMMIT"]
     package = Path(fastinit.__file__).parent
     git = shutil.which("git")
     if git is None or not (package.parent / ".git").exists():
@@ -111,6 +117,13 @@ def installed(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def versions(packages: Sequence[str]) -> dict[str, str | None]:
+    """Of the distributions that packages come from, None for those that are not installed."""
+    # A package does not have the name of its distribution always: cupy comes from one for each CUDA.
+    distributions = metadata.packages_distributions()
+    return {name: installed(distributions[name][0]) if name in distributions else None for name in packages}
 
 
 def _read(path: str) -> str:

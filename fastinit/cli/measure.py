@@ -1,48 +1,28 @@
-"""Creating a model in one of several ways, with the time and the memory that it takes."""
+"""How the benchmarks measure: the time of a fill, the time and the memory of a model's creation."""
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 import fastinit
 
+if TYPE_CHECKING:
+    from .peers import Running
+    from .ways import Build, Creator
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-WAYS = {
-    "fastinit": "fastinit.on(device, dtype)",
-    "torch": "torch.device + default dtype",
-    "naive": "CPU in fp32, then .to(device, dtype)",
-}
-
-
-def create(way: str, build: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model that `build` makes, on `device` in `dtype`, created in one of `WAYS`."""
-    if way == "fastinit":
-        with fastinit.on(device, dtype):
-            return build()
-    if way == "torch":
-        with default_dtype(dtype), device:
-            return build()
-    if way == "naive":
-        return build().to(device, dtype)
-    raise ValueError(f"way={way!r} is not one of {', '.join(WAYS)}")
-
-
-def create_small(way: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Have the lazy imports, the CUDA context and the first load of kernels done before something is timed."""
-    create(way, lambda: nn.Sequential(nn.Linear(8, 8), nn.Embedding(8, 8), nn.LayerNorm(8)), device, dtype)
-    synchronize(device)
 
 
 @contextmanager
@@ -60,7 +40,38 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed_creation(way: str, build: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype):
+CALLS = 8  # of a fill between two events on a GPU
+
+
+def timed_fill(fill: Running, device: torch.device) -> float:
+    """Seconds that a fill takes until its values are there."""
+    if fill.setup is not None:
+        fill.setup(CALLS if device.type == "cuda" else 1)
+    if device.type == "cpu":
+        began = time.perf_counter()
+        result = fill.run()
+        if fill.wait is not None:
+            fill.wait(result)
+        return time.perf_counter() - began
+    # Several, so that Python's part of the first one, before the GPU has anything to do, does not count.
+    with torch.cuda.device(device):
+        if fill.wait is not None:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(CALLS):
+                result = fill.run()
+            fill.wait(result)
+            return (time.perf_counter() - began) / CALLS
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(CALLS):
+            fill.run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / CALLS
+
+
+def timed_creation(create: Creator, build: Build, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
     """(model, measurements). Measured are, in seconds and bytes:
 
     seconds: until the constructor has returned and all that it enqueued on the GPU is done.
@@ -69,29 +80,57 @@ def timed_creation(way: str, build: Callable[[], nn.Module], device: torch.devic
         system cannot reset the peak.
     device_peak, device_unused: peak of allocated memory beyond what was allocated before; reserved from the GPU but not
         allocated, at the end. None on the CPU.
+    split: the parts of the time that fastinit's report tells, by their names there.
     """
     gc.collect()
-    trim_heap()
     synchronize(device)
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-        allocated = torch.cuda.memory_allocated(device)
-    peak_was_reset = reset_peak_resident()
-    resident = resident_memory()
+    memory = Memory(device)
     start = time.perf_counter()
-    model = create(way, build, device, dtype)
+    model, report = create(build)
     synchronize(device)
     seconds = time.perf_counter() - start
+    on_gpu = device.type == "cuda"
     measurements: dict[str, Any] = {
         "seconds": seconds,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tensor_bytes": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-        "host_growth": peak_resident() - resident if peak_was_reset and resident is not None else None,
-        "device_peak": torch.cuda.max_memory_allocated(device) - allocated if on_gpu else None,
+        "host_growth": memory.host_growth(),
+        "device_peak": memory.device_peak(),
         "device_unused": torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if on_gpu else None,
+        "split": {} if report is None else split_of(report),
     }
     return model, measurements
+
+
+class Memory:
+    """Peaks of memory from here on, beyond what is in use now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._allocated = torch.cuda.memory_allocated(device)
+        trim_heap()
+        self._resident = resident_memory() if reset_peak_resident() else None
+
+    def host_growth(self) -> int | None:
+        """Of this process's resident memory; None if this system cannot reset the peak."""
+        return None if self._resident is None else peak_resident() - self._resident
+
+    def device_peak(self) -> int | None:
+        """Of memory that torch has allocated on the GPU; None on the CPU."""
+        if self._device.type == "cpu":
+            return None
+        return torch.cuda.max_memory_allocated(self._device) - self._allocated
+
+    def peak(self) -> int | None:
+        """Of the memory that the device has."""
+        return self.host_growth() if self._device.type == "cpu" else self.device_peak()
+
+
+def split_of(report: fastinit.Report) -> dict[str, float]:
+    fields = (field.name for field in dataclasses.fields(report) if field.name.startswith("seconds_"))
+    return {name: getattr(report, name) for name in fields}
 
 
 def resident_memory() -> int | None:

@@ -128,14 +128,14 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class GPT2Medium(nn.Module):
     """The shape of GPT-2 medium, 355M parameters, its head tied to the embedding (Radford et al. 2019)."""
 
-    def __init__(self, layers: int = 24) -> None:
+    def __init__(self, layers: int = 24, vocabulary: int = 50_257) -> None:
         super().__init__()
         width = 1024
-        self.tokens = nn.Embedding(50_257, width)
+        self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(1024, width)
         self.layers = nn.ModuleList(GPT2Layer(width, heads=16) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 50_257, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
