@@ -3,20 +3,20 @@
 #include <pybind11/stl.h>
 
 #include <cstdlib>
-#include <optional>
 #include <tuple>
-#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+#include "batch.h"
 #include "cpu/fill.h"
 #include "cpu/float_environment.h"
 #include "cpu/isa.h"
 #if defined(FASTINIT_WITH_CUDA)
 #include "cuda/fill.h"
 #endif
+#include "recorder/hot_path.h"
 
 namespace py = pybind11;
 
@@ -42,74 +42,57 @@ uint64_t unsigned64(const char* argument, const py::int_& value) {
     return x;
 }
 
-class Batch {
-public:
-    void add(const py::int_& data_ptr, int64_t numel, int64_t dtype, int64_t kind,
-             const std::vector<double>& parameters, const py::int_& seed, const py::int_& stream,
-             const PythonSteps& steps) {
-        if (numel < 0) detail::refuse("numel", std::to_string(numel), "it must not be negative");
-        append(data_ptr, dtype, kind, parameters, seed, stream, steps, whole_tensor(static_cast<uint64_t>(numel)));
-    }
+void append(Batch& batch, const py::int_& data_ptr, int64_t dtype, int64_t kind, const std::vector<double>& parameters,
+            const py::int_& seed, const py::int_& stream, const PythonSteps& steps, const Box& box) {
+    const FloatEnvironment environment;  // parameters are rounded to float32 here
+    Fill fill{};
+    fill.data = reinterpret_cast<void*>(static_cast<uintptr_t>(unsigned64("data_ptr", data_ptr)));
+    fill.dtype = make_dtype(dtype);
+    fill.distribution = make_distribution(kind, parameters);
+    fill.steps = make_steps(steps);
+    fill.seed = unsigned64("seed", seed);
+    fill.stream = unsigned64("stream", stream);
+    fill.box = box;
+    batch.append(fill);
+}
 
-    void add_region(const py::int_& data_ptr, int64_t dtype, int64_t kind, const std::vector<double>& parameters,
-                    const py::int_& seed, const py::int_& stream, const PythonSteps& steps,
-                    const py::int_& index_offset, const std::vector<int64_t>& sizes,
-                    const std::vector<int64_t>& index_strides, const std::vector<int64_t>& memory_strides) {
-        append(data_ptr, dtype, kind, parameters, seed, stream, steps,
-               make_box(unsigned64("index_offset", index_offset), sizes, index_strides, memory_strides));
-    }
+void add_whole(Batch& batch, const py::int_& data_ptr, int64_t numel, int64_t dtype, int64_t kind,
+               const std::vector<double>& parameters, const py::int_& seed, const py::int_& stream,
+               const PythonSteps& steps) {
+    if (numel < 0) detail::refuse("numel", std::to_string(numel), "it must not be negative");
+    append(batch, data_ptr, dtype, kind, parameters, seed, stream, steps,
+           whole_tensor(static_cast<uint64_t>(numel)));
+}
 
-    size_t size() const { return fills_.size(); }
+void add_region(Batch& batch, const py::int_& data_ptr, int64_t dtype, int64_t kind,
+                const std::vector<double>& parameters, const py::int_& seed, const py::int_& stream,
+                const PythonSteps& steps, const py::int_& index_offset, const std::vector<int64_t>& sizes,
+                const std::vector<int64_t>& index_strides, const std::vector<int64_t>& memory_strides) {
+    append(batch, data_ptr, dtype, kind, parameters, seed, stream, steps,
+           make_box(unsigned64("index_offset", index_offset), sizes, index_strides, memory_strides));
+}
 
-    uint64_t elements() const {
-        uint64_t n = 0;
-        for (const Fill& fill : fills_) n += fill.elements();
-        return n;
-    }
+void run_cpu(Batch& batch, int threads, const std::optional<std::string>& isa) {
+    if (threads < 1) detail::refuse("threads", std::to_string(threads), "it must be at least 1");
+    const Kernel& kernel = isa ? kernel_named(*isa) : default_kernel();
+    const std::vector<Fill> fills = batch.take();
+    const py::gil_scoped_release release;
+    fill_cpu(fills.data(), fills.size(), threads, kernel);
+}
 
-    void run_cpu(int threads, const std::optional<std::string>& isa) {
-        if (threads < 1) detail::refuse("threads", std::to_string(threads), "it must be at least 1");
-        const Kernel& kernel = isa ? kernel_named(*isa) : default_kernel();
-        const std::vector<Fill> fills = take();
-        const py::gil_scoped_release release;
-        fill_cpu(fills.data(), fills.size(), threads, kernel);
-    }
-
-    void run_cuda(int device, const py::int_& stream) {
+void run_cuda(Batch& batch, int device, const py::int_& stream) {
 #if defined(FASTINIT_WITH_CUDA)
-        void* const handle = reinterpret_cast<void*>(static_cast<uintptr_t>(unsigned64("stream", stream)));
-        const std::vector<Fill> fills = take();
-        const py::gil_scoped_release release;
-        fill_cuda(fills.data(), fills.size(), device, handle);
+    void* const handle = reinterpret_cast<void*>(static_cast<uintptr_t>(unsigned64("stream", stream)));
+    const std::vector<Fill> fills = batch.take();
+    const py::gil_scoped_release release;
+    fill_cuda(fills.data(), fills.size(), device, handle);
 #else
-        static_cast<void>(device), static_cast<void>(stream);
-        throw std::runtime_error(
-            "fastinit was built without CUDA: reinstall it where nvcc is found (FASTINIT_CUDA=1 makes its absence an "
-            "error)");
+    static_cast<void>(batch), static_cast<void>(device), static_cast<void>(stream);
+    throw std::runtime_error(
+        "fastinit was built without CUDA: reinstall it where nvcc is found (FASTINIT_CUDA=1 makes its absence an "
+        "error)");
 #endif
-    }
-
-private:
-    void append(const py::int_& data_ptr, int64_t dtype, int64_t kind, const std::vector<double>& parameters,
-                const py::int_& seed, const py::int_& stream, const PythonSteps& steps, const Box& box) {
-        const FloatEnvironment environment;  // parameters are rounded to float32 here
-        Fill fill{};
-        fill.data = reinterpret_cast<void*>(static_cast<uintptr_t>(unsigned64("data_ptr", data_ptr)));
-        fill.dtype = make_dtype(dtype);
-        fill.distribution = make_distribution(kind, parameters);
-        fill.steps = make_steps(steps);
-        fill.seed = unsigned64("seed", seed);
-        fill.stream = unsigned64("stream", stream);
-        fill.box = box;
-        check_data(fill.data, fill.dtype, fill.elements());
-        fills_.push_back(fill);
-    }
-
-    // A batch runs once, whether or not it succeeds: what was written must not be written again by accident.
-    std::vector<Fill> take() { return std::exchange(fills_, {}); }
-
-    std::vector<Fill> fills_;
-};
+}
 
 double apply_steps_to(double value, const PythonSteps& steps) {
     const FloatEnvironment environment;
@@ -164,19 +147,20 @@ PYBIND11_MODULE(_native, m) {
 
     py::class_<Batch>(m, "Batch")
         .def(py::init<>())
-        .def("add", &Batch::add, py::arg("data_ptr"), py::arg("numel"), py::arg("dtype"), py::arg("kind"),
+        .def("add", &add_whole, py::arg("data_ptr"), py::arg("numel"), py::arg("dtype"), py::arg("kind"),
              py::arg("parameters"), py::arg("seed"), py::arg("stream"), py::arg("steps") = PythonSteps{})
-        .def("add_region", &Batch::add_region, py::arg("data_ptr"), py::arg("dtype"), py::arg("kind"),
+        .def("add_region", &add_region, py::arg("data_ptr"), py::arg("dtype"), py::arg("kind"),
              py::arg("parameters"), py::arg("seed"), py::arg("stream"), py::arg("steps"), py::arg("index_offset"),
              py::arg("sizes"), py::arg("index_strides"), py::arg("memory_strides"))
         .def("__len__", &Batch::size)
         .def_property_readonly("elements", &Batch::elements)
-        .def("run_cpu", &Batch::run_cpu, py::arg("threads"), py::arg("isa") = py::none())
-        .def("run_cuda", &Batch::run_cuda, py::arg("device"), py::arg("stream"));
+        .def("run_cpu", &run_cpu, py::arg("threads"), py::arg("isa") = py::none())
+        .def("run_cuda", &run_cuda, py::arg("device"), py::arg("stream"));
 
     m.def("apply_steps", &apply_steps_to, py::arg("value"), py::arg("steps"));
     m.def("advise_huge_pages", &advise_huge_pages, py::arg("data_ptr"), py::arg("nbytes"));
     m.def("cpu_isa", [] { return std::string(default_kernel().isa); });
     m.def("cpu_isas", &cpu_isas);
     m.def("build_info", &build_info);
+    add_hot_path(m);
 }

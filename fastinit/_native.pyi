@@ -1,7 +1,10 @@
-"""fastinit's fill kernels: stream v1 into raw memory. Import them from fastinit.native."""
+"""fastinit's fill kernels, and the recorder's hot path. Import them from fastinit.native."""
 
-from collections.abc import Sequence
-from typing import TypedDict, final
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict, final
+
+import torch
 
 _Step = tuple[int, float, float]
 
@@ -84,3 +87,77 @@ def cpu_isas() -> list[str]:
 
 def build_info() -> _BuildInfo:
     """What was compiled in: CUDA, its version and architectures, and the C++ compiler."""
+
+class Entry:
+    """The fields of fastinit.recorder.Entry, which explains them. All but the four begin as None, 0 or False."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    recipe: Any
+    refs: list[weakref.ref[torch.Tensor]]
+    shadow: Any
+    storage_key: Any
+    storage_weak: Any
+    name: Any
+    data_ptr: int
+    again: bool
+    resident: bool
+    filled: bool
+    deferred: bool
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, recipe: Any) -> None: ...
+
+def connect(
+    recorder: type,
+    entry: type,
+    thread: Any,
+    handlers: dict[Any, Any],
+    pass_: Any,
+    write: type,
+    is_plain: Callable[[type], bool],
+    plain_types: set[type],
+) -> tuple[Any, Any, Any]:
+    """Connect the hot path to the recorder, once in a process.
+
+    Args:
+        recorder, entry, write: the classes of these names.
+        thread: its attribute ``recorder`` is the calling thread's recorder, or None.
+        handlers, pass_: fastinit.interception.HANDLERS and PASS.
+        is_plain: whether a class of modules assigns attributes as torch.nn.Module does.
+        plain_types: of attributes that are neither tensors nor modules.
+
+    Returns:
+        ``Recorder.__torch_function__``, ``Module.__setattr__``, and ``new_parameter(original, cls, data,
+        requires_grad)`` for ``Parameter.__new__``.
+    """
+
+def forget_classes() -> None:
+    """Keep no references to classes of modules any longer."""
+
+def record(tensor: torch.Tensor, kind: int, *parameters: float) -> bool:
+    """Record a fill of a tensor that is a whole entry without memory. False, and nothing done, for any other one."""
+
+def pending_shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """The shape of a tensor that is a whole entry without memory."""
+
+def settle(
+    segment: list[tuple[Any, int]],
+    start: int,
+    by_id: dict[int, tuple[weakref.ref[torch.Tensor], Any, Any]],
+    given: list[Any],
+    batch: Batch,
+    seed: int,
+    prototypes: dict[torch.dtype, torch.Tensor],
+    dtypes: dict[torch.dtype, int],
+    largest: int,
+    limit: int,
+) -> tuple[int, int, int]:
+    """Give memory to the entries of a segment and add their fills to a batch, from number ``start`` on.
+
+    Stops before one that is not plain or has more than ``largest`` bytes, and once ``limit`` bytes are reached.
+    ``given`` gets each entry before it has memory.
+
+    Returns:
+        The number of the next entry, and how many bytes and fills there were.
+    """

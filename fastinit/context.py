@@ -59,6 +59,10 @@ class Report:
         fills_dropped: fills that never ran because something overwrote the tensor first.
         fills_deferred: fills that `empty` has left to `fastinit.initialize`, or to nobody.
         seconds: wall time inside the context. Fills on a GPU are asynchronous and may still be running.
+        seconds_python: what of it was spent on the constructor and on recording it.
+        seconds_allocation: what of it was spent on giving tensors their memory.
+        seconds_fills: how long the fills took: on the CPU the rest of the wall time; on a GPU, where they run beside
+            the constructor and after it, the time on the GPU. Reading it then waits for them.
         peak_memory: bytes by which the device's peak of allocated memory exceeds what was allocated at the start; on
             the CPU, by which the peak of the process's resident memory grew.
     """
@@ -72,7 +76,11 @@ class Report:
     fills_dropped: int = 0
     fills_deferred: int = 0
     seconds: float = 0.0
+    seconds_python: float = 0.0
+    seconds_allocation: float = 0.0
     peak_memory: int = 0
+    _run_seconds: float = field(default=0.0, repr=False)
+    _fill_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list, repr=False)
     _started: float = field(default=0.0, repr=False)
     _memory: int = field(default=0, repr=False)
 
@@ -83,6 +91,14 @@ class Report:
             f"on {self.device}: {self.fills_executed} fills executed, {self.fills_dropped} dropped{deferred}, "
             f"{self.seconds * 1e3:.1f} ms, peak memory {_readable(self.peak_memory)}"
         )
+
+    @property
+    def seconds_fills(self) -> float:
+        if not self._fill_events:
+            return self._run_seconds
+        for _, after in self._fill_events:
+            after.synchronize()
+        return sum(before.elapsed_time(after) for before, after in self._fill_events) / 1e3
 
     def _start(self) -> None:
         self._memory = _allocated_bytes(self.device)
@@ -98,6 +114,9 @@ class Report:
 
     def _finish(self, recorder: Recorder) -> None:
         self.seconds = time.perf_counter() - self._started
+        self.seconds_allocation = recorder.allocation_seconds
+        self.seconds_python = self.seconds - recorder.allocation_seconds - recorder.run_seconds
+        self._run_seconds, self._fill_events = recorder.run_seconds, recorder.fill_events
         self.peak_memory = max(_peak_bytes(self.device) - self._memory, 0)
         self.fills_executed = recorder.executed
         self.fills_dropped = recorder.dropped

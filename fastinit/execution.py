@@ -89,7 +89,7 @@ class Fills:
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._seed = seed
-        self._device = device
+        self.device = device
         self._batches: list[native.Batch] = []
         self.count = 0
 
@@ -174,6 +174,26 @@ class Fills:
                 memory.zero_()
             self.add(memory.data_ptr(), memory.numel(), memory.dtype, recipe)
 
+    def settle(self, segment, start: int, by_id, given, prototypes, limit: int) -> tuple[int, int]:
+        """Give memory to entries of the recorder and add their fills, from one place of a segment on.
+
+        Stops before one that is not plain, or once they are of `limit` bytes.
+
+        Args:
+            segment: list of (entry, bytes).
+            by_id, given, prototypes: see Recorder; entries whose dtype has no prototype are not plain.
+
+        Returns:
+            Where the next entry is, and the bytes of those before it.
+        """
+        largest = _HUGE_PAGES_FROM - 1 if self.device.type == "cpu" else 2**63
+        batch = self._batch(0)
+        done, nbytes, count = native.settle(
+            segment, start, by_id, given, batch, self._seed, prototypes, DTYPES, largest, limit
+        )
+        self.count += count
+        return done, nbytes
+
     def _batch(self, order: int) -> native.Batch:
         while order >= len(self._batches):
             self._batches.append(native.Batch())
@@ -201,7 +221,7 @@ class Fills:
     def run(self) -> None:
         """Run every batch: on a GPU on its current stream, on the CPU with torch's number of threads."""
         for batch in self._batches:
-            run_batch(batch, self._device)
+            run_batch(batch, self.device)
         self._batches.clear()
 
 

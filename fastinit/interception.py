@@ -19,7 +19,7 @@ from torch.nn import init
 
 from .execution import DTYPES
 from .layout import contiguous_strides
-from .native import ADD, CLAMP, CONSTANT, DIVIDE, MULTIPLY, NORMAL, TRUNCATED_NORMAL, UNIFORM
+from .native import ADD, CLAMP, CONSTANT, DIVIDE, MULTIPLY, NORMAL, TRUNCATED_NORMAL, UNIFORM, pending_shape, record
 from .recipe import ERFINV, ORTHOGONAL, Region, Write, with_step
 
 _modes_off = torch._C.DisableTorchFunction
@@ -489,10 +489,20 @@ def _trunc_normal(rec: Recorder, func, tensor, mean, std, a, b, generator=None):
 
 
 @lru_cache(maxsize=1024)
-def _kaiming_bound(shape: torch.Size, a: float, mode: Any, nonlinearity: Any) -> float:
+def _kaiming_bound(shape: tuple[int, ...], a: float, mode: Any, nonlinearity: Any) -> float:
     # He et al., "Delving Deep into Rectifiers" (2015), with torch's own fans and gains.
-    fan = init._calculate_correct_fan(torch.empty(shape, device="meta"), mode)
+    with _modes_off():
+        fan = init._calculate_correct_fan(torch.empty(shape, device="meta"), mode)
     return math.sqrt(3.0) * (init.calculate_gain(nonlinearity, a) / math.sqrt(fan))
+
+
+@lru_cache(maxsize=1024)
+def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
+    with _modes_off():
+        return _torch_fans(torch.empty(shape, device="meta"))
+
+
+_torch_fans = init._calculate_fan_in_and_fan_out
 
 
 @_handles_init(init.kaiming_uniform_)
@@ -529,6 +539,50 @@ INIT_REPLACEMENTS: dict[str, Handler] = {
     "_no_grad_fill_": _init_constant,
     "_no_grad_zero_": lambda rec, func, tensor: _init_constant(rec, func, tensor, 0.0),
     "_no_grad_trunc_normal_": _trunc_normal,
+}
+
+
+# The plain cases of those that constructors call most: the whole of a tensor without memory, with numbers. None: it is
+# another case.
+
+
+def _plain_uniform(tensor, a=0.0, b=1.0, generator=None):
+    plain = generator is None and type(b - a) in (int, float) and 0.0 <= b - a < math.inf
+    return tensor if plain and record(tensor, UNIFORM, a, b) else None
+
+
+def _plain_normal(tensor, mean=0.0, std=1.0, generator=None):
+    plain = generator is None and type(mean) in (int, float) and type(std) in (int, float)
+    return tensor if plain and 0.0 <= std < math.inf and record(tensor, NORMAL, mean, std) else None
+
+
+def _plain_constant(tensor, val):
+    return tensor if type(val) in (int, float) and record(tensor, CONSTANT, val) else None
+
+
+def _plain_kaiming_uniform(tensor, a=0, mode="fan_in", nonlinearity="leaky_relu", generator=None):
+    shape = pending_shape(tensor)
+    if shape is None or generator is not None:
+        return None
+    bound = _kaiming_bound(shape, a, mode, nonlinearity)
+    return tensor if record(tensor, UNIFORM, -bound, bound) else None
+
+
+def _plain_fans(tensor):
+    shape = pending_shape(tensor)
+    return None if shape is None else _fans(shape)
+
+
+PLAIN_INITS: dict[str, Callable] = {
+    "uniform_": _plain_uniform,
+    "normal_": _plain_normal,
+    "constant_": _plain_constant,
+    "kaiming_uniform_": _plain_kaiming_uniform,
+    "_calculate_fan_in_and_fan_out": _plain_fans,
+    "_no_grad_uniform_": _plain_uniform,
+    "_no_grad_normal_": _plain_normal,
+    "_no_grad_fill_": _plain_constant,
+    "_no_grad_zero_": lambda tensor: _plain_constant(tensor, 0.0),
 }
 
 

@@ -1,8 +1,9 @@
 """The compiled module, typed: the only file that touches ``fastinit._native``.
 
 A :class:`Batch` collects fills of raw memory and runs them together; what a fill writes is specified in
-docs/stream-v1.md. Everything here works on addresses and sizes and knows nothing of torch: who calls it keeps the
-memory alive until the batch has run, and on CUDA until the stream has.
+docs/stream-v1.md. It works on addresses and sizes and knows nothing of torch: who calls it keeps the memory alive
+until the batch has run, and on CUDA until the stream has. The rest is the recorder's hot path: :class:`Entry`, and the
+functions that fastinit.recorder connects to torch and to itself.
 """
 
 from __future__ import annotations
@@ -10,11 +11,17 @@ from __future__ import annotations
 try:
     from fastinit._native import (
         Batch,
+        Entry,
         advise_huge_pages,
         apply_steps,
         build_info,
+        connect,
         cpu_isa,
         cpu_isas,
+        forget_classes,
+        pending_shape,
+        record,
+        settle,
     )
 except ImportError as error:
     raise ImportError(
@@ -37,11 +44,17 @@ __all__ = [
     "TRUNCATED_NORMAL",
     "UNIFORM",
     "Batch",
+    "Entry",
     "advise_huge_pages",
     "apply_steps",
     "build_info",
+    "connect",
     "cpu_isa",
     "cpu_isas",
+    "forget_classes",
+    "pending_shape",
+    "record",
+    "settle",
 ]
 
 # dtypes

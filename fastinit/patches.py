@@ -26,16 +26,22 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from .interception import (
+    HANDLERS,
     INIT_REPLACEMENTS,
+    PLAIN_INITS,
     _load_from_state_dict,
     legacy_tensor,
     load_from_state_dict,
     set_memory,
 )
-from .recorder import _modes_off, _thread, concrete
+from .native import forget_classes
+from .recorder import _modes_off, _thread, concrete, new_parameter, set_attribute
 
 # Python objects made between two runs of the garbage collector while a model is created.
 _COLLECT_EVERY = 50_000
+
+# torch's own: another library's would be left in its place.
+_module_setattr = torch.nn.Module.__setattr__
 
 _lock = threading.Lock()
 _users = 0
@@ -62,19 +68,9 @@ def remove() -> None:
 
 
 def _install() -> None:
-    new_parameter = torch.nn.Parameter.__new__
     get_default_dtype, set_default_dtype = torch.get_default_dtype, torch.set_default_dtype
     get_default_device, swap = torch.get_default_device, torch.utils.swap_tensors
     new_tensor = torch._C.TensorBase.__new__
-
-    def parameter_new(cls, data=None, requires_grad=True):
-        parameter = new_parameter(cls, data, requires_grad)
-        recorder = _thread.recorder
-        if recorder is not None and data is not None:
-            known = recorder._by_id.get(id(data))
-            if known is not None and known[0]() is data:
-                recorder.stand_for(parameter, known[1], known[2])
-        return parameter
 
     @functools.wraps(torch.nn.Module._load_from_state_dict)
     def load_into(module, *args):
@@ -137,9 +133,19 @@ def _install() -> None:
         # A model is thousands of objects that stay: collecting every few hundred of them looks at all the others again.
         gc.set_threshold(max(thresholds[0], _COLLECT_EVERY), *thresholds[1:])
         _restore.append(lambda: gc.set_threshold(*thresholds))
-    _replace(torch.nn.Parameter, "__new__", staticmethod(parameter_new), staticmethod(new_parameter))
+    _restore.append(forget_classes)
+    original = torch.nn.Parameter.__new__
+    replacement = functools.partial(new_parameter, original)
+    _replace(torch.nn.Parameter, "__new__", staticmethod(replacement), staticmethod(original))
+    if torch.nn.Module.__setattr__ is _module_setattr:
+        _replace(torch.nn.Module, "__setattr__", set_attribute, _module_setattr)
     for name, handler in INIT_REPLACEMENTS.items():
-        _replace(init, name, _straight_to(handler, getattr(init, name)), getattr(init, name))
+        function = getattr(init, name)
+        new = _straight_to(PLAIN_INITS.get(name), handler, function)
+        _replace(init, name, new, function)
+        # torch.nn.init names the function that it hands to a mode by looking up its own public name.
+        HANDLERS[new] = handler
+        _restore.append(functools.partial(HANDLERS.pop, new))
     _replace(torch.nn.Module, "_load_from_state_dict", load_into, _load_from_state_dict)
     _replace(torch.utils, "swap_tensors", swap_tensors, swap)
     _replace(torch, "get_default_dtype", default_dtype, get_default_dtype)
@@ -158,9 +164,13 @@ def _install() -> None:
     _restore.append(register_module_forward_pre_hook(_settle_before_use).remove)
 
 
-def _straight_to(handler, function):
+def _straight_to(plain, handler, function):
     @functools.wraps(function)
     def replacement(*args, **kwargs):
+        if plain is not None:
+            result = plain(*args, **kwargs)
+            if result is not None:
+                return result
         recorder = _thread.recorder
         if recorder is not None:
             with _modes_off():

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
+import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
+from . import native
 from .deferred import MARK, Deferred, keep, kept_for, mark_recipe, warn_never_initialised
 from .execution import DTYPES, Fills, advise_huge_pages, allocate, reserve
 from .interception import HANDLERS, IN_PLACE, INIT_HANDLERS, PASS
@@ -74,26 +76,23 @@ Empty = Literal[True, "nan", "unchecked"]
 _ZERO_STRIDES = (0,) * 64  # torch has no tensors of more dimensions
 
 
-class Entry:
-    """What one tensor is to contain, and where, once it has memory."""
+class Entry(native.Entry):
+    """What one tensor is to contain, and where, once it has memory.
 
-    recipe: Any  # tuple[Write, ...]; None: the shadow or the memory has the values
-    shadow: Any = None  # torch.Tensor
-    storage_key: Any = None  # its storage, once it has memory
-    storage_weak: Any = None
-    data_ptr = 0
-    again = False  # its recipe replaced another one
-    resident = False  # its tensors have memory already, though they are still found by identity
-    filled = False  # the memory has the values of the recipe, which is kept because they may be wanted in fp32
-    deferred = False  # the recipe has gone to the modules that own the tensor, and what is left of it marks the memory
-    name: Any = None  # class of the module that owns it, and the name there
+    Attributes:
+        shape, dtype, device: the tensor's.
+        recipe: tuple of writes; None: the shadow or the memory has the values.
+        shadow: fp32 tensor of the values, or None.
+        refs: weak references to the placeholders that stand for it, while it has no memory.
+        storage_key, storage_weak, data_ptr: its storage, once it has memory.
+        again: its recipe replaced another one.
+        resident: its tensors have memory already, though they are still found by identity.
+        filled: the memory has the values of the recipe, which is kept because they may be wanted in fp32.
+        deferred: the recipe has gone to the modules that own the tensor; what is left of it marks the memory.
+        name: class of the module that owns it, and the name there; or None.
+    """
 
-    def __init__(self, shape, dtype, device, recipe) -> None:
-        self.shape = shape
-        self.dtype = dtype
-        self.device = device
-        self.recipe = recipe
-        self.refs: list[weakref.ref[torch.Tensor]] = []  # the placeholders that stand for it, while it has no memory
+    __slots__ = ()
 
     @property
     def allocated(self) -> bool:
@@ -129,10 +128,16 @@ class Recorder(TorchFunctionMode):
         self.executed = 0
         self.dropped = 0
         self.deferred = 0
+        # Host time for giving tensors memory, and for running fills or enqueueing them, and what these take on a GPU.
+        self.allocation_seconds = 0.0
+        self.run_seconds = 0.0
+        self.fill_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.module_parameters: list[weakref.ref] = []
         # A placeholder may stand for a part of its entry, a view of it: the region says which.
         self._by_id: dict[int, tuple[weakref.ref[torch.Tensor], Entry, Region | None]] = {}
         self._purge_at = 10_000
+        # A tensor of each dtype on the context's device, from which torch makes another one sooner than from scratch.
+        self._prototypes: dict[torch.dtype, torch.Tensor] = {}
         self._by_storage: dict[int, Entry] = {}
         self._shadows: OrderedDict[Entry, None] = OrderedDict()
         self._outer: Recorder | None = None
@@ -179,8 +184,9 @@ class Recorder(TorchFunctionMode):
 
     # --- dispatch ------------------------------------------------------------------------------------------------
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    # __torch_function__ itself is native (see the end of this file): it serves the plain calls and hands others over.
+
+    def _dispatch(self, func, types, args, kwargs):
         if self._suspended:
             return func(*args, **kwargs)
         handler = HANDLERS.get(func)
@@ -236,9 +242,14 @@ class Recorder(TorchFunctionMode):
         tensor = torch.empty_strided(shape, _ZERO_STRIDES[: len(shape)], dtype=dtype, device=device)
         self.stand_for(tensor, Entry(shape, dtype, device, recipe))
         if len(self._by_id) > self._purge_at:
-            self._by_id = {key: known for key, known in self._by_id.items() if known[0]() is not None}
-            self._purge_at = 2 * len(self._by_id) + 10_000
+            self._purge()
+        if dtype not in self._prototypes and device == self.device and not torch.is_inference_mode_enabled():
+            self._prototypes[dtype] = torch.empty(1, dtype=dtype, device=device)
         return tensor
+
+    def _purge(self) -> None:
+        self._by_id = {key: known for key, known in self._by_id.items() if known[0]() is not None}
+        self._purge_at = 2 * len(self._by_id) + 10_000
 
     def stand_for(self, tensor: torch.Tensor, entry: Entry, region: Region | None = None) -> None:
         """Let a tensor without memory stand for an entry, or for a region of it."""
@@ -292,10 +303,12 @@ class Recorder(TorchFunctionMode):
         """Allocate an entry's tensor, which is still found by identity; what it is to contain stays pending."""
         if entry.resident or entry.allocated:
             return
+        started = time.perf_counter()
         if entry.device.type == "cuda":
             self._reserve_for_all()
         self._point(entry, allocate(entry.shape, entry.dtype, entry.device))
         entry.resident = True
+        self.allocation_seconds += time.perf_counter() - started
 
     def _leave_all(self, entry: Entry) -> torch.Tensor:
         """Find an entry's tensors by identity no more; returns one of them."""
@@ -373,6 +386,8 @@ class Recorder(TorchFunctionMode):
 
         Returns False, and counts the stream all the same, where no native fill reaches the tensor.
         """
+        if native.record(tensor, kind, *parameters):
+            return True
         stream = 0 if kind == CONSTANT else self.next_stream()
         # What Write(kind, parameters, stream) does, without the call of its constructor.
         write = tuple.__new__(Write, (kind, parameters, stream, (), None))
@@ -383,7 +398,7 @@ class Recorder(TorchFunctionMode):
         if region is None or self.is_whole(entry, tensor):
             self.overwrite(entry, (write,))
             if self._overlap and entry.name is not None and not entry.allocated:
-                self._make_ready(entry, tensor.nbytes)
+                self._make_ready(entry)
             return True
         if any(stride == 0 and size > 1 for size, stride in zip(region.sizes, region.strides, strict=True)):
             return False
@@ -419,9 +434,16 @@ class Recorder(TorchFunctionMode):
         return True
 
     def _run(self, fills: Fills) -> None:
+        started = time.perf_counter()
+        on_gpu = fills.device.type == "cuda" and fills.count and not torch.cuda.is_current_stream_capturing()
+        events = _timing_events(fills.device) if on_gpu else None
         fills.run()
+        if events is not None:
+            events[1].record(torch.cuda.current_stream(fills.device))
+            self.fill_events.append(events)
         self.executed += fills.count
         fills.count = 0
+        self.run_seconds += time.perf_counter() - started
 
     # --- shadows -------------------------------------------------------------------------------------------------
 
@@ -693,7 +715,7 @@ class Recorder(TorchFunctionMode):
             self._marked.clear()
             self._ready, self._ready_bytes = [], 0
 
-    def _make_ready(self, entry: Entry, nbytes: int) -> None:
+    def _make_ready(self, entry: Entry) -> None:
         """Note that a parameter is initialised, and let the GPU fill earlier ones once that is worth a segment.
 
         Values stay what they would be in any case: the recipe is kept, and what comes later overwrites what was filled.
@@ -711,7 +733,7 @@ class Recorder(TorchFunctionMode):
                 other.resident = other.filled = True
         if not entry.resident:
             self._ready.append(entry)
-            self._ready_bytes += nbytes
+            self._ready_bytes += numel(entry.shape) * entry.dtype.itemsize
 
     def _loads_later(self) -> bool:
         """Whether the code that creates the model, from the context down, also mentions how checkpoints are loaded.
@@ -745,12 +767,27 @@ class Recorder(TorchFunctionMode):
             yield segment
 
     def _settle_segment(self, segment: list[tuple[Entry, int]]) -> None:
+        started, ran = time.perf_counter(), self.run_seconds
         device = segment[0][0].device
         if device.type == "cuda":
             reserve([nbytes for _, nbytes in segment], device)
         fills, size = Fills(self.seed, device), 0
-        for entry, nbytes in segment:
-            self._given.append(entry)
+        prototypes = self._prototypes if device == self.device and not torch.is_inference_mode_enabled() else {}
+        done = 0
+        while done < len(segment):
+            # The plain ones natively, all of them as a rule, and then the one that is not.
+            done, nbytes = fills.settle(segment, done, self._by_id, self._given, prototypes, _BATCH_BYTES - size)
+            size += nbytes
+            if size >= _BATCH_BYTES:
+                self._run(fills)
+                size = 0
+                continue
+            if done == len(segment):
+                break
+            entry, nbytes = segment[done]
+            done += 1
+            if not (self._given and self._given[-1] is entry):
+                self._given.append(entry)
             memory = allocate(entry.shape, entry.dtype, device, huge_pages=not entry.deferred)
             self._point(entry, memory)
             recipe = entry.recipe
@@ -774,6 +811,7 @@ class Recorder(TorchFunctionMode):
                 self._run(fills)
                 size = 0
         self._run(fills)
+        self.allocation_seconds += time.perf_counter() - started - (self.run_seconds - ran)
 
     # --- what modules own ----------------------------------------------------------------------------------------
 
@@ -812,6 +850,13 @@ class Recorder(TorchFunctionMode):
 
 
 _PLAIN = torch.Tensor.__torch_dispatch__
+
+
+def _timing_events(device: torch.device) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    """Events before and after what is enqueued next; the first has been recorded."""
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    before.record(torch.cuda.current_stream(device))
+    return before, after
 
 
 def concrete(device) -> torch.device:
@@ -902,3 +947,24 @@ def _initialises_at_the_end() -> bool:
                 return True
         frame = frame.f_back
     return False
+
+
+def _is_plain(cls) -> bool:
+    """Whether torch's Module.__setattr__ is all that assigns attributes of a class of modules."""
+    bases = cls.__mro__[cls.__mro__.index(torch.nn.Module) + 1 :]
+    return (
+        bases == (object,)
+        and cls.__getattribute__ is object.__getattribute__
+        and cls.__getattr__ is torch.nn.Module.__getattr__
+        and cls.register_parameter is torch.nn.Module.register_parameter
+    )
+
+
+# Attributes of these types are neither tensors nor modules.
+_PLAIN_TYPES = {int, float, bool, str, type(None), tuple, list, dict, set, FunctionType, torch.dtype, torch.device}
+
+# What patches.py puts in the place of Module.__setattr__ and Parameter.__new__ while a context is active.
+_torch_function, set_attribute, new_parameter = native.connect(
+    Recorder, Entry, _thread, HANDLERS, PASS, Write, _is_plain, _PLAIN_TYPES
+)
+Recorder.__torch_function__ = _torch_function  # type: ignore[method-assign]

@@ -1134,3 +1134,11 @@ def test_a_training_loop_inside_the_context_is_torchs_own():
     with fastinit.on("cpu", "bf16", seed=0):
         model = nn.Linear(8, 8)
     assert torch.equal(inside, train(model))
+
+
+def test_the_report_splits_the_time():
+    with fastinit.on("cpu", "bf16", seed=0) as init:
+        torch.nn.Sequential(*[torch.nn.Linear(256, 256) for _ in range(8)])
+    parts = (init.seconds_python, init.seconds_allocation, init.seconds_fills)
+    assert all(part > 0 for part in parts)
+    assert sum(parts) == pytest.approx(init.seconds)
