@@ -1138,7 +1138,8 @@ def test_a_training_loop_inside_the_context_is_torchs_own():
 
 def test_the_report_splits_the_time():
     with fastinit.on("cpu", "bf16", seed=0) as init:
-        torch.nn.Sequential(*[torch.nn.Linear(256, 256) for _ in range(8)])
+        model = torch.nn.Sequential(*[torch.nn.Linear(256, 256) for _ in range(8)])
+    assert init.parameters == sum(parameter.numel() for parameter in model.parameters())
     parts = (init.seconds_python, init.seconds_allocation, init.seconds_fills)
     assert all(part > 0 for part in parts)
     assert sum(parts) == pytest.approx(init.seconds)

@@ -17,10 +17,10 @@ def early(monkeypatch):
     counts = []
     make_ready, enter = recorder.Recorder._make_ready, recorder.Recorder.__enter__
 
-    def counting(self, entry, nbytes):
+    def counting(self, entry):
         before = self.executed
         try:
-            make_ready(self, entry, nbytes)
+            make_ready(self, entry)
         finally:
             counts.append(self.executed - before)
 
