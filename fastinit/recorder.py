@@ -721,19 +721,23 @@ class Recorder(TorchFunctionMode):
         Values stay what they would be in any case: the recipe is kept, and what comes later overwrites what was filled.
         """
         if self._ready_bytes >= self._ready_limit:
-            ready = {e: None for e in self._ready if e.alive and not (e.allocated or e.resident) and e.recipe}
-            if self._loads_later():
-                ready, self._overlap = {}, False
-            elif _initialises_at_the_end():
-                ready = {e: None for e in ready if e.again}
-            self._ready, self._ready_bytes = [], 0
-            self._ready_limit = _SEGMENT_BYTES
-            self._settle_new(list(ready))
-            for other in ready:
-                other.resident = other.filled = True
+            with _modes_off():
+                self._fill_ready()
         if not entry.resident:
             self._ready.append(entry)
             self._ready_bytes += numel(entry.shape) * entry.dtype.itemsize
+
+    def _fill_ready(self) -> None:
+        ready = {e: None for e in self._ready if e.alive and not (e.allocated or e.resident) and e.recipe}
+        if self._loads_later():
+            ready, self._overlap = {}, False
+        elif _initialises_at_the_end():
+            ready = {e: None for e in ready if e.again}
+        self._ready, self._ready_bytes = [], 0
+        self._ready_limit = _SEGMENT_BYTES
+        self._settle_new(list(ready))
+        for other in ready:
+            other.resident = other.filled = True
 
     def _loads_later(self) -> bool:
         """Whether the code that creates the model, from the context down, also mentions how checkpoints are loaded.
