@@ -34,7 +34,7 @@ def test_creation(benchmark, device, quick, case, way):
         if not peers.importable(package):
             pytest.skip(f"{package} is not installed")
     create = sections.prepared_way(way, device)
-    build = case.part if way == "naive" and case.part is not None else case.build
+    build = case.builder(way)
     parameters = sum(parameter.numel() for parameter in create(build)[0].parameters())  # imports what the model needs
 
     def setup():

@@ -219,6 +219,9 @@ def test_bench_compares_fills_with_peers_and_names_those_that_are_missing(few_fi
     assert "fp32 and fp64 alone" in half["absent"]["NumPy"]["unsupported"]
     table = tables.kernel_table(records)
     assert "JAX rbg: jax is not installed" in table and "NumPy / fastinit" in table
+    results = {"machine": machine.describe(), "settings": {"device": "cpu"}, "kernels": records}
+    (row,) = (line for line in tables.markdown(results).splitlines() if "normal fp32, 1 thread |" in line)
+    assert row.split(" | ")[-3:-1] == ["missing", "missing"]
 
 
 def test_bench_keeps_the_other_times_when_a_peer_fails(few_fills, monkeypatch):
@@ -297,6 +300,7 @@ def test_full_suite_runs_sections_apart_and_saves_what_each_measured(capsys, mon
     assert {"jax", "lightning", "triton"} <= results["machine"]["peers"].keys()
     output = capsys.readouterr().out
     assert "30B on one GPU: seconds" in output and "not measured" in output and "exit status 1" in output
+    assert (tmp_path / "full-cpu.md").read_text().startswith(machine.cpu_name())
     if machine.installed("matplotlib"):
         assert (tmp_path / "full-cpu.png").read_bytes().startswith(b"\x89PNG")
     # The tables once more, from the file alone.

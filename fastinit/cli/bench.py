@@ -153,6 +153,9 @@ def show(results: dict[str, Any], path: Path) -> None:
         if table:
             print(table + "\n", flush=True)
     print(f"Results: {path}")
+    if results["settings"].get("suite") == "full":
+        path.with_suffix(".md").write_text(tables.markdown(results))
+        print(f"The main tables as Markdown: {path.with_suffix('.md')}")
     try:
         from . import plot
     except ImportError as error:

@@ -83,8 +83,9 @@ def save_main(results: dict[str, Any], path: Path) -> None:
 
 
 def write(figure: Figure, results: dict[str, Any], path: Path) -> None:
-    figure.suptitle(machines.summary(results["machine"]), fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_size_inches()[1]))
+    inch = 1 / figure.get_size_inches()[1]
+    figure.suptitle(machines.summary(results["machine"]), fontsize=9, y=1 - 0.1 * inch)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 * inch))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -159,7 +160,7 @@ def plot_kernels(records: list[Record], axis: Axes) -> None:
     )
     if any(not values_are_right(record, name) for record in records for name in record["seconds"]):
         title += "; hatched: the values are wrong"
-    axis.set_title(title, fontsize=10)
+    axis.set_title(title, fontsize=9)
     axis.legend(fontsize=8)
 
 
@@ -171,21 +172,31 @@ def plot_creation(records: list[Record], axis: Axes) -> None:
     values = [milliseconds(each) if "seconds" in each else 0.0 for each in shown]
     axis.barh(range(len(shown)), values, color=[COLOURS.get(each.get("way", ""), "#999999") for each in shown])
     for y, (record, value) in enumerate(zip(shown, values, strict=True)):
-        note = f" {value:,.3g} ms, {record['ratio']:.2f}x" if "seconds" in record else f" {word_for(record)}"
-        axis.annotate(note.replace("e+03", "e3"), (value, y), va="center", fontsize=7)
+        if "seconds" in record:
+            note = f" {text.seconds(value / 1e3)}, {record['ratio']:.2f}x{memory_of(record)}"
+        else:
+            note = f" {word_for(record)}"
+        axis.annotate(note, (value, y), va="center", fontsize=7)
     same = {key for key in ("model", "device", "cache") if len({each[key] for each in records}) == 1}
     axis.set_yticks(range(len(shown)), [label_of(each, same) for each in shown], fontsize=7)
     axis.invert_yaxis()
-    axis.margins(x=0.25)
+    axis.margins(x=0.35)
     notes = [f"not drawn: {label_of(each, same)}, {milliseconds(each):.3g} ms, {each['ratio']:.0f}x" for each in slow]
     axis.set_xlabel("\n".join(["milliseconds until the model is ready", *notes]), fontsize=8)
     shared = ", ".join(str(records[0][key]) for key in ("model", "device", "cache") if key in same and records[0][key])
-    axis.set_title(f"Creation in bf16 ({shared}); that time / fastinit's", fontsize=10)
+    title = f"Creation in bf16{shared and f' ({shared})'}; time / fastinit's, peak memory beyond the model"
+    axis.set_title(title, fontsize=9)
 
 
 def milliseconds(record: Record) -> float:
     """Time of a creation, of the whole model if only a part was created."""
     return statistics.median(record["seconds"]) * record.get("scale", 1.0) * 1e3
+
+
+def memory_of(record: Record) -> str:
+    """Where the model is: the device's peak, on the CPU the growth of the process, beyond the model's tensors."""
+    peak = record["host_growth"] if record["device"] == "cpu" else record["device_peak"]
+    return "" if peak is None else f", +{text.size(max(peak - record['tensor_bytes'], 0))}"
 
 
 def label_of(record: Record, without: set[str]) -> str:

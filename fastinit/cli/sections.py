@@ -147,13 +147,19 @@ def absence(error: Exception) -> Record:
     return {"error": "".join(traceback.format_exception_only(error)).strip()[-1500:]}
 
 
+PATIENCE = 2.0  # seconds after which a fill on the CPU has been repeated enough
+
+
 def take_turns(
     fills: dict[str, Running], device: torch.device, repeats: int, absent: dict[str, Record]
 ) -> dict[str, list[float]]:
-    """Seconds of each call, the first of each (which may load code) left out. Who fails goes to `absent`."""
+    """Seconds of each call, the first of each (which may load code) left out. Who fails goes to `absent`; who is slow
+    is called less often."""
     times: dict[str, list[float]] = {name: [] for name in fills}
     for _ in range(repeats + 1):
         for name in list(times):
+            if len(times[name]) > 1 and sum(times[name]) > PATIENCE:
+                continue
             try:
                 times[name].append(measure.timed_fill(fills[name], device))
             except Exception as error:
@@ -338,8 +344,8 @@ def measure_case(case: Case, device: torch.device, repeats: int) -> tuple[dict[s
             return
         if case.cache != "warm" or not keep:
             clean_up(device)
-        warm_host(way, parameters, device, BF16)
-        build = case.part if way == "naive" and case.part is not None else case.build
+        build = case.builder(way)
+        warm_host(way, case.part_parameters if build is case.part else parameters, device, BF16)
         try:
             result = measure.timed_creation(creators[way], build, device)[1]
         except Exception as error:

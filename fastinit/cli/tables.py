@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from . import machine as machines
 from . import text
 from .peers import PEERS
 from .sections import ratio_of, values_are_right
@@ -27,6 +28,51 @@ def all_of(results: dict[str, Any]) -> list[str]:
         (section_table, "sections"),
     ]
     return [table(results[key]) for table, key in parts if results.get(key)]
+
+
+def markdown(results: Record) -> str:
+    """The main results for a README: rates of fills on the device, and times to create models."""
+    device = results["settings"]["device"]
+    kernels = [each for each in results.get("kernels", []) if each["device"] == device]
+    names = [name for name in PEERS if any(name in (*each["seconds"], *each["absent"]) for each in kernels)]
+    parts = [machines.summary(results["machine"])]
+    if kernels:
+        rows = [
+            [f"{each['distribution']} {each['dtype']}{'' if each['threads'] is None else ', ' + where(each)}"]
+            + [rate_or_word(each, name) for name in names]
+            for each in kernels
+        ]
+        elements = text.count(kernels[0]["elements"])
+        parts.append(text.markdown_table([f"fills of {elements} elements, 1e9 elements per second", *names], rows))
+    for key in ("new processes", "growth", "modules"):
+        records = [each for each in results.get(key, []) if each["device"] == device and "way" in each]
+        ways = [way for way in WAYS if any(each["way"] == way for each in records)]
+        models = dict.fromkeys((each["model"], each.get("growth")) for each in records)
+        rows = []
+        for model, size in models:
+            of_model = {each["way"]: each for each in records if (each["model"], each.get("growth")) == (model, size)}
+            label = model if size is None else f"{model}, {text.count(size)}"
+            rows.append([label, *(time_or_word(of_model.get(way, {})) for way in ways)])
+        if rows:
+            cache = {"new processes": ", new process", "growth": ", empty cache"}.get(key, "")
+            parts.append(text.markdown_table([f"creation in bf16 on {device}{cache}", *ways], rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def rate_or_word(record: Record, name: str) -> str:
+    if name not in record["seconds"]:
+        return word_for(record["absent"].get(name, {}))
+    rate = record["elements"] / median(record["seconds"][name]) / 1e9
+    return (f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}") + (
+        "" if values_are_right(record, name) else " (wrong values)"
+    )
+
+
+def time_or_word(record: Record) -> str:
+    if "seconds" not in record:
+        return word_for(record)
+    scale = record.get("scale", 1.0)
+    return ("~" if scale > 1.001 else "") + text.seconds(median(record["seconds"]) * scale)
 
 
 def median(seconds: list[float]) -> float:

@@ -109,19 +109,25 @@ class Case:
 
     Args:
         name: what tables and plots call it.
-        build: creates it; `part` creates a part of its layers, for the way "naive", which is slow. None: all.
+        build: creates it.
         ways: names in `ways.WAYS`.
         cache: "cold" (torch's allocator holds nothing when creation starts), "warm" (it holds what an equal model just
             freed) or None, where there is no such cache.
         requires: package that the model comes from.
+        part: creates a few of its layers, of so many parameters, for the way "naive", which is slow. None: all.
     """
 
     name: str
     build: Callable[[], nn.Module]
     ways: tuple[str, ...]
     cache: str | None = None
-    part: Callable[[], nn.Module] | None = None
     requires: str | None = None
+    part: Callable[[], nn.Module] | None = None
+    part_parameters: int = 0
+
+    def builder(self, way: str) -> Callable[[], nn.Module]:
+        """What a way creates: the model, or the part of it that it has the time for."""
+        return self.part if way == "naive" and self.part is not None else self.build
 
 
 LIBRARIES = {"torch.nn": None, "transformers": "transformers"}
@@ -153,8 +159,18 @@ def model_cases(device: torch.device, quick: bool, peers: bool = False) -> list[
                 Case(f"GPT-2 medium, {library}", gpt2_medium(library, **gpt2_size), ways, cache, requires=requires)
             )
             if on_gpu:
-                build, part = llama(shape, library), llama(shape.with_layers(1), library)
-                cases.append(Case(f"Llama 7B, {library}", build, ways, cache, part, requires))
+                part = shape.with_layers(1)
+                cases.append(
+                    Case(
+                        f"Llama 7B, {library}",
+                        llama(shape, library),
+                        ways,
+                        cache,
+                        requires=requires,
+                        part=llama(part, library),
+                        part_parameters=part.parameters,
+                    )
+                )
     return cases
 
 
