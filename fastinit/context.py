@@ -14,7 +14,7 @@ import torch
 from . import native, patches
 from .deferred import Deferred
 from .distributed import from_rank_0, is_distributed
-from .recorder import Empty, Recorder, _modes_off, concrete
+from .recorder import Empty, Recorder, ShardRecorder, _modes_off, concrete
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -191,7 +191,8 @@ class on(ContextDecorator):
         seed, agreed = (_draw_seed(), False) if self._seed is None else (self._seed, True)
         if self._shard is not False and not agreed and is_distributed():
             (seed,), agreed = from_rank_0([seed], device), True
-        recorder = Recorder(device, dtype, seed, self._empty, self._shard is not False)
+        shard = self._shard is not False
+        recorder = (ShardRecorder if shard else Recorder)(device, dtype, seed, self._empty, shard)
         recorder.seed_agreed = agreed
         recorder.entered_from = id(sys._getframe(1))
         report = Report(device, dtype, seed)

@@ -972,3 +972,29 @@ _torch_function, set_attribute, new_parameter = native.connect(
     Recorder, Entry, _thread, HANDLERS, PASS, Write, _is_plain, _PLAIN_TYPES
 )
 Recorder.__torch_function__ = _torch_function  # type: ignore[method-assign]
+
+
+# Where torch's code is that turns parameters into DTensors. It may have been imported long before.
+_SHARDING_CODE = ("torch.distributed.fsdp._fully_shard.", "torch.distributed.tensor.")
+
+
+class ShardRecorder(Recorder):
+    """A recorder that steps aside where a model is sharded inside of its context."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith(_SHARDING_CODE):
+            return super().__torch_function__(func, types, args, kwargs)
+        kwargs = kwargs or {}
+        if not self._suspended:
+            with _modes_off():
+                self._leave_to_sharding(args, kwargs)
+        return func(*args, **kwargs)
+
+    def _leave_to_sharding(self, args, kwargs) -> None:
+        """FSDP2 and DTensor have to find parameters on meta, and other tensors real."""
+        tensors: list[torch.Tensor] = []
+        _collect(args, tensors)
+        _collect(kwargs, tensors)
+        if any(entry is not None and entry.recipe is not None for entry in map(self.find, tensors)):
+            self._defer_to_shards()
+        self.settle([entry for entry in map(self.find, tensors) if entry is not None])

@@ -261,6 +261,27 @@ def test_fsdp2_over_tensor_parallel_has_the_bits_of_the_unsharded_model(ranks, w
     ranks.run(_check_fsdp2_over_tensor_parallel, dtype, width, world=4)
 
 
+def _check_sharded_inside_of_the_block(dtype, width):
+    mesh = _mesh_of_two_axes("data", "tensor")
+
+    def shard(model):
+        return _fully_sharded(_tensor_parallel(model, mesh["tensor"]), mesh=mesh["data"])
+
+    reference = shard(unsharded(lambda: Model(width), dtype))
+    with fastinit.on("cpu", dtype, seed=SEED, shard=True):
+        model = shard(Model(width))
+        computed = model.decay._local_tensor
+        assert model.mixer.weight.is_meta and model.head.weight.is_meta and not computed.is_meta
+    fastinit.materialize(model)
+    assert_same_shards(model, reference)
+
+
+@HALF_AND_FULL
+@pytest.mark.parametrize("width", [11, 12])
+def test_a_model_that_is_sharded_inside_of_the_block_has_the_bits_of_the_unsharded_one(ranks, width, dtype):
+    ranks.run(_check_sharded_inside_of_the_block, dtype, width, world=4)
+
+
 # --- any placements ---------------------------------------------------------------------------------------------------
 
 
