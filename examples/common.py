@@ -14,7 +14,13 @@ from fastinit.cli.models import DecoderConfig
 
 
 def start() -> torch.device:
-    """Join the group that torchrun has described: a GPU for each process where there are enough, else the CPU."""
+    """Join the group that torchrun has described: a GPU for each process where there are enough, else the CPU.
+
+    Without torchrun, this process is the whole group.
+    """
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
+        os.environ.update({name: str(value) for name, value in alone.items()}, MASTER_ADDR="localhost")
     if torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
         dist.init_process_group("gloo")
         return torch.device("cpu")
@@ -26,11 +32,18 @@ def start() -> torch.device:
 
 def config_from_arguments(description: str) -> DecoderConfig:
     """The shape of a Llama; --width 4096 --layers 32 --vocabulary 32000 is that of the 7B one."""
+    return config_of(parser(description).parse_args())
+
+
+def parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=128, help="a multiple of 128; default: %(default)s")
     parser.add_argument("--layers", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--vocabulary", type=int, default=1000, help="default: %(default)s")
-    size = parser.parse_args()
+    return parser
+
+
+def config_of(size: argparse.Namespace) -> DecoderConfig:
     hidden = -(-size.width * 8 // 3 // 256) * 256
     return DecoderConfig(size.vocabulary, size.width, size.layers, heads=max(size.width // 128, 4), hidden=hidden)
 

@@ -1,43 +1,84 @@
-"""The scripts under examples/ run as their users run them: torchrun, two processes on the CPU."""
+"""The scripts under examples/ run as their users run them, on the CPU: alone, or two processes under torchrun."""
 
 import os
 import re
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
-LOSS = re.compile(r"loss (\S+)")
+# Those with a before and an after: the framework that they need.
+FRAMEWORKS = {"transformers_finetune": "transformers"}
+SHARDED = [script for script in SCRIPTS if script not in FRAMEWORKS]
+LOSS = re.compile(r"step \d+: loss (\S+)")
+SECONDS = 300
 
 
-def run(script, *arguments):
-    # No GPU, so that the same happens everywhere; a free port; one thread, because the processes share the cores.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def run(tmp_path, command, script, *arguments):
+    """What a script prints; a failure shows all that every process of it printed, and where those that hang are."""
     paths = [str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONFAULTHANDLER": "1"}
+    # No GPU, so that the same happens everywhere; one thread, because the processes share the cores.
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(
-        [*command, str(FOLDER / f"{script}.py"), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    output = tmp_path / "output"
+    with (
+        output.open("w") as file,
+        subprocess.Popen(
+            [sys.executable, *command, str(FOLDER / f"{script}.py"), *arguments],
+            env=environment,
+            cwd=tmp_path,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGABRT)  # each process prints its stacks
+    printed = output.read_text()
+    assert process.returncode == 0, f"{script} {' '.join(arguments)} ended with {process.returncode}:\n{printed}"
+    return printed
+
+
+def losses_of(printed):
+    losses = [float(loss) for loss in LOSS.findall(printed)]
+    assert len(losses) == 5, printed
+    assert 0 < losses[-1] < losses[0] < 20, losses
+    return losses
+
+
+@pytest.mark.parametrize("script", FRAMEWORKS)
+def test_a_script_runs_with_its_added_line_and_without(tmp_path, script):
+    pytest.importorskip(FRAMEWORKS[script])
+    folders = [tmp_path / "after", tmp_path / "before"]
+    for folder in folders:
+        folder.mkdir()
+    with ThreadPoolExecutor() as pool:
+        printed = pool.map(lambda folder, flags: run(folder, [], script, *flags), folders, ([], ["--without"]))
+        after, before = map(losses_of, printed)
+    assert after != before, "the line changes nothing: the values are torch's own"
+
+
+def test_the_example_of_a_checkpoint_runs_alone(tmp_path):
+    printed = run(tmp_path, [], "checkpoint")
+    losses_of(printed)
+    assert "for them: ['embedding.weight', 'norm.weight', 'head.weight']" in printed
 
 
 @pytest.mark.slow  # each starts torch three times
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_an_example_trains_on_two_processes_and_its_loss_falls(script):
+@pytest.mark.parametrize("script", SHARDED)
+def test_an_example_trains_on_two_processes_and_its_loss_falls(tmp_path, script):
     if script == "deepspeed_zero3":
         pytest.importorskip("deepspeed")
-    done = run(script)
-    assert done.returncode == 0, done.stdout + done.stderr
-    losses = [float(loss) for loss in LOSS.findall(done.stdout)]
-    assert len(losses) > 1, done.stdout
-    assert 0 < losses[-1] < losses[0] < 20, losses
+    # A free port; every line begins with the process that printed it.
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--tee", "3"]
+    losses_of(run(tmp_path, torchrun, script))
 
 
 def test_the_readme_lists_every_example_and_nothing_else():
