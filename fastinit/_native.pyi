@@ -100,6 +100,7 @@ class Entry:
     storage_key: Any
     storage_weak: Any
     name: Any
+    nbytes: int
     data_ptr: int
     again: bool
     resident: bool
@@ -117,7 +118,7 @@ def connect(
     write: type,
     is_plain: Callable[[type], bool],
     plain_types: set[type],
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, Any, Any, Any]:
     """Connect the hot path to the recorder, once in a process.
 
     Args:
@@ -128,8 +129,8 @@ def connect(
         plain_types: of attributes that are neither tensors nor modules.
 
     Returns:
-        ``Recorder.__torch_function__``, ``Module.__setattr__``, and ``new_parameter(original, cls, data,
-        requires_grad)`` for ``Parameter.__new__``.
+        ``Recorder.__torch_function__``, ``Module.__setattr__``, ``Module.__init__``, and ``new_parameter(original, cls,
+        data, requires_grad)`` for ``Parameter.__new__``.
     """
 
 def forget_classes() -> None:
@@ -141,8 +142,14 @@ def record(tensor: torch.Tensor, kind: int, *parameters: float) -> bool:
 def pending_shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """The shape of a tensor that is a whole entry without memory."""
 
+def waiting(by_id: dict[int, tuple[weakref.ref[torch.Tensor], Any, Any]]) -> list[Any]:
+    """The entries that any living tensor stands for, in the order of creation."""
+
+def tally(refs: list[weakref.ref[torch.Tensor]]) -> tuple[int, int]:
+    """The number of elements and the bytes of the living tensors, each counted once."""
+
 def settle(
-    segment: list[tuple[Any, int]],
+    segment: list[Any],
     start: int,
     by_id: dict[int, tuple[weakref.ref[torch.Tensor], Any, Any]],
     given: list[Any],

@@ -106,11 +106,7 @@ class Report:
 
     def _count(self, recorder: Recorder) -> None:
         with _modes_off():
-            for parameter in {ref() for ref in recorder.module_parameters}:
-                if parameter is None:
-                    continue
-                self.parameters += parameter.numel()
-                self.bytes += parameter.nbytes
+            self.parameters, self.bytes = native.tally(recorder.module_parameters)
 
     def _finish(self, recorder: Recorder) -> None:
         self.seconds = time.perf_counter() - self._started

@@ -180,7 +180,7 @@ class Fills:
         Stops before one that is not plain, or once they are of `limit` bytes.
 
         Args:
-            segment: list of (entry, bytes).
+            segment: list of entries.
             by_id, given, prototypes: see Recorder; entries whose dtype has no prototype are not plain.
 
         Returns:

@@ -22,6 +22,8 @@ try:
         pending_shape,
         record,
         settle,
+        tally,
+        waiting,
     )
 except ImportError as error:
     raise ImportError(
@@ -55,6 +57,8 @@ __all__ = [
     "pending_shape",
     "record",
     "settle",
+    "tally",
+    "waiting",
 ]
 
 # dtypes

@@ -35,13 +35,13 @@ from .interception import (
     set_memory,
 )
 from .native import forget_classes
-from .recorder import _modes_off, _thread, concrete, new_parameter, set_attribute
+from .recorder import _modes_off, _thread, concrete, initialise_module, new_parameter, set_attribute
 
 # Python objects made between two runs of the garbage collector while a model is created.
-_COLLECT_EVERY = 50_000
+_COLLECT_EVERY = 200_000
 
 # torch's own: another library's would be left in its place.
-_module_setattr = torch.nn.Module.__setattr__
+_module_setattr, _module_init = torch.nn.Module.__setattr__, torch.nn.Module.__init__
 
 _lock = threading.Lock()
 _users = 0
@@ -137,8 +137,12 @@ def _install() -> None:
     original = torch.nn.Parameter.__new__
     replacement = functools.partial(new_parameter, original)
     _replace(torch.nn.Parameter, "__new__", staticmethod(replacement), staticmethod(original))
-    if torch.nn.Module.__setattr__ is _module_setattr:
-        _replace(torch.nn.Module, "__setattr__", set_attribute, _module_setattr)
+    for name, function, own in (
+        ("__setattr__", set_attribute, _module_setattr),
+        ("__init__", initialise_module, _module_init),
+    ):
+        if getattr(torch.nn.Module, name) is own:
+            _replace(torch.nn.Module, name, function, own)
     for name, handler in INIT_REPLACEMENTS.items():
         function = getattr(init, name)
         new = _straight_to(PLAIN_INITS.get(name), handler, function)

@@ -336,7 +336,7 @@ class Recorder(TorchFunctionMode):
         # Not before there is twice as much again: a constructor may take many views, of one new tensor each.
         self._reserved_for = 2 * len(self._by_id)
         for device in {entry.device for entry in waiting}:
-            reserve([numel(e.shape) * e.dtype.itemsize for e in waiting if e.device == device], device)
+            reserve([e.nbytes for e in waiting if e.device == device], device)
 
     def _memory(self, entry: Entry) -> torch.Tensor:
         """A tensor over an allocated entry's memory."""
@@ -397,8 +397,6 @@ class Recorder(TorchFunctionMode):
         region = self.region(entry, tensor)
         if region is None or self.is_whole(entry, tensor):
             self.overwrite(entry, (write,))
-            if self._overlap and entry.name is not None and not entry.allocated:
-                self._make_ready(entry)
             return True
         if any(stride == 0 and size > 1 for size, stride in zip(region.sizes, region.strides, strict=True)):
             return False
@@ -510,9 +508,11 @@ class Recorder(TorchFunctionMode):
         substitutes: dict[int, tuple[torch.Tensor, Entry, torch.Tensor]] = {}
         tensors: list[torch.Tensor] = []
         with _modes_off():
-            self._trim_shadows()
+            if self._shadows:
+                self._trim_shadows()
             _collect(args, tensors)
-            _collect(kwargs, tensors)
+            if kwargs:
+                _collect(kwargs, tensors)
             entries = [self.find(tensor) for tensor in tensors]
             if any(entries):
                 substitutes = self._prepare(func, args, kwargs, tensors, entries)
@@ -686,7 +686,7 @@ class Recorder(TorchFunctionMode):
     def settle_all(self) -> None:
         """Give everything that is still alive its memory and values, in the order of creation."""
         try:
-            entries = {entry: None for ref, entry, _ in self._by_id.values() if ref() is not None}
+            entries = native.waiting(self._by_id)
             self._settle_new([entry for entry in entries if not entry.resident])
             for entry in entries:
                 if entry.resident and not entry.filled:
@@ -715,29 +715,22 @@ class Recorder(TorchFunctionMode):
             self._marked.clear()
             self._ready, self._ready_bytes = [], 0
 
-    def _make_ready(self, entry: Entry) -> None:
-        """Note that a parameter is initialised, and let the GPU fill earlier ones once that is worth a segment.
+    def _fill_ready(self) -> None:
+        """Let the GPU fill parameters that are initialised, since they are worth a segment, while the constructor runs.
 
         Values stay what they would be in any case: the recipe is kept, and what comes later overwrites what was filled.
         """
-        if self._ready_bytes >= self._ready_limit:
-            with _modes_off():
-                self._fill_ready()
-        if not entry.resident:
-            self._ready.append(entry)
-            self._ready_bytes += numel(entry.shape) * entry.dtype.itemsize
-
-    def _fill_ready(self) -> None:
-        ready = {e: None for e in self._ready if e.alive and not (e.allocated or e.resident) and e.recipe}
-        if self._loads_later():
-            ready, self._overlap = {}, False
-        elif _initialises_at_the_end():
-            ready = {e: None for e in ready if e.again}
-        self._ready, self._ready_bytes = [], 0
-        self._ready_limit = _SEGMENT_BYTES
-        self._settle_new(list(ready))
-        for other in ready:
-            other.resident = other.filled = True
+        with _modes_off():
+            ready = {e: None for e in self._ready if e.alive and not (e.allocated or e.resident) and e.recipe}
+            if self._loads_later():
+                ready, self._overlap = {}, False
+            elif _initialises_at_the_end():
+                ready = {e: None for e in ready if e.again}
+            self._ready, self._ready_bytes = [], 0
+            self._ready_limit = _SEGMENT_BYTES
+            self._settle_new(list(ready))
+            for other in ready:
+                other.resident = other.filled = True
 
     def _loads_later(self) -> bool:
         """Whether the code that creates the model, from the context down, also mentions how checkpoints are loaded.
@@ -756,25 +749,25 @@ class Recorder(TorchFunctionMode):
         for segment in self._segments(entries):
             self._settle_segment(segment)
 
-    def _segments(self, entries: list[Entry]) -> Iterator[list[tuple[Entry, int]]]:
-        """Entries of one device each, with their bytes, in groups for which memory is reserved in one step."""
-        segment: list[tuple[Entry, int]] = []
+    def _segments(self, entries: list[Entry]) -> Iterator[list[Entry]]:
+        """Entries of one device each, in groups for which memory is reserved in one step."""
+        segment: list[Entry] = []
         reserved = 0
         for entry in entries:
-            nbytes = numel(entry.shape) * entry.dtype.itemsize
-            if segment and (reserved + nbytes > _SEGMENT_BYTES or entry.device != segment[0][0].device):
+            nbytes = entry.nbytes
+            if segment and (reserved + nbytes > _SEGMENT_BYTES or entry.device != segment[0].device):
                 yield segment
                 segment, reserved = [], 0
-            segment.append((entry, nbytes))
+            segment.append(entry)
             reserved += nbytes
         if segment:
             yield segment
 
-    def _settle_segment(self, segment: list[tuple[Entry, int]]) -> None:
+    def _settle_segment(self, segment: list[Entry]) -> None:
         started, ran = time.perf_counter(), self.run_seconds
-        device = segment[0][0].device
+        device = segment[0].device
         if device.type == "cuda":
-            reserve([nbytes for _, nbytes in segment], device)
+            reserve([entry.nbytes for entry in segment], device)
         fills, size = Fills(self.seed, device), 0
         prototypes = self._prototypes if device == self.device and not torch.is_inference_mode_enabled() else {}
         done = 0
@@ -788,7 +781,7 @@ class Recorder(TorchFunctionMode):
                 continue
             if done == len(segment):
                 break
-            entry, nbytes = segment[done]
+            entry = segment[done]
             done += 1
             if not (self._given and self._given[-1] is entry):
                 self._given.append(entry)
@@ -810,7 +803,7 @@ class Recorder(TorchFunctionMode):
                     continue
                 warn_never_initialised(entry.name[0].__name__, entry.name[1], entry.shape)
             fills.write(memory, recipe)
-            size += nbytes
+            size += entry.nbytes
             if size >= _BATCH_BYTES:
                 self._run(fills)
                 size = 0
@@ -967,8 +960,8 @@ def _is_plain(cls) -> bool:
 # Attributes of these types are neither tensors nor modules.
 _PLAIN_TYPES = {int, float, bool, str, type(None), tuple, list, dict, set, FunctionType, torch.dtype, torch.device}
 
-# What patches.py puts in the place of Module.__setattr__ and Parameter.__new__ while a context is active.
-_torch_function, set_attribute, new_parameter = native.connect(
+# patches.py puts them in the place of Module.__setattr__, Module.__init__ and Parameter.__new__ during a context.
+_torch_function, set_attribute, initialise_module, new_parameter = native.connect(
     Recorder, Entry, _thread, HANDLERS, PASS, Write, _is_plain, _PLAIN_TYPES
 )
 Recorder.__torch_function__ = _torch_function  # type: ignore[method-assign]

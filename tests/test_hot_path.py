@@ -12,7 +12,7 @@ from torch import nn
 import fastinit
 from fastinit import native
 
-torch_setattr, torch_parameter_new = nn.Module.__setattr__, nn.Parameter.__new__
+torch_setattr, torch_module_init, torch_parameter_new = nn.Module.__setattr__, nn.Module.__init__, nn.Parameter.__new__
 
 
 class Plain(nn.Module):
@@ -163,8 +163,10 @@ def test_a_class_that_is_changed_inside_a_context_is_looked_at_again():
 def test_torch_has_its_own_functions_back_after_a_context():
     with fastinit.on("cpu", "fp32", seed=0):
         assert nn.Module.__setattr__ is not torch_setattr
+        assert nn.Module.__init__ is not torch_module_init
         assert nn.Parameter.__new__ is not torch_parameter_new
     assert nn.Module.__setattr__ is torch_setattr
+    assert nn.Module.__init__ is torch_module_init
     assert nn.Parameter.__new__ is torch_parameter_new
 
 
@@ -180,6 +182,38 @@ def test_another_librarys_setattr_stays_in_its_place(monkeypatch):
         nn.Linear(2, 3)
     assert assigned == ["in_features", "out_features", "weight", "bias"]
     assert nn.Module.__setattr__ is theirs
+
+
+class CallsOn(nn.Module):
+    call_super_init = True
+
+
+class Cooperative(nn.Module, Mixin):
+    call_super_init = True
+
+
+@pytest.mark.parametrize("args, kwargs", [((), {}), ((1,), {}), ((), {"a": 1})], ids=str)
+@pytest.mark.parametrize("cls", [nn.Module, *CLASSES, CallsOn, Cooperative, nn.Identity], ids=lambda cls: cls.__name__)
+def test_modules_begin_as_torch_begins_them(cls, args, kwargs):
+    def make():
+        try:
+            module = cls(*args, **kwargs)
+        except Exception as error:
+            return type(error), str(error)
+        return [(key, type(value), value) for key, value in module.__dict__.items()]
+
+    expected = make()
+    with fastinit.on("cpu", "fp32", seed=0):
+        actual = make()
+    assert actual == expected
+
+
+def test_modules_share_no_containers():
+    with fastinit.on("cpu", "fp32", seed=0):
+        first, second = nn.Module(), nn.Module()
+    for name, value in first.__dict__.items():
+        if isinstance(value, (dict, set)):
+            assert value is not second.__dict__[name], name
 
 
 def test_another_librarys_parameter_constructor_is_asked(monkeypatch):

@@ -15,12 +15,12 @@ from fastinit import recorder
 def early(monkeypatch):
     """Execute fills as early as on a GPU; gives the number of tensors that were filled early."""
     counts = []
-    make_ready, enter = recorder.Recorder._make_ready, recorder.Recorder.__enter__
+    fill_ready, enter = recorder.Recorder._fill_ready, recorder.Recorder.__enter__
 
-    def counting(self, entry):
+    def counting(self):
         before = self.executed
         try:
-            make_ready(self, entry)
+            fill_ready(self)
         finally:
             counts.append(self.executed - before)
 
@@ -28,7 +28,7 @@ def early(monkeypatch):
         self._overlap = True
         return enter(self)
 
-    monkeypatch.setattr(recorder.Recorder, "_make_ready", counting)
+    monkeypatch.setattr(recorder.Recorder, "_fill_ready", counting)
     monkeypatch.setattr(recorder.Recorder, "__enter__", overlapping)
     monkeypatch.setattr(recorder, "_FIRST_BYTES", 1024)
     monkeypatch.setattr(recorder, "_SEGMENT_BYTES", 2048)

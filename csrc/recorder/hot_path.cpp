@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <unordered_set>
 #include <vector>
 
 #include "batch.h"
@@ -37,6 +38,7 @@ struct Entry {
     PyObject* storage_key;
     PyObject* storage_weak;
     PyObject* name;
+    unsigned long long nbytes;
     unsigned long long data_ptr;
     char again, resident, filled, deferred;
 };
@@ -51,6 +53,7 @@ PyMemberDef entry_members[] = {
     {"storage_key", T_OBJECT, offsetof(Entry, storage_key), 0, nullptr},
     {"storage_weak", T_OBJECT, offsetof(Entry, storage_weak), 0, nullptr},
     {"name", T_OBJECT, offsetof(Entry, name), 0, nullptr},
+    {"nbytes", T_ULONGLONG, offsetof(Entry, nbytes), READONLY, nullptr},
     {"data_ptr", T_ULONGLONG, offsetof(Entry, data_ptr), 0, nullptr},
     {"again", T_BOOL, offsetof(Entry, again), 0, nullptr},
     {"resident", T_BOOL, offsetof(Entry, resident), 0, nullptr},
@@ -68,18 +71,31 @@ void assign(PyObject*& field, PyObject* value) {
     Py_XDECREF(before);
 }
 
-int entry_init(PyObject* self, PyObject* args, PyObject*) {
-    PyObject *shape, *dtype, *device, *recipe;
-    if (!PyArg_ParseTuple(args, "OOOO:Entry", &shape, &dtype, &device, &recipe)) return -1;
-    Entry* const entry = as_entry(self);
+// Sets what an entry begins with; -1 with a Python error if it cannot.
+int begin(Entry* entry, PyObject* shape, PyObject* dtype, PyObject* device, PyObject* recipe) {
+    PyObject* const itemsize = PyObject_GetAttrString(dtype, "itemsize");
+    if (!itemsize) return -1;
+    unsigned long long nbytes = PyLong_AsUnsignedLongLong(itemsize);
+    Py_DECREF(itemsize);
+    for (Py_ssize_t d = 0; d < PyTuple_GET_SIZE(shape); ++d)
+        nbytes *= PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(shape, d));
+    if (PyErr_Occurred()) return -1;
+    PyObject* const refs = PyList_New(0);
+    if (!refs) return -1;
     assign(entry->shape, shape);
     assign(entry->dtype, dtype);
     assign(entry->device, device);
     assign(entry->recipe, recipe);
-    PyObject* const refs = PyList_New(0);
     assign(entry->refs, refs);
-    Py_XDECREF(refs);
-    return refs ? 0 : -1;
+    entry->nbytes = nbytes;
+    Py_DECREF(refs);
+    return 0;
+}
+
+int entry_init(PyObject* self, PyObject* args, PyObject*) {
+    PyObject *shape, *dtype, *device, *recipe;
+    if (!PyArg_ParseTuple(args, "O!OOO:Entry", &PyTuple_Type, &shape, &dtype, &device, &recipe)) return -1;
+    return begin(as_entry(self), shape, dtype, device, recipe);
 }
 
 void entry_dealloc(PyObject* self) {
@@ -108,7 +124,8 @@ py::object steal(PyObject* object) { return py::reinterpret_steal<py::object>(ob
 struct {
     PyObject *thread, *entry, *handlers, *pass, *write, *plain_class;
     PyObject *tensor, *parameter, *module, *empty, *function_modes, *dispatch_modes;
-    PyObject *make_subclass, *parameter_new, *module_setattr;
+    PyObject *make_subclass, *parameter_new, *module_setattr, *module_init;
+    std::vector<std::pair<PyObject*, PyObject*>> fresh;  // attributes of a new module
     PyObject *parameter_hooks, *module_hooks;
     PyObject *plain_types;  // of attributes that are neither tensors nor modules
     PyObject* classes;      // class of modules -> (tag, None or a dict: name -> whether the class has none of that name)
@@ -119,7 +136,10 @@ struct Names {
 #define NAME(name) PyObject* const name = PyUnicode_InternFromString(#name)
     NAME(_by_id);
     NAME(_dispatch);
-    NAME(_make_ready);
+    NAME(_fill_ready);
+    NAME(_ready);
+    NAME(_ready_bytes);
+    NAME(_ready_limit);
     NAME(_overlap);
     NAME(_prototypes);
     NAME(_purge);
@@ -137,6 +157,9 @@ struct Names {
     NAME(dtype);
     NAME(data);
     NAME(data_ptr);
+    NAME(nbytes);
+    NAME(numel);
+    NAME(call_super_init);
     NAME(new_empty);
     NAME(new_empty_strided);
     NAME(_parameters);
@@ -285,12 +308,8 @@ py::object placeholder(PyObject* recorder, PyObject* args, PyObject* kwargs) {
                                     {prototype, size.ptr(), state.zero_strides[PyTuple_GET_SIZE(size.ptr())]});
     PyTypeObject* const type = reinterpret_cast<PyTypeObject*>(state.entry);
     const py::object entry = checked(type->tp_alloc(type, 0));
-    Entry* const fields = as_entry(entry.ptr());
-    assign(fields->shape, size.ptr());
-    assign(fields->dtype, dtype.ptr());
-    assign(fields->device, attribute(recorder, names->device).ptr());
-    fields->recipe = checked(PyTuple_New(0)).release().ptr();
-    fields->refs = checked(PyList_New(0)).release().ptr();
+    check(begin(as_entry(entry.ptr()), size.ptr(), dtype.ptr(), attribute(recorder, names->device).ptr(),
+                py::tuple().ptr()));
     const py::object by_id = attribute(recorder, names->_by_id);
     stand_for(by_id.ptr(), tensor.ptr(), entry.ptr(), Py_None);
     if (PyDict_GET_SIZE(by_id.ptr()) > integer(attribute(recorder, names->_purge_at)))
@@ -473,6 +492,44 @@ PyObject* set_attribute(PyObject* self, PyObject* const* given, Py_ssize_t count
     });
 }
 
+// Module.__init__(*args, **kwargs)
+PyObject* initialise_module(PyObject* self, PyObject* args, PyObject* kwargs) {
+    return for_python([&]() -> py::object {
+        PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(self));
+        const bool bare = PyTuple_GET_SIZE(args) == 0 && (!kwargs || PyDict_GET_SIZE(kwargs) == 0);
+        if (!bare || !plain_class(type, nullptr) || attribute(type, names->call_super_init).ptr() != Py_False) {
+            const py::object bound = checked(PyMethod_New(state.module_init, self));
+            return checked(PyObject_Call(bound.ptr(), args, kwargs));
+        }
+        for (const auto& [name, value] : state.fresh) {
+            py::object own;
+            if (PyODict_CheckExact(value))
+                own = checked(PyODict_New());
+            else if (PyDict_CheckExact(value))
+                own = checked(PyDict_New());
+            else if (PyAnySet_CheckExact(value))
+                own = checked(PySet_New(nullptr));
+            else
+                own = py::reinterpret_borrow<py::object>(value);
+            check(PyObject_GenericSetAttr(self, name, own.ptr()));
+        }
+        return py::none();
+    });
+}
+
+// What torch's Module.__init__ gives every module, in its order; nothing if that is more than flags and containers.
+std::vector<std::pair<PyObject*, PyObject*>> fresh_attributes(const py::object& module) {
+    std::vector<std::pair<PyObject*, PyObject*>> fresh;
+    const py::dict attributes = module().attr("__dict__");
+    for (const auto& [name, value] : attributes) {
+        const bool container = PyODict_CheckExact(value.ptr()) || PyDict_CheckExact(value.ptr()) ||
+                               PySet_Check(value.ptr());
+        if (container ? PyObject_Size(value.ptr()) != 0 : !value.is_none() && !PyBool_Check(value.ptr())) return {};
+        fresh.emplace_back(name.inc_ref().ptr(), value.inc_ref().ptr());
+    }
+    return fresh;
+}
+
 // --- fills ----------------------------------------------------------------------------------------------------------
 
 // The entry that a tensor, of which it is the whole, belongs to while it has no memory; null if there is none.
@@ -481,6 +538,15 @@ Entry* pending_whole(PyObject* recorder, PyObject* tensor) {
     PyObject* const found = known(attribute(recorder, names->_by_id).ptr(), tensor);
     if (!found || region_of(found) != Py_None || !is_none(entry_of(found)->storage_key)) return nullptr;
     return entry_of(found);
+}
+
+// Recorder._make_ready(entry)
+void make_ready(PyObject* recorder, Entry* entry) {
+    const int64_t limit = integer(attribute(recorder, names->_ready_limit));
+    if (integer(attribute(recorder, names->_ready_bytes)) >= limit) call_method(names->_fill_ready, {recorder});
+    if (entry->resident) return;
+    check(PyList_Append(attribute(recorder, names->_ready).ptr(), reinterpret_cast<PyObject*>(entry)));
+    add_to(recorder, names->_ready_bytes, static_cast<int64_t>(entry->nbytes));
 }
 
 // record(tensor, kind, *parameters): whether the fill of a tensor was recorded, being plain.
@@ -519,7 +585,7 @@ PyObject* record(PyObject*, PyObject* const* given, Py_ssize_t count) {
         entry->filled = 0;
         assign(entry->recipe, checked(PyTuple_Pack(1, write.ptr())).ptr());
         if (!is_none(entry->name) && truth(attribute(recorder.ptr(), names->_overlap)))
-            call_method(names->_make_ready, {recorder.ptr(), kept.ptr()});
+            make_ready(recorder.ptr(), entry);
         return py::bool_(true);
     });
 }
@@ -552,6 +618,33 @@ bool plain_fill(PyObject* recipe, Fill& fill) {
     return true;
 }
 
+// waiting(by_id) -> the entries that any living tensor stands for, in the order of creation.
+py::list waiting(const py::dict& by_id) {
+    py::list entries;
+    std::unordered_set<PyObject*> seen;
+    PyObject *key, *found;
+    for (Py_ssize_t at = 0; PyDict_Next(by_id.ptr(), &at, &key, &found);) {
+        PyObject* const entry = PyTuple_GET_ITEM(found, 1);
+        if (seen.count(entry) || checked(PyObject_CallNoArgs(PyTuple_GET_ITEM(found, 0))).is_none()) continue;
+        seen.insert(entry);
+        check(PyList_Append(entries.ptr(), entry));
+    }
+    return entries;
+}
+
+// tally(refs) -> the number of elements and the bytes of the living tensors, each counted once.
+py::tuple tally(const py::list& refs) {
+    int64_t elements = 0, bytes = 0;
+    std::unordered_set<PyObject*> seen;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(refs.ptr()); ++i) {
+        const py::object tensor = checked(PyObject_CallNoArgs(PyList_GET_ITEM(refs.ptr(), i)));
+        if (tensor.is_none() || !seen.insert(tensor.ptr()).second) continue;
+        elements += integer(call_method(names->numel, {tensor.ptr()}));
+        bytes += integer(attribute(tensor.ptr(), names->nbytes));
+    }
+    return py::make_tuple(elements, bytes);
+}
+
 // settle(segment, start, by_id, given, batch, seed, prototypes, dtypes, largest, limit):
 // Gives the entries of a segment their memory and adds their fills to a batch, beginning with number start, until one
 // is not plain or larger than `largest` bytes, or `limit` bytes are reached. `given` gets each entry before it has
@@ -564,9 +657,9 @@ py::tuple settle(const py::list& segment, Py_ssize_t start, const py::dict& by_i
     Py_ssize_t at = start;
     std::vector<py::object> tensors;
     for (; at < end && bytes < limit; ++at) {
-        PyObject* const pair = PyList_GET_ITEM(segment.ptr(), at);
-        Entry* const entry = as_entry(PyTuple_GET_ITEM(pair, 0));
-        const uint64_t nbytes = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(pair, 1));
+        PyObject* const object = PyList_GET_ITEM(segment.ptr(), at);
+        Entry* const entry = as_entry(object);
+        const uint64_t nbytes = entry->nbytes;
         Fill fill{};
         PyObject *const prototype = item(prototypes.ptr(), entry->dtype), *const dtype = item(dtypes.ptr(), entry->dtype);
         if (nbytes > largest || !is_none(entry->shadow) || entry->deferred || !prototype || !dtype ||
@@ -582,7 +675,7 @@ py::tuple settle(const py::list& segment, Py_ssize_t start, const py::dict& by_i
             tensors.push_back(std::move(tensor));
         }
         if (views) break;
-        check(PyList_Append(given.ptr(), PyTuple_GET_ITEM(pair, 0)));
+        check(PyList_Append(given.ptr(), object));
         PyObject* const arguments[] = {prototype, entry->shape};
         const py::object memory = steal(PyObject_VectorcallMethod(names->new_empty, arguments, 2, nullptr));
         if (!memory) {  // the Python side tries again, and says what there is no memory for
@@ -610,6 +703,8 @@ PyCFunction as_c_function(Function* function) {
 PyMethodDef torch_function_def = {"__torch_function__", as_c_function(torch_function), METH_FASTCALL,
                                   nullptr};
 PyMethodDef set_attribute_def = {"__setattr__", as_c_function(set_attribute), METH_FASTCALL, nullptr};
+PyMethodDef initialise_module_def = {"__init__", as_c_function(initialise_module), METH_VARARGS | METH_KEYWORDS,
+                                     nullptr};
 PyMethodDef new_parameter_def = {"new_parameter", as_c_function(new_parameter), METH_VARARGS | METH_KEYWORDS,
                                  nullptr};
 PyMethodDef record_def = {"record", as_c_function(record), METH_FASTCALL, nullptr};
@@ -621,7 +716,7 @@ py::object method(PyObject* type, PyMethodDef& definition) {
     return checked(PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type), &definition));
 }
 
-// connect(...) -> (Recorder.__torch_function__, Module.__setattr__, new_parameter)
+// connect(...) -> (Recorder.__torch_function__, Module.__setattr__, Module.__init__, new_parameter)
 py::tuple connect(const py::object& recorder_class, const py::object& entry_class, const py::object& thread,
                   const py::dict& handlers, const py::object& pass, const py::object& write,
                   const py::object& plain_class, const py::set& plain_types) {
@@ -644,6 +739,8 @@ py::tuple connect(const py::object& recorder_class, const py::object& entry_clas
     state.make_subclass = keep(torch.attr("Tensor").attr("_make_subclass"));
     state.parameter_new = keep(torch.attr("nn").attr("Parameter").attr("__new__"));
     state.module_setattr = keep(torch.attr("nn").attr("Module").attr("__setattr__"));
+    state.module_init = keep(torch.attr("nn").attr("Module").attr("__init__"));
+    state.fresh = fresh_attributes(torch.attr("nn").attr("Module"));
     state.parameter_hooks = keep(nn.attr("_global_parameter_registration_hooks"));
     state.module_hooks = keep(nn.attr("_global_module_registration_hooks"));
     state.classes = keep(py::dict());
@@ -653,6 +750,8 @@ py::tuple connect(const py::object& recorder_class, const py::object& entry_clas
         state.zero_strides[n] = keep(zeros);
     }
     return py::make_tuple(method(recorder_class.ptr(), torch_function_def), method(state.module, set_attribute_def),
+                          state.fresh.empty() ? py::reinterpret_borrow<py::object>(state.module_init)
+                                              : method(state.module, initialise_module_def),
                           function(new_parameter_def));
 }
 
@@ -663,6 +762,8 @@ void add_hot_path(py::module_& m) {
     m.add_object("Entry", checked(PyType_FromSpec(&entry_spec)));
     m.def("connect", &connect);
     m.def("settle", &settle);
+    m.def("tally", &tally);
+    m.def("waiting", &waiting);
     m.def("forget_classes", [] { PyDict_Clear(state.classes); });
     m.add_object("record", function(record_def));
     m.add_object("pending_shape", function(pending_shape_def));
