@@ -118,7 +118,7 @@ def connect(
     write: type,
     is_plain: Callable[[type], bool],
     plain_types: set[type],
-) -> tuple[Any, Any, Any, Any]:
+) -> tuple[Any, dict[str, Any], Any]:
     """Connect the hot path to the recorder, once in a process.
 
     Args:
@@ -129,7 +129,7 @@ def connect(
         plain_types: of attributes that are neither tensors nor modules.
 
     Returns:
-        ``Recorder.__torch_function__``, ``Module.__setattr__``, ``Module.__init__``, and ``new_parameter(original, cls,
+        ``Recorder.__torch_function__``, methods of torch.nn.Module by their names, and ``new_parameter(original, cls,
         data, requires_grad)`` for ``Parameter.__new__``.
     """
 

@@ -35,13 +35,17 @@ from .interception import (
     set_memory,
 )
 from .native import forget_classes
-from .recorder import _modes_off, _thread, concrete, initialise_module, new_parameter, set_attribute
+from .recorder import _modes_off, _thread, concrete, module_methods, new_parameter
 
 # Python objects made between two runs of the garbage collector while a model is created.
 _COLLECT_EVERY = 200_000
 
-# torch's own: another library's would be left in its place.
-_module_setattr, _module_init = torch.nn.Module.__setattr__, torch.nn.Module.__init__
+# torch's own, which are replaced; another library's would be left in their place.
+_torch_methods = {
+    name: method
+    for name in module_methods
+    if (method := getattr(torch.nn.Module, name)).__module__ == torch.nn.Module.__module__
+}
 
 _lock = threading.Lock()
 _users = 0
@@ -137,12 +141,9 @@ def _install() -> None:
     original = torch.nn.Parameter.__new__
     replacement = functools.partial(new_parameter, original)
     _replace(torch.nn.Parameter, "__new__", staticmethod(replacement), staticmethod(original))
-    for name, function, own in (
-        ("__setattr__", set_attribute, _module_setattr),
-        ("__init__", initialise_module, _module_init),
-    ):
-        if getattr(torch.nn.Module, name) is own:
-            _replace(torch.nn.Module, name, function, own)
+    for name, method in module_methods.items():
+        if getattr(torch.nn.Module, name) is _torch_methods.get(name):
+            _replace(torch.nn.Module, name, method, _torch_methods[name])
     for name, handler in INIT_REPLACEMENTS.items():
         function = getattr(init, name)
         new = _straight_to(PLAIN_INITS.get(name), handler, function)

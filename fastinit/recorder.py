@@ -960,8 +960,8 @@ def _is_plain(cls) -> bool:
 # Attributes of these types are neither tensors nor modules.
 _PLAIN_TYPES = {int, float, bool, str, type(None), tuple, list, dict, set, FunctionType, torch.dtype, torch.device}
 
-# patches.py puts them in the place of Module.__setattr__, Module.__init__ and Parameter.__new__ during a context.
-_torch_function, set_attribute, initialise_module, new_parameter = native.connect(
+# patches.py puts the latter two in the place of torch.nn.Module's methods and of Parameter.__new__ during a context.
+_torch_function, module_methods, new_parameter = native.connect(
     Recorder, Entry, _thread, HANDLERS, PASS, Write, _is_plain, _PLAIN_TYPES
 )
 Recorder.__torch_function__ = _torch_function  # type: ignore[method-assign]

@@ -208,6 +208,23 @@ def test_modules_begin_as_torch_begins_them(cls, args, kwargs):
     assert actual == expected
 
 
+@pytest.mark.parametrize("cls", [*CLASSES, nn.Linear, nn.BatchNorm1d], ids=lambda cls: cls.__name__)
+def test_attributes_are_found_as_torch_finds_them(cls):
+    module = cls() if cls in CLASSES else cls(2) if cls is nn.BatchNorm1d else cls(2, 3)
+
+    def found(name):
+        try:
+            return getattr(module, name)
+        except AttributeError as error:
+            return str(error)
+
+    names = ["weight", "bias", "running_mean", "w", "training", "missing", "_parameters", "read_only", "0", ""]
+    expected = [found(name) for name in names]
+    with fastinit.on("cpu", "fp32", seed=0):
+        actual = [found(name) for name in names]
+    assert all(a is b or a == b for a, b in zip(actual, expected, strict=True))
+
+
 def test_modules_share_no_containers():
     with fastinit.on("cpu", "fp32", seed=0):
         first, second = nn.Module(), nn.Module()

@@ -124,7 +124,7 @@ py::object steal(PyObject* object) { return py::reinterpret_steal<py::object>(ob
 struct {
     PyObject *thread, *entry, *handlers, *pass, *write, *plain_class;
     PyObject *tensor, *parameter, *module, *empty, *function_modes, *dispatch_modes;
-    PyObject *make_subclass, *parameter_new, *module_setattr, *module_init;
+    PyObject *make_subclass, *parameter_new, *module_setattr, *module_getattr, *module_init;
     std::vector<std::pair<PyObject*, PyObject*>> fresh;  // attributes of a new module
     PyObject *parameter_hooks, *module_hooks;
     PyObject *plain_types;  // of attributes that are neither tensors nor modules
@@ -492,6 +492,19 @@ PyObject* set_attribute(PyObject* self, PyObject* const* given, Py_ssize_t count
     });
 }
 
+// Module.__getattr__(name): a parameter, buffer or child.
+PyObject* get_attribute(PyObject* self, PyObject* name) {
+    return for_python([&]() -> py::object {
+        const py::object dict = checked(PyObject_GenericGetDict(self, nullptr));
+        for (PyObject* kind : {names->_parameters, names->_buffers, names->_modules}) {
+            PyObject* const members = item(dict.ptr(), kind);
+            if (!members || !PyDict_CheckExact(members)) break;
+            if (PyObject* const value = item(members, name)) return py::reinterpret_borrow<py::object>(value);
+        }
+        return call(state.module_getattr, {self, name});
+    });
+}
+
 // Module.__init__(*args, **kwargs)
 PyObject* initialise_module(PyObject* self, PyObject* args, PyObject* kwargs) {
     return for_python([&]() -> py::object {
@@ -703,6 +716,7 @@ PyCFunction as_c_function(Function* function) {
 PyMethodDef torch_function_def = {"__torch_function__", as_c_function(torch_function), METH_FASTCALL,
                                   nullptr};
 PyMethodDef set_attribute_def = {"__setattr__", as_c_function(set_attribute), METH_FASTCALL, nullptr};
+PyMethodDef get_attribute_def = {"__getattr__", get_attribute, METH_O, nullptr};
 PyMethodDef initialise_module_def = {"__init__", as_c_function(initialise_module), METH_VARARGS | METH_KEYWORDS,
                                      nullptr};
 PyMethodDef new_parameter_def = {"new_parameter", as_c_function(new_parameter), METH_VARARGS | METH_KEYWORDS,
@@ -716,7 +730,7 @@ py::object method(PyObject* type, PyMethodDef& definition) {
     return checked(PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type), &definition));
 }
 
-// connect(...) -> (Recorder.__torch_function__, Module.__setattr__, Module.__init__, new_parameter)
+// connect(...) -> (Recorder.__torch_function__, {name: method} of torch.nn.Module, new_parameter)
 py::tuple connect(const py::object& recorder_class, const py::object& entry_class, const py::object& thread,
                   const py::dict& handlers, const py::object& pass, const py::object& write,
                   const py::object& plain_class, const py::set& plain_types) {
@@ -738,7 +752,10 @@ py::tuple connect(const py::object& recorder_class, const py::object& entry_clas
     state.dispatch_modes = keep(low.attr("_len_torch_dispatch_stack"));
     state.make_subclass = keep(torch.attr("Tensor").attr("_make_subclass"));
     state.parameter_new = keep(torch.attr("nn").attr("Parameter").attr("__new__"));
+    const py::object made_by = py::handle(state.parameter_new).attr("__module__");
+    if (!made_by.equal(py::str("torch.nn.parameter"))) state.parameter_new = nullptr;  // another library's
     state.module_setattr = keep(torch.attr("nn").attr("Module").attr("__setattr__"));
+    state.module_getattr = keep(torch.attr("nn").attr("Module").attr("__getattr__"));
     state.module_init = keep(torch.attr("nn").attr("Module").attr("__init__"));
     state.fresh = fresh_attributes(torch.attr("nn").attr("Module"));
     state.parameter_hooks = keep(nn.attr("_global_parameter_registration_hooks"));
@@ -749,10 +766,11 @@ py::tuple connect(const py::object& recorder_class, const py::object& entry_clas
         for (size_t d = 0; d < n; ++d) zeros[d] = 0;
         state.zero_strides[n] = keep(zeros);
     }
-    return py::make_tuple(method(recorder_class.ptr(), torch_function_def), method(state.module, set_attribute_def),
-                          state.fresh.empty() ? py::reinterpret_borrow<py::object>(state.module_init)
-                                              : method(state.module, initialise_module_def),
-                          function(new_parameter_def));
+    py::dict of_modules;
+    of_modules["__setattr__"] = method(state.module, set_attribute_def);
+    of_modules["__getattr__"] = method(state.module, get_attribute_def);
+    if (!state.fresh.empty()) of_modules["__init__"] = method(state.module, initialise_module_def);
+    return py::make_tuple(method(recorder_class.ptr(), torch_function_def), of_modules, function(new_parameter_def));
 }
 
 }  // namespace
