@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <cstdlib>
+#include <optional>
+#include <string>
 #include <tuple>
 
 #if defined(__linux__)
@@ -45,15 +47,13 @@ uint64_t unsigned64(const char* argument, const py::int_& value) {
 void append(Batch& batch, const py::int_& data_ptr, int64_t dtype, int64_t kind, const std::vector<double>& parameters,
             const py::int_& seed, const py::int_& stream, const PythonSteps& steps, const Box& box) {
     const FloatEnvironment environment;  // parameters are rounded to float32 here
-    Fill fill{};
-    fill.data = reinterpret_cast<void*>(static_cast<uintptr_t>(unsigned64("data_ptr", data_ptr)));
-    fill.dtype = make_dtype(dtype);
-    fill.distribution = make_distribution(kind, parameters);
-    fill.steps = make_steps(steps);
-    fill.seed = unsigned64("seed", seed);
-    fill.stream = unsigned64("stream", stream);
-    fill.box = box;
-    batch.append(fill);
+    void* const data = reinterpret_cast<void*>(static_cast<uintptr_t>(unsigned64("data_ptr", data_ptr)));
+    Values values{};
+    values.dtype = make_dtype(dtype);
+    values.distribution = make_distribution(kind, parameters);
+    values.steps = make_steps(steps);
+    values.seed = unsigned64("seed", seed);
+    batch.append(data, values, unsigned64("stream", stream), box);
 }
 
 void add_whole(Batch& batch, const py::int_& data_ptr, int64_t numel, int64_t dtype, int64_t kind,
@@ -75,17 +75,17 @@ void add_region(Batch& batch, const py::int_& data_ptr, int64_t dtype, int64_t k
 void run_cpu(Batch& batch, int threads, const std::optional<std::string>& isa) {
     if (threads < 1) detail::refuse("threads", std::to_string(threads), "it must be at least 1");
     const Kernel& kernel = isa ? kernel_named(*isa) : default_kernel();
-    const std::vector<Fill> fills = batch.take();
+    const Batch::Work work = batch.take();
     const py::gil_scoped_release release;
-    fill_cpu(fills.data(), fills.size(), threads, kernel);
+    fill_cpu(work.fills.data(), work.fills.size(), threads, kernel);
 }
 
 void run_cuda(Batch& batch, int device, const py::int_& stream) {
 #if defined(FASTINIT_WITH_CUDA)
     void* const handle = reinterpret_cast<void*>(static_cast<uintptr_t>(unsigned64("stream", stream)));
-    const std::vector<Fill> fills = batch.take();
+    const Batch::Work work = batch.take();
     const py::gil_scoped_release release;
-    fill_cuda(fills.data(), fills.size(), device, handle);
+    fill_cuda(work.fills.data(), work.fills.size(), device, handle);
 #else
     static_cast<void>(batch), static_cast<void>(device), static_cast<void>(stream);
     throw std::runtime_error(

@@ -40,16 +40,23 @@ struct Box {
     bool contiguous() const { return dims == 1 && contiguous_runs(); }
 };
 
-struct Fill {
-    void* data;
+// Which values, apart from the stream: the same for most fills of a model.
+struct Values {
     Dtype dtype;
     Distribution distribution;
     Steps steps;
     uint64_t seed;
-    uint64_t stream;
-    Box box;
+};
 
-    uint64_t elements() const { return box.elements(); }
+// Values and boxes are shared between the fills of a batch. A fill that repeated them would take 344 bytes, and a batch
+// of thousands of small ones would wait for memory instead of the device.
+struct Fill {
+    void* data;
+    uint64_t stream;
+    const Values* values;
+    const Box* box;
+
+    uint64_t elements() const { return box->elements(); }
 };
 
 // A one-dimensional box over the first `elements` elements of the stream.

@@ -26,6 +26,7 @@ INF = float("inf")
 # One distribution per kernel, each with two steps at times.
 DISTRIBUTIONS = {
     "uniform": (UNIFORM, (-0.5, 1.5), ()),
+    "tiny uniform": (UNIFORM, (0.0, 1e-32), ()),
     "normal": (NORMAL, (0.0, 0.02), ()),
     "symmetric truncated normal": (TRUNCATED_NORMAL, reference.WITHIN_TWO, ()),
     "lopsided truncated normal": (TRUNCATED_NORMAL, reference.LOPSIDED, ()),
@@ -144,6 +145,23 @@ def test_any_number_of_threads_gives_the_same_bits(threads, isa):
     for dtype in DTYPES:
         one = whole(count, NORMAL, (0.0, 1.0), 1, 2, (), dtype, 1, isa)
         np.testing.assert_array_equal(whole(count, NORMAL, (0.0, 1.0), 1, 2, (), dtype, threads, isa), one)
+
+
+def test_a_batch_whose_fills_take_turns_gives_each_its_own_bits():
+    """Fills share what they have in common with the last few: distributions, dtypes and shapes that come and go."""
+    turns = [(list(DISTRIBUTIONS)[i % 7], list(DTYPES)[i % 3], (i % 5) * 100 + 1, i % 2) for i in range(60)]
+    batch, outs = native.Batch(), []
+    for name, dtype, count, seed in turns:
+        kind, parameters, steps = DISTRIBUTIONS[name]
+        outs.append(storage(count, dtype))
+        batch.add(outs[-1].ctypes.data, count, DTYPES[dtype], kind, parameters, seed, len(outs), steps)
+    assert len(batch) == len(turns)
+    assert batch.elements == sum(out.size for out in outs)
+    batch.run_cpu(2)
+    assert len(batch) == 0
+    for stream, ((name, dtype, count, seed), out) in enumerate(zip(turns, outs, strict=True), 1):
+        kind, parameters, steps = DISTRIBUTIONS[name]
+        np.testing.assert_array_equal(out, whole(count, kind, parameters, seed, stream, steps, dtype))
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -32,7 +32,7 @@ void compare(const char* what, uint32_t input, Out got, Out expected) {
 
 template <Transform T>
 void check_transform(const char* what, const Distribution& d, const uint32_t* words) {
-    const Constants<S> constants = make_constants<S>(d);
+    const Constants<S> constants = make_constants<S, T>(d);
     float out[2 * S::lanes];
     for (uint32_t i = 0; i < block; i += 2 * S::lanes) {
         S::store(out, transform<S, T>(constants, S::load(words + i)),
@@ -84,6 +84,7 @@ void check() {
     for (uint64_t b; (b = next_block.fetch_add(block_step)) < all / block;) {
         for (uint32_t i = 0; i < block; ++i) words[i] = static_cast<uint32_t>(b * block + i);
         check_transform<Transform::uniform>("uniform", uniform, words.data());
+        check_transform<Transform::tiny_uniform>("uniform, factor by factor", uniform, words.data());
         check_transform<Transform::normal>("normal", normal, words.data());
         check_transform<Transform::symmetric>("symmetric truncated normal", symmetric, words.data());
         check_transform<Transform::truncated>("truncated normal", lopsided, words.data());

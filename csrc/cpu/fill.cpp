@@ -25,9 +25,9 @@ constexpr uint64_t direct_run = 512;
 
 void scatter(const Fill& fill, const char* stage, uint64_t* position, uint64_t memory, uint64_t count) {
     // Copies `count` staged elements to the box, from multi-index `position` at element `memory` of the data on.
-    const Box& box = fill.box;
+    const Box& box = *fill.box;
     const int last = box.dims - 1;
-    const uint64_t item = item_size(fill.dtype), stride = box.memory_stride[last];
+    const uint64_t item = item_size(fill.values->dtype), stride = box.memory_stride[last];
     char* const data = static_cast<char*>(fill.data);
     while (count > 0) {
         const uint64_t n = std::min(count, box.size[last] - position[last]);
@@ -52,8 +52,8 @@ void scatter(const Fill& fill, const char* stage, uint64_t* position, uint64_t m
 
 // Elements [begin, end) of the box, counted row-major over its dimensions.
 void run_piece(const Fill& fill, const Kernel& kernel, uint64_t begin, uint64_t end) {
-    const Box& box = fill.box;
-    const uint64_t item = item_size(fill.dtype);
+    const Box& box = *fill.box;
+    const uint64_t item = item_size(fill.values->dtype);
     char* const data = static_cast<char*>(fill.data);
     if (box.contiguous()) {
         kernel.generate(fill, box.index_offset + begin, end - begin, data + begin * item);

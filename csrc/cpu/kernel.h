@@ -109,6 +109,11 @@ inline void philox_words(const Schedule& s, uint32_t block, uint32_t count, uint
     for (; done < count; done += one) philox_groups<S, 1>(s, block + done, out + 4 * done);
 }
 
+// `uniform` gives u's factor 2^-24 to the scale, which is exact but for a tiny one.
+enum class Transform { uniform, tiny_uniform, normal, symmetric, truncated };
+
+inline bool is_tiny(float scale) { return (bits_of(scale) >> 23 & 255) <= 24; }
+
 template <class S>
 struct Constants {
     typename S::Float location, scale;
@@ -117,11 +122,11 @@ struct Constants {
     typename S::Float tail_scale[2], tail_offset[2], tail_low[2], tail_high[2];  // positive, negative
 };
 
-template <class S>
+template <class S, Transform T>
 inline Constants<S> make_constants(const Distribution& d) {
     Constants<S> c;
     c.location = S::set(d.location);
-    c.scale = S::set(d.scale);
+    c.scale = S::set(T == Transform::uniform ? d.scale * 0x1p-24f : d.scale);
     c.table = S::load_table();
     c.threshold = S::set(static_cast<uint32_t>(d.threshold));
     const TailMap* const sides[2] = {&d.positive, &d.negative};
@@ -134,13 +139,13 @@ inline Constants<S> make_constants(const Distribution& d) {
     return c;
 }
 
-enum class Transform { uniform, normal, symmetric, truncated };
-
 template <class S, Transform T>
 inline typename S::Float transform(const Constants<S>& c, typename S::Int w) {
     using Float = typename S::Float;
     using Int = typename S::Int;
     if constexpr (T == Transform::uniform) {
+        return S::fma(S::to_float_signed(S::template shift_right<8>(w)), c.scale, c.location);
+    } else if constexpr (T == Transform::tiny_uniform) {
         const Float u = S::mul(S::to_float_signed(S::template shift_right<8>(w)), S::set(0x1p-24f));
         return S::fma(u, c.scale, c.location);
     } else if constexpr (T == Transform::normal) {
@@ -206,8 +211,8 @@ constexpr uint64_t streaming_bytes = uint64_t{16} << 20;
 template <class S, Transform T, bool with_steps, class Out>
 void generate_values(const Fill& fill, uint64_t index, uint64_t count, Out* out) {
     constexpr uint64_t pair = 2 * S::lanes;
-    const Constants<S> constants = make_constants<S>(fill.distribution);
-    const Steps& steps = fill.steps;
+    const Constants<S> constants = make_constants<S, T>(fill.values->distribution);
+    const Steps& steps = fill.values->steps;
     // A chunk may start inside a block, and its last vectors are computed whole.
     alignas(64) uint32_t words[chunk_elements + 2 * pair];
     Schedule schedule{};
@@ -220,7 +225,7 @@ void generate_values(const Fill& fill, uint64_t index, uint64_t count, Out* out)
         const uint64_t n = least(count, least(chunk_elements - skip, until_wrap));
         if (block >> 32 != scheduled) {
             scheduled = block >> 32;
-            schedule = make_schedule(fill.seed, fill.stream, static_cast<uint32_t>(scheduled));
+            schedule = make_schedule(fill.values->seed, fill.stream, static_cast<uint32_t>(scheduled));
         }
         philox_words<S>(schedule, static_cast<uint32_t>(block), static_cast<uint32_t>((skip + n + 3) / 4), words);
         const uint32_t* const first = words + skip;
@@ -247,7 +252,7 @@ void generate_values(const Fill& fill, uint64_t index, uint64_t count, Out* out)
 
 template <class S, class Out>
 void generate_constant(const Fill& fill, uint64_t count, Out* out) {
-    const float value = apply_steps(fill.steps, fill.distribution.location);
+    const float value = apply_steps(fill.values->steps, fill.values->distribution.location);
     Out pattern[2 * S::lanes];
     S::store(pattern, S::set(value), S::set(value));
     uint64_t done = 0;
@@ -257,7 +262,7 @@ void generate_constant(const Fill& fill, uint64_t count, Out* out) {
 
 template <class S, Transform T, class Out>
 void generate_steps(const Fill& fill, uint64_t index, uint64_t count, Out* out) {
-    if (fill.steps.count == 0)
+    if (fill.values->steps.count == 0)
         generate_values<S, T, false>(fill, index, count, out);
     else
         generate_values<S, T, true>(fill, index, count, out);
@@ -265,13 +270,16 @@ void generate_steps(const Fill& fill, uint64_t index, uint64_t count, Out* out) 
 
 template <class S, class Out>
 void generate_kind(const Fill& fill, uint64_t index, uint64_t count, Out* out) {
-    switch (fill.distribution.kind) {
+    const Distribution& distribution = fill.values->distribution;
+    switch (distribution.kind) {
         case Kind::uniform:
+            if (is_tiny(distribution.scale))
+                return generate_steps<S, Transform::tiny_uniform>(fill, index, count, out);
             return generate_steps<S, Transform::uniform>(fill, index, count, out);
         case Kind::normal:
             return generate_steps<S, Transform::normal>(fill, index, count, out);
         case Kind::truncated_normal:
-            if (fill.distribution.symmetric) return generate_steps<S, Transform::symmetric>(fill, index, count, out);
+            if (distribution.symmetric) return generate_steps<S, Transform::symmetric>(fill, index, count, out);
             return generate_steps<S, Transform::truncated>(fill, index, count, out);
         default:
             return generate_constant<S>(fill, count, out);
@@ -280,7 +288,7 @@ void generate_kind(const Fill& fill, uint64_t index, uint64_t count, Out* out) {
 
 template <class S>
 void generate(const Fill& fill, uint64_t index, uint64_t count, void* out) noexcept {
-    switch (fill.dtype) {
+    switch (fill.values->dtype) {
         case Dtype::float32:
             return generate_kind<S>(fill, index, count, static_cast<float*>(out));
         case Dtype::float16:

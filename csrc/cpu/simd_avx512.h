@@ -30,7 +30,7 @@ constexpr LikelyRows likely_rows = make_likely_rows();
 
 struct Avx512 {
     static constexpr int lanes = 16;
-    static constexpr int philox_groups = 4;
+    static constexpr int philox_groups = 6;
 
     using Int = __m512i;
     using Float = __m512;

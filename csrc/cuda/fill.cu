@@ -2,12 +2,15 @@
 //
 // Fills that agree in kind, dtype, distribution, steps, seed and geometry share a launch, whose parameters carry the
 // whole table of them: nothing is allocated or copied, so a launch is asynchronous and can be captured. A slot is one
-// 16-byte store; each entry of the table is cut into tiles of so many slots, and a persistent grid walks the tiles.
+// 16-byte store; each entry of the table is cut into tiles of so many slots, and the blocks of a grid walk the tiles.
 //
-// Three kernels:
+// Four kernels:
 //   fill_run      whole 16-byte-aligned runs that begin on a Philox block, without steps: nearly everything in a model.
-//   fill_rows     the same with steps, and boxes all of whose runs are so aligned.
+//   fill_rows     rows so aligned, that is boxes of two dimensions, and runs with steps that are an Affine.
+//   fill_any      the same in more dimensions and with any steps.
 //   fill_general  any alignment, any start, any box, values that may be NaN, short tails.
+//
+// What was measured, and what was tried and dropped, is in docs/performance.md.
 //
 // The bits are those of distributions.h. Compile with -fmad=false and without --use_fast_math or --ftz=true: every
 // operation is an explicit round-to-nearest intrinsic or exact.
@@ -22,6 +25,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -31,29 +35,33 @@ namespace fastinit {
 namespace {
 
 // Threads of a block and blocks of a multiprocessor. Both together fill it where it holds 2048 threads, at 32 registers
-// each, or 1536, at 40. On an H200, blocks of 1024 make 2-byte normals 3 % faster than blocks of 512; float32 was
-// measured with 512 alone.
+// each, or 1536, at 40.
 #if defined(__CUDA_ARCH__) && ((__CUDA_ARCH__ > 800 && __CUDA_ARCH__ < 900) || __CUDA_ARCH__ >= 1100)
-constexpr int run_threads(Dtype) { return 512; }
-constexpr int run_blocks(Dtype) { return 3; }
+constexpr int kRunThreads = 512;
+constexpr int kRunBlocks = 3;
 #else
-constexpr int run_threads(Dtype dtype) { return dtype == Dtype::float32 ? 512 : 1024; }
-constexpr int run_blocks(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+constexpr int kRunThreads = 1024;
+constexpr int kRunBlocks = 2;
 #endif
-constexpr int kGeneralThreads = 512;
-constexpr int kGeneralBlocks = 2;
+constexpr int kThreads = 512;
 constexpr int kRowsBlocks = 3;
+constexpr int kAnyBlocks = 3;
+constexpr int kPlainBlocks = 4;
+constexpr int kGeneralBlocks = 2;
 constexpr uint32_t kWarp = 32;
 // A tile, at most, in slots for each thread of a block: finding a tile's entry and preparing its Philox rounds is a
 // small part of filling it.
 constexpr uint32_t kMaxTile = 16;
+// Tiles of an entry that take turns, at most: see Tile.
+constexpr uint32_t kGroup = 64;
 // Slots in a table entry, at most. Keeps slot and tile numbers of a launch and the elements of a run within 32 bits.
-constexpr uint64_t kMaxSlots = uint64_t{1} << 28;
-// Kernel parameters may take 32,764 bytes from CUDA 12.1, 4 KB before. With more than 16 KB a launch takes longer.
+constexpr uint64_t kMaxSlots = uint64_t{1} << 27;
+// Kernel parameters may take 32,764 bytes from CUDA 12.1, 4 KB before. No more entries than an H200 runs blocks of 512
+// threads at a time: small fills are a block's work each.
 #if CUDART_VERSION >= 12010
-constexpr int kEntries = 480;
+constexpr int kEntries = 512;
 #else
-constexpr int kEntries = 100;
+constexpr int kEntries = 120;
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -79,21 +87,45 @@ struct Geometry {
     uint64_t index_stride[Box::max_dims];
     uint64_t memory_stride[Box::max_dims];  // in bytes
     uint32_t block_stride[Box::max_dims];   // index_stride in Philox blocks, as an offset to a block number's low word
+    uint32_t slot_stride[Box::max_dims];    // memory_stride in slots
+};
+
+// Steps that are a multiplication and then an addition, either of which may do nothing: x * 1 and x + -0 are x.
+struct Affine {
+    float multiply;
+    float add;
+};
+
+// What the first elements' places in their streams have in common.
+struct Origin {
+    uint32_t block_high;
+    uint32_t stream_high;
+    uint32_t phase;  // index & 3
 };
 
 struct Shared {
     uint32_t key0[Philox::rounds];  // the key schedule: its words become constant operands
     uint32_t key1[Philox::rounds];
-    uint32_t one;  // 1.0f's bits; see icdf
+    uint32_t centre;  // see icdf
     Distribution distribution;
     Steps steps;
+    Affine affine;
+    Origin origin;
     Geometry geometry;
+};
+
+// From one pass over rows to the next: so many slots, which are so many rows and so far in a row. The same for all
+// entries of a launch, so that constants serve.
+struct RowStep {
+    uint32_t stride;
+    uint32_t rows;
+    uint32_t at;
 };
 
 struct Entry {
     char* data;
-    uint64_t index_offset;
-    uint64_t stream;
+    uint32_t block;   // of its first element, the low word
+    uint32_t stream;  // the low word
     uint32_t first_tile;
     uint32_t size;  // in slots; the elements of fill_general's single run
 };
@@ -103,13 +135,16 @@ struct Launch {
     uint32_t tile_slots;
     uint32_t tiles;
     uint32_t count;
-    Entry entries[kEntries];
+    uint32_t group_log2;  // fill_rows and fill_any: the tiles that take turns
+    RowStep step;
+    Entry entries[kEntries + 1];  // the one behind the last says where the last one's tiles end
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Device code
 
 // Truncated normals come in two forms: with equal sides that meet at 0 and no lower limit, as nearly all are, and any.
+enum class Path { run, rows, affine_rows, any, plain, general };
 enum class Form { constant, uniform, normal, symmetric, truncated };
 
 __device__ constexpr NormalTable device_table = normal_table;
@@ -119,10 +154,38 @@ __device__ constexpr NormalTable device_table = normal_table;
 constexpr uint32_t kTableRows = 256;
 constexpr uint32_t kCopies = 8;
 
-// The calling thread's copy.
+// The forms whose |f| is in [2, 2^32) or an integer below, so that one logic operation makes the centre of f's cell of
+// it: see icdf. kCentre is what the bits of all centres have in common: biased exponents from 128 on, half a cell.
+constexpr uint32_t kCentre = 0x40080000u;
+template <Form kForm>
+constexpr bool kCentred = kForm == Form::normal || kForm == Form::symmetric;
+
+// A row for the variable 2^e t, where 2^e is f's octave: exactly the same polynomial. The row of |f| = 1 and that of
+// 2 <= |f| < 2.25 become constants for a normal, whose f is an integer and which meets them nowhere but at their left
+// ends, t = -1/16, and, the latter, at f = 0, which has the value of 2: with a constant, icdf may get t wrong there.
+template <Form kForm>
+__device__ __forceinline__ float4 centred(float4 c, uint32_t row) {
+    if (kForm == Form::normal && (row == 0 || row == 248)) {
+        constexpr float t = -0.0625f;
+        return make_float4(__fmaf_rn(__fmaf_rn(__fmaf_rn(c.w, t, c.z), t, c.y), t, c.x), 0.0f, 0.0f, 0.0f);
+    }
+    const uint32_t octave = ((row >> 3) + 1) & 31;
+    const float scale = __uint_as_float((127 - octave) << 23);
+    c.y = __fmul_rn(c.y, scale);
+    c.z = __fmul_rn(__fmul_rn(c.z, scale), scale);
+    c.w = __fmul_rn(__fmul_rn(__fmul_rn(c.w, scale), scale), scale);
+    return c;
+}
+
+// The calling thread's copy. Each row is read from memory once: a small launch waits for little else.
+template <Form kForm>
 __device__ __forceinline__ const float4* load_rows(float4* rows) {
-    for (uint32_t i = threadIdx.x; i < kTableRows * kCopies; i += blockDim.x)
-        rows[i] = *reinterpret_cast<const float4*>(device_table.rows[i / kCopies]);
+    for (uint32_t row = threadIdx.x; row < kTableRows; row += blockDim.x) {
+        float4 c = *reinterpret_cast<const float4*>(device_table.rows[row]);
+        if constexpr (kCentred<kForm>) c = centred<kForm>(c, row);
+#pragma unroll
+        for (uint32_t i = 0; i < kCopies; ++i) rows[row * kCopies + (row + i) % kCopies] = c;  // each in other banks
+    }
     __syncthreads();
     return rows + threadIdx.x % kCopies;
 }
@@ -136,12 +199,12 @@ struct PhiloxRun {
     uint32_t x, z, w, z_first;
 };
 
-__device__ __forceinline__ PhiloxRun philox_run(const Shared& s, uint32_t block_high, uint64_t stream) {
-    const uint64_t p1 = uint64_t{Philox::multiplier1} * static_cast<uint32_t>(stream);
-    const uint32_t x1 = static_cast<uint32_t>(p1 >> 32) ^ block_high ^ s.key0[0];
+__device__ __forceinline__ PhiloxRun philox_run(const Shared& s, uint32_t stream) {
+    const uint64_t p1 = uint64_t{Philox::multiplier1} * stream;
+    const uint32_t x1 = static_cast<uint32_t>(p1 >> 32) ^ s.origin.block_high ^ s.key0[0];
     const uint64_t p0 = uint64_t{Philox::multiplier0} * x1;
     return PhiloxRun{static_cast<uint32_t>(p1) ^ s.key0[1], static_cast<uint32_t>(p0 >> 32) ^ s.key1[1],
-                     static_cast<uint32_t>(p0), static_cast<uint32_t>(stream >> 32) ^ s.key1[0]};
+                     static_cast<uint32_t>(p0), s.origin.stream_high ^ s.key1[0]};
 }
 
 __device__ __forceinline__ void philox_rounds(const Shared& s, int from, uint32_t (&c)[4]) {
@@ -166,36 +229,51 @@ __device__ __forceinline__ void philox_block(const Shared& s, const PhiloxRun& r
     philox_rounds(s, 2, c);
 }
 
-// normal_icdf. `one` is 1.0f's bits in a register: as an immediate it would cost the mantissa a second instruction.
-__device__ __forceinline__ float icdf(uint32_t f, const float4* rows, uint32_t one) {
-    const uint32_t offset = (f & 0x0FF00000u) >> 13;  // a row's copies are 128 bytes
-    const float4 c = *reinterpret_cast<const float4*>(reinterpret_cast<const char*>(rows) + offset);
-    const float t = __fadd_rn(__uint_as_float((f & 0x000FFFFFu) | one), -1.0625f);
+__device__ __forceinline__ float polynomial(float4 c, float t) {
     return __fmaf_rn(__fmaf_rn(__fmaf_rn(c.w, t, c.z), t, c.y), t, c.x);
+}
+
+// normal_icdf. In the centred form, f's distance from the centre of its cell, 2^e t, is one subtraction from |f|, and
+// the centre's bits are the row's offset as well. For f = 0 and |f| = 1 it would be the centre of another octave: their
+// row is right and its polynomial a constant. `centre` is kCentre in a register: as an immediate it would cost a second
+// instruction beside the mask.
+template <Form kForm>
+__device__ __forceinline__ float icdf(float f, const float4* rows, uint32_t centre) {
+    const uint32_t bits = __float_as_uint(f);
+    if constexpr (kCentred<kForm>) {
+        const uint32_t middle = (bits & 0x0FF00000u) | centre;
+        const char* const row = reinterpret_cast<const char*>(rows) - (kCentre >> 13) + (middle >> 13);
+        return polynomial(*reinterpret_cast<const float4*>(row), __fadd_rn(fabsf(f), -__uint_as_float(middle)));
+    } else {
+        const uint32_t offset = (bits & 0x0FF00000u) >> 13;  // a row's copies are 128 bytes
+        const char* const row = reinterpret_cast<const char*>(rows) + offset;
+        const float t = __fadd_rn(__uint_as_float((bits & 0x000FFFFFu) | 0x3F800000u), -1.0625f);
+        return polynomial(*reinterpret_cast<const float4*>(row), t);
+    }
 }
 
 __device__ __forceinline__ float with_sign_of(float x, uint32_t sign) {
     return __uint_as_float(__float_as_uint(x) ^ (sign & sign_bit));
 }
 
-// kAligned: for fill_run and fill_rows, whose fills the launcher has chosen. A uniform's scale has u's factor 2^-24,
+// kPlain: fills that the launcher has chosen. A uniform's scale has u's factor 2^-24,
 // exactly. A truncated normal meets no NaN, and zeros of unlike sign nowhere: no z is -0 and no bound `high` is a
 // zero. So fmaxf is at_least and fminf is at_most.
-template <Form kForm, bool kAligned>
+template <Form kForm, bool kPlain>
 __device__ __forceinline__ float value(const Shared& shared, uint32_t w, const float4* rows) {
     const Distribution& d = shared.distribution;
     if constexpr (kForm == Form::constant) {
         return d.location;
     } else if constexpr (kForm == Form::uniform) {
-        if constexpr (kAligned) return __fmaf_rn(__uint2float_rn(w >> 8), d.scale, d.location);
+        if constexpr (kPlain) return __fmaf_rn(__uint2float_rn(w >> 8), d.scale, d.location);
         return uniform_value(d, w);
     } else if constexpr (kForm == Form::normal) {
-        const uint32_t f = __float_as_uint(__int2float_rn(static_cast<int32_t>(w)));
-        return __fmaf_rn(with_sign_of(icdf(f, rows, shared.one), f), d.scale, d.location);
+        const float f = __int2float_rn(static_cast<int32_t>(w));
+        return __fmaf_rn(with_sign_of(icdf<kForm>(f, rows, shared.centre), __float_as_uint(f)), d.scale, d.location);
     } else if constexpr (kForm == Form::symmetric) {
         const float g = __int2float_rn(static_cast<int32_t>(w));
         const float f = __fmaf_rn(fabsf(g), d.positive.scale, d.positive.offset);
-        const float z = fminf(icdf(__float_as_uint(f), rows, shared.one), d.positive.high);
+        const float z = fminf(icdf<kForm>(f, rows, shared.centre), d.positive.high);
         return __fmaf_rn(with_sign_of(z, __float_as_uint(g)), d.scale, d.location);
     } else {
         const bool negative = static_cast<int32_t>(w) < d.threshold;
@@ -203,10 +281,10 @@ __device__ __forceinline__ float value(const Shared& shared, uint32_t w, const f
         const float g = __uint2float_rn(negative ? 0u - k : k);
         const float f = __fmaf_rn(g, negative ? d.negative.scale : d.positive.scale,
                                   negative ? d.negative.offset : d.positive.offset);
-        float z = icdf(__float_as_uint(f), rows, shared.one);
+        float z = icdf<kForm>(f, rows, shared.centre);
         const float low = negative ? d.negative.low : d.positive.low;
         const float high = negative ? d.negative.high : d.positive.high;
-        z = kAligned ? fminf(fmaxf(z, low), high) : at_most(at_least(z, low), high);
+        z = kPlain ? fminf(fmaxf(z, low), high) : at_most(at_least(z, low), high);
         return __fmaf_rn(negative ? -z : z, d.scale, d.location);
     }
 }
@@ -236,6 +314,12 @@ __device__ __forceinline__ void apply_steps(const Steps& steps, float (&x)[kCoun
                 for (float& v : x) v = at_most(at_least(v, a), step.b);
         }
     }
+}
+
+template <int kCount>
+__device__ __forceinline__ void apply_affine(const Affine& affine, float (&x)[kCount]) {
+#pragma unroll
+    for (float& v : x) v = __fadd_rn(__fmul_rn(v, affine.multiply), affine.add);
 }
 
 // One slot: kLanes elements in the 16 bytes of one store.
@@ -346,10 +430,25 @@ private:
     }
 };
 
+// The launches of one call write apart from each other and need not wait for each other: the next one may begin as soon
+// as all blocks of this one run, and ends after it. So a launch's beginning hides behind the one before it, which for
+// small fills is most of its time.
+__device__ __forceinline__ void begin_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void end_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (blockIdx.x == 0 && threadIdx.x == 0) asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Which table entry a tile belongs to: the last one that begins at or before it. Tiles come in rising order: it is the
 // entry of the tile before, or a later one.
 __device__ __forceinline__ uint32_t find_entry(const Launch& launch, uint32_t tile, uint32_t from) {
-    if (from + 1 == launch.count || tile < launch.entries[from + 1].first_tile) return from;
+    if (tile < launch.entries[from + 1].first_tile) return from;
     uint32_t below = launch.count;
     while (below - from > 1) {
         const uint32_t middle = (from + below) / 2;
@@ -362,16 +461,64 @@ __device__ __forceinline__ uint32_t find_entry(const Launch& launch, uint32_t ti
     return from;
 }
 
+// The slots of a tile: from `begin`, pass after pass, `stride` apart, to `end`. Neighbouring tiles of an entry take
+// turns, so that blocks which run side by side write side by side: memory takes that faster.
+struct Tile {
+    uint32_t begin, stride, end;
+};
+
+// Up to kGroup tiles take turns.
+__device__ __forceinline__ Tile tile_of_run(const Launch& launch, uint32_t entry, uint32_t tile) {
+    const uint32_t first = launch.entries[entry].first_tile;
+    const uint32_t group = (tile - first) / kGroup * kGroup;
+    const uint32_t tiles = min(kGroup, launch.entries[entry + 1].first_tile - first - group);
+    const uint32_t begin = group * launch.tile_slots;
+    return Tile{begin + (tile - first - group) * blockDim.x, tiles * blockDim.x,
+                min(begin + tiles * launch.tile_slots, launch.entries[entry].size)};
+}
+
+// As many as the launch says, for one stride in all entries; the last tiles may find nothing to do.
+__device__ __forceinline__ Tile tile_of_rows(const Launch& launch, uint32_t entry, uint32_t tile) {
+    const uint32_t at = tile - launch.entries[entry].first_tile;
+    const uint32_t group = at >> launch.group_log2, groups = launch.tile_slots << launch.group_log2;
+    return Tile{group * groups + (at - (group << launch.group_log2)) * blockDim.x, launch.step.stride,
+                min((group + 1) * groups, launch.entries[entry].size)};
+}
+
 __device__ __forceinline__ uint32_t divide(uint32_t n, const Divider& by) {
     return (__umulhi(n, by.magic) + n) >> by.shift;
 }
 
-// kRows: the entries may be boxes and have steps.
-template <Form kForm, Dtype kDtype, bool kRows>
+// Where an aligned slot lies: its first Philox block and its address, as distances from the entry's.
+struct Spot {
+    uint32_t block;
+    uint32_t slot;
+};
+
+__device__ __forceinline__ Spot spot_in_box(const Geometry& g, uint32_t slot, uint32_t blocks) {
+    uint32_t row = divide(slot, g.slots_per_run);
+    const uint32_t at = slot - row * g.slots_per_run.divisor;
+    Spot spot{at * blocks, at};
+#pragma unroll 1
+    for (int d = g.outer_dims - 1; d > 0; --d) {
+        const uint32_t quotient = divide(row, g.size[d]);
+        row -= quotient * g.size[d].divisor;
+        spot.block += row * g.block_stride[d];
+        spot.slot += row * g.slot_stride[d];
+        row = quotient;
+    }
+    spot.block += row * g.block_stride[0];
+    spot.slot += row * g.slot_stride[0];
+    return spot;
+}
+
+template <Form kForm, Dtype kDtype, Path kPath>
 __device__ __forceinline__ void fill_aligned(const Launch& launch) {
+    begin_launch();
     using S = Slot<kDtype>;
+    constexpr bool kRows = kPath == Path::rows || kPath == Path::affine_rows;
     __shared__ float4 table[kTabulated<kForm> ? kTableRows * kCopies : 1];
-    const float4* const rows = kTabulated<kForm> ? load_rows(table) : table;
+    const float4* const rows = kTabulated<kForm> ? load_rows<kForm>(table) : table;
     const Shared& shared = launch.shared;
     const Geometry& g = shared.geometry;
     S out;
@@ -381,68 +528,76 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
     for (uint32_t tile = blockIdx.x; tile < launch.tiles; tile += gridDim.x) {
         entry = find_entry(launch, tile, entry);
         const Entry& e = launch.entries[entry];
-        const uint64_t block = e.index_offset >> 2;
-        PhiloxRun run = philox_run(shared, static_cast<uint32_t>(block >> 32), e.stream);
+        PhiloxRun run = philox_run(shared, e.stream);
         // Keeps the compiler from doing it again for every slot, to save registers that only the truncated form lacks.
-        if constexpr (kRows && kForm != Form::truncated)
+        if constexpr (kPath != Path::run && kForm != Form::truncated)
             asm volatile("" : "+r"(run.x), "+r"(run.z), "+r"(run.w), "+r"(run.z_first));
-        const uint32_t begin = (tile - e.first_tile) * launch.tile_slots;
-        const uint32_t end = min(begin + launch.tile_slots, e.size);
-        for (uint32_t slot = begin + threadIdx.x; slot < end; slot += blockDim.x) {
-            uint32_t first_block = static_cast<uint32_t>(block);
-            char* address = e.data;
-            uint32_t at = slot;  // in its run
-            if constexpr (kRows) {
-                uint32_t row = divide(slot, g.slots_per_run);
-                at = slot - row * g.slots_per_run.divisor;
-#pragma unroll 1
-                for (int d = g.outer_dims - 1; d > 0; --d) {
-                    const uint32_t quotient = divide(row, g.size[d]);
-                    row -= quotient * g.size[d].divisor;
-                    first_block += row * g.block_stride[d];
-                    address += row * g.memory_stride[d];
-                    row = quotient;
-                }
-                first_block += row * g.block_stride[0];
-                address += row * g.memory_stride[0];
-            }
+        const Tile t = kPath == Path::run ? tile_of_run(launch, entry, tile) : tile_of_rows(launch, entry, tile);
+        uint32_t slot = t.begin + threadIdx.x, stride = t.stride, end = t.end, block = e.block;
+        // These, too, would be computed anew for every slot.
+        if constexpr (kPath == Path::run) asm volatile("" : "+r"(stride), "+r"(end), "+r"(block));
+        uint32_t row = 0, at = slot;
+        if constexpr (kRows) {
+            row = divide(slot, g.slots_per_run);
+            at = slot - row * g.slots_per_run.divisor;
+        }
+        for (; slot < end; slot += stride) {
+            Spot spot{slot * S::kBlocks, slot};
+            if constexpr (kRows) spot = Spot{at * S::kBlocks + row * g.block_stride[0], at + row * g.slot_stride[0]};
+            if constexpr (kPath == Path::any) spot = spot_in_box(g, slot, S::kBlocks);
             if constexpr (kForm != Form::constant) {
                 float x[S::kLanes];
 #pragma unroll
                 for (int b = 0; b < S::kBlocks; ++b) {
                     uint32_t w[4];
-                    philox_block(shared, run, first_block + at * S::kBlocks + b, w);
+                    philox_block(shared, run, block + spot.block + b, w);
 #pragma unroll
                     for (int i = 0; i < 4; ++i) x[4 * b + i] = value<kForm, true>(shared, w[i], rows);
                 }
-                if constexpr (kRows) apply_steps(shared.steps, x);
+                if constexpr (kPath == Path::affine_rows) apply_affine(shared.affine, x);
+                if constexpr (kPath == Path::any) apply_steps(shared.steps, x);
                 out.set(x);
             }
-            out.store(address + uint64_t{at} * 16);
+            out.store(e.data + uint64_t{spot.slot} * 16);
+            if constexpr (kRows) {
+                row += launch.step.rows;
+                at += launch.step.at;
+                if (at >= g.slots_per_run.divisor) {
+                    at -= g.slots_per_run.divisor;
+                    ++row;
+                }
+            }
         }
     }
+    end_launch();
 }
 
 template <Form kForm, Dtype kDtype>
-__global__ void __launch_bounds__(run_threads(kDtype), run_blocks(kDtype))
-    fill_run(const __grid_constant__ Launch launch) {
-    fill_aligned<kForm, kDtype, false>(launch);
+__global__ void __launch_bounds__(kRunThreads, kRunBlocks) fill_run(const __grid_constant__ Launch launch) {
+    fill_aligned<kForm, kDtype, Path::run>(launch);
+}
+
+template <Form kForm, Dtype kDtype, bool kAffine>
+__global__ void __launch_bounds__(kThreads, kRowsBlocks) fill_rows(const __grid_constant__ Launch launch) {
+    fill_aligned<kForm, kDtype, kAffine ? Path::affine_rows : Path::rows>(launch);
 }
 
 template <Form kForm, Dtype kDtype>
-__global__ void __launch_bounds__(kGeneralThreads, kRowsBlocks) fill_rows(const __grid_constant__ Launch launch) {
-    fill_aligned<kForm, kDtype, true>(launch);
+__global__ void __launch_bounds__(kThreads, kAnyBlocks) fill_any(const __grid_constant__ Launch launch) {
+    fill_aligned<kForm, kDtype, Path::any>(launch);
 }
 
-// Where a slot lies: its run's first element in the stream and in memory, and which of the run's slots it is.
+// Where a slot lies: its run's first element, in the stream as a distance from the block of the entry's first element,
+// and in memory, and which of the run's slots it is.
 struct Place {
-    uint64_t index;
+    int64_t index;
     char* memory;
     uint32_t slot;
 };
 
-__device__ __forceinline__ Place locate(const Geometry& g, const Entry& e, uint32_t slot) {
-    Place p{e.index_offset, e.data, slot};
+__device__ __forceinline__ Place locate(const Shared& shared, const Entry& e, uint32_t slot) {
+    const Geometry& g = shared.geometry;
+    Place p{shared.origin.phase, e.data, slot};
     if (g.outer_dims == 0) return p;
     uint32_t rest = divide(slot, g.slots_per_run);
     p.slot = slot - rest * g.slots_per_run.divisor;
@@ -458,8 +613,8 @@ __device__ __forceinline__ Place locate(const Geometry& g, const Entry& e, uint3
 }
 
 // Elements [first, first + lanes) of a run fill the slot, of which those in [0, run) exist: their bits.
-__device__ __forceinline__ uint32_t existing(int64_t first, uint64_t run, int lanes) {
-    const int64_t left = static_cast<int64_t>(run) - first;
+__device__ __forceinline__ uint32_t existing(int32_t first, int32_t run, int lanes) {
+    const int32_t left = run - first;
     if (left <= 0) return 0;
     const uint32_t below_end = left >= lanes ? (1u << lanes) - 1u : (1u << left) - 1u;
     return first < 0 ? below_end & (~0u << -first) : below_end;
@@ -467,12 +622,15 @@ __device__ __forceinline__ uint32_t existing(int64_t first, uint64_t run, int la
 
 // A thread makes the elements of whole Philox blocks. Where a slot begins inside a block, its last elements are the
 // first ones that the next thread makes; the last thread of a warp only helps the one before it.
-template <Form kForm, Dtype kDtype>
-__global__ void __launch_bounds__(kGeneralThreads, kGeneralBlocks) fill_general(const __grid_constant__ Launch launch) {
+// kPlain: the high word of the block number is one and the same, no value is NaN, and the steps are an Affine.
+template <Form kForm, Dtype kDtype, bool kPlain>
+__global__ void __launch_bounds__(kThreads, kPlain ? kPlainBlocks : kGeneralBlocks)
+    fill_general(const __grid_constant__ Launch launch) {
+    begin_launch();
     using S = Slot<kDtype>;
     constexpr uint32_t kAll = (1u << S::kLanes) - 1u;
     __shared__ float4 table[kTabulated<kForm> ? kTableRows * kCopies : 1];
-    const float4* const rows = kTabulated<kForm> ? load_rows(table) : table;
+    const float4* const rows = kTabulated<kForm> ? load_rows<kForm>(table) : table;
     const Shared& shared = launch.shared;
     const Geometry& g = shared.geometry;
     const uint32_t lane = threadIdx.x % kWarp;
@@ -484,39 +642,54 @@ __global__ void __launch_bounds__(kGeneralThreads, kGeneralBlocks) fill_general(
     for (uint32_t tile = blockIdx.x; tile < launch.tiles; tile += gridDim.x) {
         entry = find_entry(launch, tile, entry);
         const Entry& e = launch.entries[entry];
+        const PhiloxRun run = philox_run(shared, e.stream);
         const uint32_t begin = (tile - e.first_tile) * launch.tile_slots;
         // Of a single run, a bound will do: `existing` finds the end.
         const uint32_t end = min(begin + launch.tile_slots, g.outer_dims == 0 ? e.size / S::kLanes + 2 : g.slots);
-        const uint64_t elements = g.outer_dims == 0 ? e.size : g.run;
+        const auto elements = static_cast<int32_t>(g.outer_dims == 0 ? e.size : g.run);
         // The condition is the same for a whole warp: its threads have to meet in Slot::shift.
         for (uint32_t from = begin + threadIdx.x / kWarp * (kWarp - 1); from < end; from += step) {
             const uint32_t slot = from + lane;
-            const Place place = locate(g, e, slot);
+            const Place place = locate(shared, e, slot);
             // A run's first slot begins up to kLanes - 1 elements before the run: at a 16-byte boundary, or, where
             // elements are stored one by one anyway, at a Philox block.
             const uint32_t misaligned = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(place.memory)) & 15u;
-            const int head = static_cast<int>(g.scattered ? place.index & 3 : misaligned / S::kItemSize);
-            const int64_t first = int64_t{place.slot} * S::kLanes - head;
+            const auto head = static_cast<int32_t>(g.scattered ? place.index & 3 : misaligned / S::kItemSize);
+            const int32_t first = static_cast<int32_t>(place.slot) * S::kLanes - head;
             const uint32_t which = lane != kWarp - 1 && slot < end ? existing(first, elements, S::kLanes) : 0;
 
             if constexpr (kForm != Form::constant) {
                 // Before element 0 of the stream the index wraps and so does the block: block -1 is never stored.
-                const int64_t index = static_cast<int64_t>(place.index) + first;
+                const int64_t index = place.index + first;
                 float x[S::kLanes];
 #pragma unroll
                 for (int b = 0; b < S::kBlocks; ++b) {
-                    const uint64_t block = static_cast<uint64_t>((index >> 2) + b);
-                    uint32_t w[4] = {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
-                                     static_cast<uint32_t>(e.stream), static_cast<uint32_t>(e.stream >> 32)};
-                    philox_rounds(shared, 0, w);
+                    uint32_t w[4];
+                    if constexpr (kPlain) {
+                        philox_block(shared, run, e.block + static_cast<uint32_t>(index >> 2) + b, w);
+                    } else {
+                        const uint64_t origin = uint64_t{shared.origin.block_high} << 32 | e.block;
+                        const uint64_t block = origin + static_cast<uint64_t>((index >> 2) + b);
+                        w[0] = static_cast<uint32_t>(block);
+                        w[1] = static_cast<uint32_t>(block >> 32);
+                        w[2] = e.stream;
+                        w[3] = shared.origin.stream_high;
+                        philox_rounds(shared, 0, w);
+                    }
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) x[4 * b + i] = value<kForm, false>(shared, w[i], rows);
+                    for (int i = 0; i < 4; ++i)
+                        x[4 * b + i] = value<kForm, kPlain>(shared, w[i], rows);
                 }
-                apply_steps(shared.steps, x);
-                out.set_canonical(x);
+                if constexpr (kPlain) {
+                    apply_affine(shared.affine, x);
+                    out.set(x);
+                } else {
+                    apply_steps(shared.steps, x);
+                    out.set_canonical(x);
+                }
                 out.shift(static_cast<uint32_t>(index) & 3u);
             }
-            char* const address = place.memory + first * S::kItemSize;
+            char* const address = place.memory + int64_t{first} * S::kItemSize;
             if (which == kAll) {
                 out.store(address);
             } else if (which != 0) {
@@ -524,6 +697,7 @@ __global__ void __launch_bounds__(kGeneralThreads, kGeneralBlocks) fill_general(
             }
         }
     }
+    end_launch();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -531,25 +705,35 @@ __global__ void __launch_bounds__(kGeneralThreads, kGeneralBlocks) fill_general(
 
 using Kernel = void (*)(Launch);
 
-enum class Path { run, rows, general };
 
+
+template <Form kForm, Dtype kDtype>
+Kernel kernel_for(Path path) {
+    switch (path) {
+        case Path::run: return fill_run<kForm, kDtype>;
+        case Path::rows: return fill_rows<kForm, kDtype, false>;
+        case Path::affine_rows: return fill_rows<kForm, kDtype, true>;
+        case Path::any: return fill_any<kForm, kDtype>;
+        case Path::plain: return fill_general<kForm, kDtype, true>;
+        default: return fill_general<kForm, kDtype, false>;
+    }
+}
+
+// Which of a form's kernels exist follows from Launcher::add_piece.
 template <Dtype kDtype>
 Kernel kernel_for(Form form, Path path) {
     switch (form) {
         case Form::constant:
-            return path == Path::general ? fill_general<Form::constant, kDtype> : fill_run<Form::constant, kDtype>;
-        case Form::uniform:
-            return path == Path::run    ? fill_run<Form::uniform, kDtype>
-                   : path == Path::rows ? fill_rows<Form::uniform, kDtype>
-                                        : fill_general<Form::uniform, kDtype>;
-        case Form::normal:
-            return path == Path::run    ? fill_run<Form::normal, kDtype>
-                   : path == Path::rows ? fill_rows<Form::normal, kDtype>
-                                        : fill_general<Form::normal, kDtype>;
-        case Form::symmetric:
-            return fill_run<Form::symmetric, kDtype>;
+            if (path == Path::run) return fill_run<Form::constant, kDtype>;
+            return fill_general<Form::constant, kDtype, false>;
+        case Form::uniform: return kernel_for<Form::uniform, kDtype>(path);
+        case Form::normal: return kernel_for<Form::normal, kDtype>(path);
+        case Form::symmetric: return fill_run<Form::symmetric, kDtype>;
         default:
-            return path == Path::general ? fill_general<Form::truncated, kDtype> : fill_rows<Form::truncated, kDtype>;
+            if (path == Path::rows) return fill_rows<Form::truncated, kDtype, false>;
+            if (path == Path::affine_rows) return fill_rows<Form::truncated, kDtype, true>;
+            if (path == Path::any) return fill_any<Form::truncated, kDtype>;
+            return fill_general<Form::truncated, kDtype, false>;
     }
 }
 
@@ -606,6 +790,7 @@ struct Key {
     uint64_t seed;
     Distribution distribution;
     Steps steps;
+    Origin origin;
     Geometry geometry;
 };
 
@@ -614,7 +799,7 @@ struct KeyHash {
         uint64_t parts[4];
         std::memcpy(parts, &key.distribution.location, 8);
         parts[1] = key.seed;
-        parts[2] = key.geometry.slots_per_run.divisor ^ key.geometry.index_stride[0] << 20;
+        parts[2] = (key.geometry.slots_per_run.divisor ^ key.geometry.index_stride[0] << 20) + key.origin.phase;
         parts[3] = static_cast<uint64_t>(key.form) << 16 | static_cast<uint64_t>(key.dtype) << 8 |
                    static_cast<uint64_t>(key.path) << 4 | static_cast<uint64_t>(key.steps.count);
         uint64_t hash = 0;
@@ -635,20 +820,27 @@ struct Piece {
 
 uint64_t ceil_divide(uint64_t a, uint64_t b) { return a / b + (a % b != 0); }
 
-// Whether fill_run or fill_rows may fill the piece: all its runs begin on a Philox block and at a 16-byte boundary and,
-// but for a single run's tail, end so, and the high word of the block number is one and the same.
+// Whether all elements' block numbers have the same high word.
+bool in_one_window(const Box& box) {
+    uint64_t last = box.index_offset;
+    for (int d = 0; d < box.dims; ++d) last += (box.size[d] - 1) * box.index_stride[d];
+    return box.index_offset >> 34 == last >> 34;
+}
+
+// Whether fill_run, fill_rows or fill_any may fill the piece: all its runs begin on a Philox block and at a 16-byte
+// boundary and, but for a single run's tail, end so, and the block numbers' high word is one and the same.
 bool is_aligned(const Piece& piece, Dtype dtype) {
     const uint64_t item = item_size(dtype), lanes = 16 / item;
     const Box& box = piece.box;
     if (!box.contiguous_runs() || reinterpret_cast<uintptr_t>(piece.data) % 16 != 0 || box.index_offset % 4 != 0)
         return false;
     if (box.dims == 1 ? box.run() < lanes : box.run() % lanes != 0) return false;
-    uint64_t last = box.index_offset + box.run() - 1;
+    uint64_t span = 0;
     for (int d = 0; d < box.dims - 1; ++d) {
         if (box.index_stride[d] % 4 != 0 || box.memory_stride[d] * item % 16 != 0) return false;
-        last += (box.size[d] - 1) * box.index_stride[d];
+        span += (box.size[d] - 1) * box.memory_stride[d] * item;
     }
-    return box.index_offset >> 34 == last >> 34;
+    return span >> 35 == 0 && in_one_window(box);  // the kernel counts slots of memory in 32 bits
 }
 
 // A piece's slots and how they are arranged. Of a piece of more than kMaxSlots slots, the number alone holds.
@@ -690,6 +882,7 @@ Shape shape_of(const Piece& piece, Dtype dtype, bool aligned) {
         g.index_stride[d] = box.index_stride[d];
         g.block_stride[d] = static_cast<uint32_t>(box.index_stride[d] >> 2);
         g.memory_stride[d] = box.memory_stride[d] * item;
+        g.slot_stride[d] = static_cast<uint32_t>(g.memory_stride[d] / 16);
     }
     return shape;
 }
@@ -728,13 +921,38 @@ Form form_of(const Distribution& d) {
     }
     const TailMap& tail = d.positive;
     if (!d.symmetric || !std::isinf(tail.low) || tail.low > 0) return Form::truncated;
-    // Bounds that no z reaches: the same words give a normal's bits.
-    if (tail.scale == 1.0f && tail.offset == 0.0f && tail.high >= 7.0f) return Form::normal;
+    // f has to be in [2, 2^32) for icdf's centred form, but in a normal.
+    if (tail.offset < 2.0f || tail.scale < 0.0f || tail.scale * 0x1p31f + tail.offset > 0x1.8p31f) {
+        // Bounds that no z reaches: the same words give a normal's bits.
+        const bool normal = tail.scale == 1.0f && tail.offset == 0.0f && tail.high >= 7.0f;
+        return normal ? Form::normal : Form::truncated;
+    }
     return tail.high > 0 ? Form::symmetric : Form::truncated;
 }
 
+// The steps as an Affine, if they are one. Only exact rewritings: a division by a power of two is a multiplication.
+bool make_affine(const Steps& steps, Affine& affine) {
+    affine = Affine{1.0f, -0.0f};
+    for (int i = 0; i < steps.count; ++i) {
+        const Step& step = steps.items[i];
+        const bool last = i + 1 == steps.count;
+        if (i == 0 && step.op == StepOp::multiply) {
+            affine.multiply = step.a;
+        } else if (i == 0 && step.op == StepOp::divide) {
+            const uint32_t exponent = bits_of(step.a) >> 23 & 255;
+            if ((bits_of(step.a) & 0x007FFFFFu) != 0 || exponent < 1 || exponent > 252) return false;
+            affine.multiply = float_of((bits_of(step.a) & sign_bit) | (254 - exponent) << 23);
+        } else if (last && step.op == StepOp::add) {
+            affine.add = step.a;
+        } else {
+            return false;
+        }
+    }
+    return true;
+}
+
 // Whether every value is finite after the distribution and after each step, by a bound on its magnitude: no NaN then.
-bool stays_finite(const Fill& fill) {
+bool stays_finite(const Values& fill) {
     const Distribution& d = fill.distribution;
     double z = 1;
     if (d.kind == Kind::normal || d.kind == Kind::truncated_normal) z = 7;
@@ -762,22 +980,23 @@ bool stays_finite(const Fill& fill) {
 // What follows from a fill's distribution and steps.
 struct Style {
     Form form;
-    bool aligned_ok;  // fill_run and fill_rows may be used
-    Distribution scaled;  // the distribution as they want it
+    bool plain;    // kernels that rest on what `value` says of kPlain may be used
+    bool affine;   // the steps are an Affine
+    Distribution scaled;  // the distribution as those kernels want it
 };
 
-Style style_of(const Fill& fill) {
-    Style style{form_of(fill.distribution), true, fill.distribution};
+Style style_of(const Values& fill) {
+    Affine affine;
+    Style style{form_of(fill.distribution), true, make_affine(fill.steps, affine), fill.distribution};
     if (style.form == Form::constant) return style;
-    style.aligned_ok = stays_finite(fill);
+    style.plain = stays_finite(fill);
     if (style.form == Form::truncated)
-        style.aligned_ok =
-            style.aligned_ok && fill.distribution.negative.high != 0 && fill.distribution.positive.high != 0;
+        style.plain = style.plain && fill.distribution.negative.high != 0 && fill.distribution.positive.high != 0;
     if (style.form == Form::uniform) {
         // The scale times 2^-24, exact unless it is tiny; in integers, since the caller may flush subnormals.
         const uint32_t bits = bits_of(style.scaled.scale), magnitude = bits & ~sign_bit;
         if (magnitude == 0) return style;
-        style.aligned_ok = style.aligned_ok && magnitude >> 23 > 24;
+        style.plain = style.plain && magnitude >> 23 > 24;
         style.scaled.scale = float_of(bits - (24u << 23));
     }
     return style;
@@ -792,25 +1011,30 @@ public:
         check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
               "cudaDeviceGetAttribute", device);
         multiprocessors_ = static_cast<uint32_t>(multiprocessors);
+        int major = 0;
+        check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute",
+              device);
+        overlap_ = major >= 9;
         std::memset(&key_, 0, sizeof key_);
     }
 
     void add(const Fill& fill) {
-        if (fill.box.dims == 0 || add_like_previous(fill)) return;
-        previous_ = nullptr;
-        const Style style = style_of(fill);
+        if (fill.box->dims == 0) return;
+        Known& known = known_as(fill.values);
+        if (add_like_others(fill, known)) return;
+        const Dtype dtype = fill.values->dtype;
         std::vector<Piece>& pieces = pieces_;
-        pieces.assign(1, Piece{static_cast<char*>(fill.data), fill.box});
+        pieces.assign(1, Piece{static_cast<char*>(fill.data), *fill.box});
         while (!pieces.empty()) {
             const Piece piece = pieces.back();
             pieces.pop_back();
-            const bool aligned = style.aligned_ok && is_aligned(piece, fill.dtype) &&
-                                 (style.form != Form::constant || piece.box.dims == 1);
-            const Shape shape = shape_of(piece, fill.dtype, aligned);
+            const bool aligned = known.style.plain && is_aligned(piece, dtype) &&
+                                 (known.style.form != Form::constant || piece.box.dims == 1);
+            const Shape shape = shape_of(piece, dtype, aligned);
             if (shape.slots > kMaxSlots) {
-                split(piece, fill.dtype, pieces);
+                split(piece, dtype, pieces);
             } else {
-                add_piece(fill, style, piece, shape, aligned);
+                add_piece(fill, known, piece, shape, aligned);
             }
         }
     }
@@ -820,117 +1044,192 @@ public:
     }
 
 private:
-    using Group = std::pair<const Key, std::vector<Entry>>;
+    struct Group {
+        std::vector<Entry> entries;  // of which `count` are in use
+        uint32_t count = 0;
+        uint64_t slots = 0;    // of all entries
+        uint32_t largest = 0;  // of one
+    };
+    using KeyedGroup = std::pair<const Key, Group>;
 
-    // Most fills of a model are whole tensors that differ from the one before in address, size and stream alone.
-    bool add_like_previous(const Fill& fill) {
-        if (previous_ == nullptr) return false;
-        const Fill& p = *previous_;
-        if (fill.dtype != p.dtype || fill.seed != p.seed || fill.steps.count != 0 || p.steps.count != 0 ||
-            std::memcmp(&fill.distribution, &p.distribution, sizeof p.distribution) != 0 || !fill.box.contiguous())
-            return false;
-        // is_aligned, less what is known here: the device should not wait for the host.
-        const uint64_t index = fill.box.index_offset, run = fill.box.run();
-        const int lanes_log2 = fill.dtype == Dtype::float32 ? 2 : 3;
+    // Values met before, what follows from them, and the group that their whole tensors are in, if any.
+    struct Known {
+        const Values* values;
+        Style style;
+        KeyedGroup* run;
+    };
+
+    Known& known_as(const Values* values) {
+        for (Known& known : known_)
+            if (known.values == values) return known;
+        oldest_ = (oldest_ + 1) % std::size(known_);
+        return known_[oldest_] = Known{values, style_of(*values), nullptr};
+    }
+
+    // Most fills of a model are whole tensors that differ from others in address, size and stream alone. is_aligned and
+    // add_piece, less what is known of them: the device should not wait for the host.
+    bool add_like_others(const Fill& fill, const Known& known) {
+        if (known.run == nullptr) return false;
+        const Box& box = *fill.box;
+        const Origin& origin = known.run->first.origin;
+        const uint64_t index = box.index_offset, run = box.run();
+        const int lanes_log2 = known.run->first.dtype == Dtype::float32 ? 2 : 3;
         const uint64_t slots = run >> lanes_log2;
-        if (slots << lanes_log2 != run || slots > kMaxSlots || reinterpret_cast<uintptr_t>(fill.data) % 16 != 0 ||
-            index % 4 != 0 || index >> 34 != (index + run - 1) >> 34)
+        if (!box.contiguous() || slots << lanes_log2 != run || slots > kMaxSlots ||
+            reinterpret_cast<uintptr_t>(fill.data) % 16 != 0 || index % 4 != 0 || index >> 34 != origin.block_high ||
+            (index + run - 1) >> 34 != origin.block_high || fill.stream >> 32 != origin.stream_high)
             return false;
-        push(*previous_group_,
-             Entry{static_cast<char*>(fill.data), index, fill.stream, 0, static_cast<uint32_t>(slots)});
+        push(*known.run, make_entry(fill, static_cast<char*>(fill.data), index, slots), slots);
         return true;
     }
 
-    void add_piece(const Fill& fill, const Style& style, const Piece& piece, const Shape& shape, bool aligned) {
-        const uint64_t item = item_size(fill.dtype), lanes = 16 / item;
+    static Entry make_entry(const Fill& fill, char* data, uint64_t index, uint64_t size) {
+        return Entry{data, static_cast<uint32_t>(index >> 2), static_cast<uint32_t>(fill.stream), 0,
+                     static_cast<uint32_t>(size)};
+    }
+
+    void add_piece(const Fill& fill, Known& known, const Piece& piece, const Shape& shape, bool aligned) {
+        const Values& values = *fill.values;
+        const Style& style = known.style;
+        const uint64_t item = item_size(values.dtype), lanes = 16 / item;
         const Box& box = piece.box;
         const uint64_t index = box.index_offset;
-        // Only fill_run knows the symmetric form, and only it does not know the general truncated one.
-        const bool bare = box.dims == 1 && (fill.steps.count == 0 || style.form == Form::constant) &&
-                          style.form != Form::truncated;
-        const Form form = aligned && bare ? style.form : style.form == Form::symmetric ? Form::truncated : style.form;
+        const bool plain = style.plain && style.affine && in_one_window(box) &&
+                           (style.form == Form::uniform || style.form == Form::normal);
+        const Path unaligned = plain ? Path::plain : Path::general;
         if (!aligned) {
-            add_entry(fill, form, Path::general, fill.distribution, shape,
-                      Entry{piece.data, index, fill.stream, 0, static_cast<uint32_t>(box.run())});
+            add_entry(fill, style, unaligned, shape, index, make_entry(fill, piece.data, index, box.run()));
             return;
         }
+        // Only fill_run knows the symmetric form, and only it does not know the general truncated one.
+        const bool bare = box.dims == 1 && (values.steps.count == 0 || style.form == Form::constant) &&
+                          style.form != Form::truncated;
+        const Path path = bare                            ? Path::run
+                          : box.dims > 2 || !style.affine ? Path::any
+                          : values.steps.count == 0       ? Path::rows
+                                                          : Path::affine_rows;
         const uint64_t body = box.dims == 1 ? box.run() / lanes * lanes : box.run();
-        add_entry(fill, form, bare ? Path::run : Path::rows, style.scaled, shape,
-                  Entry{piece.data, index, fill.stream, 0, static_cast<uint32_t>(shape.slots)});
-        if (bare && fill.steps.count == 0 && fill.box.dims == 1) {
-            previous_ = &fill;
-            previous_group_ = last_;
-        }
+        KeyedGroup& group = add_entry(fill, style, path, shape, index,
+                                      make_entry(fill, piece.data, index, shape.slots));
+        if (bare && values.steps.count == 0) known.run = &group;
         if (body == box.run()) return;
-        const auto tail = static_cast<uint32_t>(box.run() - body);
-        add_entry(fill, style.form == Form::symmetric ? Form::truncated : style.form, Path::general, fill.distribution,
-                  shape, Entry{piece.data + body * item, index + body, fill.stream, 0, tail});
+        add_entry(fill, style, unaligned, shape, index + body,
+                  make_entry(fill, piece.data + body * item, index + body, box.run() - body));
     }
 
-    void add_entry(const Fill& fill, Form form, Path path, const Distribution& distribution, const Shape& shape,
-                   const Entry& entry) {
-        key_.form = form;
-        key_.dtype = fill.dtype;
+    KeyedGroup& add_entry(const Fill& fill, const Style& style, Path path, const Shape& shape, uint64_t index,
+                          const Entry& entry) {
+        const Values& values = *fill.values;
+        const bool truncated = style.form == Form::symmetric && path != Path::run;
+        key_.form = truncated ? Form::truncated : style.form;
+        key_.dtype = values.dtype;
         key_.path = path;
-        key_.seed = form == Form::constant ? 0 : fill.seed;
-        key_.distribution = distribution;
-        key_.steps = fill.steps;
+        key_.seed = style.form == Form::constant ? 0 : values.seed;
+        key_.distribution = path == Path::general ? values.distribution : style.scaled;
+        key_.steps = values.steps;
+        key_.origin = Origin{static_cast<uint32_t>(index >> 34), static_cast<uint32_t>(fill.stream >> 32),
+                             static_cast<uint32_t>(index & 3)};
         key_.geometry = shape.geometry;
         if (last_ == nullptr || !KeyEqual{}(last_->first, key_)) last_ = &*groups_.try_emplace(key_).first;
-        push(*last_, entry);
+        push(*last_, entry, slots_of(key_, entry));
+        return *last_;
     }
 
-    void push(Group& group, const Entry& entry) {
-        group.second.push_back(entry);
-        if (group.second.size() == kEntries) launch_group(group);
+    static bool is_unaligned(Path path) { return path == Path::plain || path == Path::general; }
+
+    static uint64_t slots_of(const Key& key, const Entry& entry) {
+        if (key.geometry.outer_dims != 0) return key.geometry.slots;
+        if (is_unaligned(key.path)) return entry.size / (key.dtype == Dtype::float32 ? 4 : 8) + 2;
+        return entry.size;
+    }
+
+    void push(KeyedGroup& keyed, const Entry& entry, uint64_t slots) {
+        Group& group = keyed.second;
+        if (group.count == group.entries.size())
+            group.entries.resize(std::min<size_t>(std::max<size_t>(2 * group.count, 16), kEntries));
+        group.entries[group.count++] = entry;
+        group.slots += slots;
+        group.largest = std::max(group.largest, static_cast<uint32_t>(slots));
+        if (group.count == kEntries) launch_group(keyed);
     }
 
     // Launches the group's entries, at most kEntries, and leaves it empty.
-    void launch_group(Group& group) {
-        const Key& key = group.first;
-        std::vector<Entry>& entries = group.second;
-        if (entries.empty()) return;
+    void launch_group(KeyedGroup& keyed) {
+        const Key& key = keyed.first;
+        Group& group = keyed.second;
+        if (group.count == 0) return;
         Launch& launch = launch_;
         Shared& shared = launch.shared;
         for (uint32_t round = 0; round < Philox::rounds; ++round) {
             shared.key0[round] = static_cast<uint32_t>(key.seed) + round * Philox::key_step0;
             shared.key1[round] = static_cast<uint32_t>(key.seed >> 32) + round * Philox::key_step1;
         }
-        shared.one = 0x3F800000u;
+        shared.centre = kCentre;
         shared.distribution = key.distribution;
         shared.steps = key.steps;
+        make_affine(key.steps, shared.affine);
+        shared.origin = key.origin;
         shared.geometry = key.geometry;
 
-        const uint32_t lanes = key.dtype == Dtype::float32 ? 4 : 8;
-        const auto slots = [&](const Entry& entry) {
-            if (key.geometry.outer_dims != 0) return key.geometry.slots;
-            return key.path == Path::general ? entry.size / lanes + 2 : entry.size;
-        };
-        uint64_t total = 0;
-        uint32_t largest = 0;
-        for (const Entry& entry : entries) {
-            total += slots(entry);
-            largest = std::max(largest, slots(entry));
-        }
         const void* const kernel = reinterpret_cast<const void*>(kernel_for(key.form, key.dtype, key.path));
-        const uint32_t threads = prepare(kernel, largest);
+        const uint32_t threads = prepare(kernel, group.largest);
 
         // Tiles of whole passes of a block; eight or more for every resident block where there is work enough, so that
         // blocks end together.
-        const uint32_t pass = key.path == Path::general ? threads / kWarp * (kWarp - 1) : threads;
-        const uint64_t passes = total / (uint64_t{8} * resident_) / pass;
+        const uint32_t pass = is_unaligned(key.path) ? threads / kWarp * (kWarp - 1) : threads;
+        const uint64_t passes = group.slots / (uint64_t{8} * resident_) / pass;
         launch.tile_slots = pass * static_cast<uint32_t>(std::min<uint64_t>(std::max<uint64_t>(passes, 1), kMaxTile));
+        launch.group_log2 = 0;
+        if (key.path == Path::rows || key.path == Path::affine_rows || key.path == Path::any)
+            set_row_step(key.geometry, group.slots / group.count, threads);
+        const uint32_t group_slots = launch.tile_slots << launch.group_log2;
         launch.tiles = 0;
-        launch.count = static_cast<uint32_t>(entries.size());
+        launch.count = group.count;
+        uint64_t slots = 0;
+        uint32_t tiles = 0;  // of an entry of so many slots
         for (uint32_t i = 0; i < launch.count; ++i) {
-            launch.entries[i] = entries[i];
+            launch.entries[i] = group.entries[i];
             launch.entries[i].first_tile = launch.tiles;
-            launch.tiles += (slots(entries[i]) + launch.tile_slots - 1) / launch.tile_slots;
+            if (const uint64_t these = slots_of(key, group.entries[i]); these != slots) {
+                slots = these;
+                tiles = static_cast<uint32_t>((slots + group_slots - 1) / group_slots) << launch.group_log2;
+            }
+            launch.tiles += tiles;
         }
-        void* arguments[] = {&launch};
-        check(cudaLaunchKernel(kernel, dim3(std::min(launch.tiles, resident_)), dim3(threads), arguments, 0, stream_),
-              "cudaLaunchKernel", device_);
-        entries.clear();
+        launch.entries[launch.count].first_tile = launch.tiles;
+        // As many blocks as run at a time, where each has a table to load. Without one, a block for each tile: the
+        // device then hands them out as multiprocessors become free, and these do not all write equally fast.
+        const bool tabulated = key.form != Form::constant && key.form != Form::uniform;
+        start(kernel, tabulated ? std::min(launch.tiles, resident_) : launch.tiles, threads);
+        group.count = 0;
+        group.slots = 0;
+        group.largest = 0;
+    }
+
+    // Of a launch of fill_rows or fill_any, with entries of `slots` slots on average: group_log2 and RowStep.
+    void set_row_step(const Geometry& g, uint64_t slots, uint32_t threads) {
+        while (2u << launch_.group_log2 <= kGroup && uint64_t{launch_.tile_slots} << (launch_.group_log2 + 2) <= slots)
+            ++launch_.group_log2;
+        RowStep& step = launch_.step;
+        step.stride = threads << launch_.group_log2;
+        step.rows = step.stride / g.slots_per_run.divisor;
+        step.at = step.stride % g.slots_per_run.divisor;
+    }
+
+    void start(const void* kernel, uint32_t blocks, uint32_t threads) {
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(blocks);
+        config.blockDim = dim3(threads);
+        config.stream = stream_;
+        // See begin_launch. The call's first launch waits for what was in the stream before.
+        cudaLaunchAttribute overlap{};
+        overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        overlap.val.programmaticStreamSerializationAllowed = 1;
+        config.attrs = &overlap;
+        config.numAttrs = launched_ && overlap_ ? 1 : 0;
+        void* arguments[] = {&launch_};
+        check(cudaLaunchKernelExC(&config, kernel, arguments), "cudaLaunchKernelExC", device_);
+        launched_ = true;
     }
 
     // The threads of a block for entries of at most `largest` slots; sees to resident_.
@@ -944,6 +1243,7 @@ private:
         }
         // As many as the kernel was compiled for, but no more than an entry gives work to.
         int threads = most_threads_;
+        if (threads > kThreads && largest <= static_cast<uint32_t>(threads)) threads = kThreads;
         while (threads > 256 && largest <= static_cast<uint32_t>(threads) / 2) threads /= 2;
         if (threads != threads_) {
             int blocks = 0;
@@ -958,16 +1258,18 @@ private:
     int device_;
     cudaStream_t stream_;
     DeviceGuard guard_;
+    bool overlap_ = false;   // the device knows griddepcontrol
+    bool launched_ = false;
     uint32_t multiprocessors_ = 0;
     const void* kernel_ = nullptr;  // the kernel of the last launch, and what is known of it:
     int most_threads_ = 0;          // threads that a block may have,
     int threads_ = 0;               // those that it had,
     uint32_t resident_ = 0;         // blocks of so many threads that the device runs at a time
     Key key_;
-    std::unordered_map<Key, std::vector<Entry>, KeyHash, KeyEqual> groups_;
-    Group* last_ = nullptr;
-    const Fill* previous_ = nullptr;  // a fill in previous_group_, by fill_run and without steps
-    Group* previous_group_ = nullptr;
+    std::unordered_map<Key, Group, KeyHash, KeyEqual> groups_;
+    Known known_[4] = {};
+    size_t oldest_ = 0;
+    KeyedGroup* last_ = nullptr;
     std::vector<Piece> pieces_;
     Launch launch_{};
 };

@@ -615,19 +615,19 @@ PyObject* pending_shape(PyObject*, PyObject* tensor) {
 // --- memory ---------------------------------------------------------------------------------------------------------
 
 // The fill of a recipe that is one write of a whole tensor without steps; false if it is not.
-bool plain_fill(PyObject* recipe, Fill& fill) {
+bool plain_fill(PyObject* recipe, Values& values, uint64_t& stream) {
     if (is_none(recipe) || PyTuple_GET_SIZE(recipe) != 1) return false;
     PyObject* const write = PyTuple_GET_ITEM(recipe, 0);
     PyObject *const parameters = PyTuple_GET_ITEM(write, 1), *const steps = PyTuple_GET_ITEM(write, 3);
     if (PyTuple_GET_ITEM(write, 4) != Py_None || PyTuple_GET_SIZE(steps)) return false;
     const long kind = PyLong_AsLong(PyTuple_GET_ITEM(write, 0));
     if (kind < 0 || kind > static_cast<long>(Kind::normal)) return false;
-    std::vector<double> values;
+    std::vector<double> numbers;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(parameters); ++i)
-        values.push_back(PyFloat_AsDouble(PyTuple_GET_ITEM(parameters, i)));
-    fill.stream = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(write, 2));
+        numbers.push_back(PyFloat_AsDouble(PyTuple_GET_ITEM(parameters, i)));
+    stream = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(write, 2));
     if (PyErr_Occurred()) throw py::error_already_set();
-    fill.distribution = make_distribution(kind, values);
+    values.distribution = make_distribution(kind, numbers);
     return true;
 }
 
@@ -673,10 +673,11 @@ py::tuple settle(const py::list& segment, Py_ssize_t start, const py::dict& by_i
         PyObject* const object = PyList_GET_ITEM(segment.ptr(), at);
         Entry* const entry = as_entry(object);
         const uint64_t nbytes = entry->nbytes;
-        Fill fill{};
+        Values values{};
+        uint64_t stream = 0;
         PyObject *const prototype = item(prototypes.ptr(), entry->dtype), *const dtype = item(dtypes.ptr(), entry->dtype);
         if (nbytes > largest || !is_none(entry->shadow) || entry->deferred || !prototype || !dtype ||
-            !plain_fill(entry->recipe, fill))
+            !plain_fill(entry->recipe, values, stream))
             break;
         tensors.clear();
         bool views = false;
@@ -696,11 +697,10 @@ py::tuple settle(const py::list& segment, Py_ssize_t start, const py::dict& by_i
             break;
         }
         for (const py::object& tensor : tensors) check(PyObject_SetAttr(tensor.ptr(), names->data, memory.ptr()));
-        fill.data = PyLong_AsVoidPtr(call_method(names->data_ptr, {memory.ptr()}).ptr());
-        fill.dtype = make_dtype(PyLong_AsLong(dtype));
-        fill.seed = seed;
-        fill.box = whole_tensor(nbytes / item_size(fill.dtype));
-        batch.append(fill);
+        values.dtype = make_dtype(PyLong_AsLong(dtype));
+        values.seed = seed;
+        void* const data = PyLong_AsVoidPtr(call_method(names->data_ptr, {memory.ptr()}).ptr());
+        batch.append(data, values, stream, whole_tensor(nbytes / item_size(values.dtype)));
         bytes += nbytes;
     }
     return py::make_tuple(at, bytes, at - start);

@@ -36,6 +36,15 @@ DISTRIBUTIONS = {
     "uniform with steps": (UNIFORM, (0.0, 1.0), ((MULTIPLY, 3.0, 0.0), (CLAMP, 0.5, 2.5))),
     "normal with steps": (NORMAL, (0.0, 1.0), ((DIVIDE, 3.0, 0.0), (ADD, 0.1, 0.0), (CLAMP, -0.3, INF))),
     "truncated normal with a step": (TRUNCATED_NORMAL, reference.WITHIN_TWO, ((MULTIPLY, -1.5, 0.0),)),
+    "uniform with an offset": (UNIFORM, (0.0, 1.0), ((ADD, -0.5, 0.0),)),
+    "normal with a factor": (NORMAL, (0.0, 1.0), ((MULTIPLY, 0.02, 0.0),)),
+    "normal with a factor and an offset": (NORMAL, (0.0, 1.0), ((MULTIPLY, -1.5, 0.0), (ADD, 0.25, 0.0))),
+    "normal divided by a power of two": (NORMAL, (0.0, 1.0), ((DIVIDE, -8.0, 0.0), (ADD, -0.0, 0.0))),
+    "normal divided by a large number": (NORMAL, (0.0, 1.0), ((DIVIDE, 2.0**127, 0.0),)),
+    # Symmetric, and on both sides of what the fast form takes: f from 2 to 2^31.
+    "truncated normal at 6.2 sigma": (TRUNCATED_NORMAL, (0.0, 1.0, 0, *(1.2122, 1.0, -INF, 6.2) * 2), ()),
+    "truncated normal from f = 2 on": (TRUNCATED_NORMAL, (0.0, 1.0, 0, *(2.0, 1.0, -INF, 6.1) * 2), ()),
+    "truncated normal with f beyond the median": (TRUNCATED_NORMAL, (0.0, 1.0, 0, *(4.0, 3.0, -INF, 2.0) * 2), ()),
     "uniform to infinity and nan": (UNIFORM, (-1.0, 1.0), ((MULTIPLY, INF, 0.0), (ADD, -INF, 0.0))),
 }
 
