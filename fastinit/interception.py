@@ -542,38 +542,58 @@ INIT_REPLACEMENTS: dict[str, Handler] = {
 }
 
 
-# The plain cases of those that constructors call most: the whole of a tensor without memory, with numbers. None: it is
-# another case.
+# Those that constructors call most, with the plain case in front: the whole of a tensor without memory, with numbers.
+# It needs no look at the tensor itself, which would be a call of the mode. `rest` does the other cases.
 
 
-def _plain_uniform(tensor, a=0.0, b=1.0, generator=None):
-    plain = generator is None and type(b - a) in (int, float) and 0.0 <= b - a < math.inf
-    return tensor if plain and record(tensor, UNIFORM, a, b) else None
+def _plain_uniform(rest):
+    def uniform_(tensor, a=0.0, b=1.0, generator=None):
+        plain = generator is None and type(b - a) in (int, float) and 0.0 <= b - a < math.inf
+        return tensor if plain and record(tensor, UNIFORM, a, b) else rest(tensor, a, b, generator)
+
+    return uniform_
 
 
-def _plain_normal(tensor, mean=0.0, std=1.0, generator=None):
-    plain = generator is None and type(mean) in (int, float) and type(std) in (int, float)
-    return tensor if plain and 0.0 <= std < math.inf and record(tensor, NORMAL, mean, std) else None
+def _plain_normal(rest):
+    def normal_(tensor, mean=0.0, std=1.0, generator=None):
+        plain = generator is None and type(mean) in (int, float) and type(std) in (int, float) and 0.0 <= std < math.inf
+        return tensor if plain and record(tensor, NORMAL, mean, std) else rest(tensor, mean, std, generator)
+
+    return normal_
 
 
-def _plain_constant(tensor, val):
-    return tensor if type(val) in (int, float) and record(tensor, CONSTANT, val) else None
+def _plain_constant(rest):
+    def constant_(tensor, val):
+        return tensor if type(val) in (int, float) and record(tensor, CONSTANT, val) else rest(tensor, val)
+
+    return constant_
 
 
-def _plain_kaiming_uniform(tensor, a=0, mode="fan_in", nonlinearity="leaky_relu", generator=None):
-    shape = pending_shape(tensor)
-    if shape is None or generator is not None:
-        return None
-    bound = _kaiming_bound(shape, a, mode, nonlinearity)
-    return tensor if record(tensor, UNIFORM, -bound, bound) else None
+def _plain_zero(rest):
+    return lambda tensor: tensor if record(tensor, CONSTANT, 0.0) else rest(tensor)
 
 
-def _plain_fans(tensor):
-    shape = pending_shape(tensor)
-    return None if shape is None else _fans(shape)
+def _plain_kaiming_uniform(rest):
+    def kaiming_uniform_(tensor, a=0, mode="fan_in", nonlinearity="leaky_relu", generator=None):
+        shape = pending_shape(tensor)
+        if shape is not None and generator is None:
+            bound = _kaiming_bound(shape, a, mode, nonlinearity)
+            if record(tensor, UNIFORM, -bound, bound):
+                return tensor
+        return rest(tensor, a, mode, nonlinearity, generator)
+
+    return kaiming_uniform_
 
 
-PLAIN_INITS: dict[str, Callable] = {
+def _plain_fans(rest):
+    def _calculate_fan_in_and_fan_out(tensor):
+        shape = pending_shape(tensor)
+        return rest(tensor) if shape is None else _fans(shape)
+
+    return _calculate_fan_in_and_fan_out
+
+
+PLAIN_INITS: dict[str, Callable[[Callable], Callable]] = {
     "uniform_": _plain_uniform,
     "normal_": _plain_normal,
     "constant_": _plain_constant,
@@ -582,7 +602,7 @@ PLAIN_INITS: dict[str, Callable] = {
     "_no_grad_uniform_": _plain_uniform,
     "_no_grad_normal_": _plain_normal,
     "_no_grad_fill_": _plain_constant,
-    "_no_grad_zero_": lambda tensor: _plain_constant(tensor, 0.0),
+    "_no_grad_zero_": _plain_zero,
 }
 
 

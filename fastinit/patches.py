@@ -146,7 +146,10 @@ def _install() -> None:
             _replace(torch.nn.Module, name, method, _torch_methods[name])
     for name, handler in INIT_REPLACEMENTS.items():
         function = getattr(init, name)
-        new = _straight_to(PLAIN_INITS.get(name), handler, function)
+        new = _straight_to(handler, function)
+        if name in PLAIN_INITS:
+            new = PLAIN_INITS[name](new)
+        functools.update_wrapper(new, function)
         _replace(init, name, new, function)
         # torch.nn.init names the function that it hands to a mode by looking up its own public name.
         HANDLERS[new] = handler
@@ -169,13 +172,8 @@ def _install() -> None:
     _restore.append(register_module_forward_pre_hook(_settle_before_use).remove)
 
 
-def _straight_to(plain, handler, function):
-    @functools.wraps(function)
+def _straight_to(handler, function):
     def replacement(*args, **kwargs):
-        if plain is not None:
-            result = plain(*args, **kwargs)
-            if result is not None:
-                return result
         recorder = _thread.recorder
         if recorder is not None:
             with _modes_off():
