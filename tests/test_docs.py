@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import random
 import re
+import sys
 import urllib.parse
 from pathlib import Path
 from typing import NamedTuple
@@ -98,6 +99,8 @@ def clean(tmp_path, monkeypatch):
     random.setstate(state[1])
     if dist.is_initialized():
         dist.destroy_process_group()
+    if "fastinit.lightning" in sys.modules:
+        sys.modules["fastinit.lightning"].disable()
 
 
 WITH_PYTHON = [path for path in PAGES if {"python", "pycon"} & {each.kind for each in blocks_of(path.read_text())}]
@@ -222,4 +225,5 @@ def test_the_reference_is_what_the_docstrings_give(build_api):
 def test_the_reference_has_every_public_name(build_api):
     listed = {f"{module}.{name}" for module, _, names in build_api.SECTIONS for name in names}
     public = {f"fastinit.{name}" for name in fastinit.__all__ if name not in ("__version__", "deepspeed")}
+    public |= {f"fastinit.lightning.{name}" for name in importlib.import_module("fastinit.lightning").__all__}
     assert public <= listed

@@ -13,7 +13,7 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
 # Those with a before and an after: the framework that they need.
-FRAMEWORKS = {"transformers_finetune": "transformers"}
+FRAMEWORKS = {"fabric": "lightning", "lightning_trainer": "lightning", "transformers_finetune": "transformers"}
 SHARDED = [script for script in SCRIPTS if script not in FRAMEWORKS]
 LOSS = re.compile(r"step \d+: loss (\S+)")
 SECONDS = 300
