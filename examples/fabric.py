@@ -28,6 +28,7 @@ if not arguments.without:
 fabric = lightning.Fabric(devices=1, precision=arguments.precision)
 fabric.launch()
 fabric.seed_everything(0)
+torch.zeros(1, device=fabric.device)  # a GPU's first use takes time of its own
 
 started = time.perf_counter()
 with fabric.init_module():

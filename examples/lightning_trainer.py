@@ -62,6 +62,7 @@ def announce(what: str, started: float) -> None:
     print(f"{config.parameters:,} parameters {what} in {time.perf_counter() - started:.3f} s", flush=True)
 
 
+torch.zeros(1, device=trainer.strategy.root_device)  # a GPU's first use takes time of its own
 started = time.perf_counter()
 with trainer.init_module():
     learner = Learner(config)

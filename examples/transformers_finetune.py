@@ -41,6 +41,7 @@ config = LlamaConfig(
     pad_token_id=0,
 )
 set_seed(0)
+torch.zeros(1, device=device)  # a GPU's first use takes time of its own
 
 
 def context():

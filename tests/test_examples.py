@@ -71,7 +71,7 @@ def test_the_example_of_a_checkpoint_runs_alone(tmp_path):
     assert "for them: ['embedding.weight', 'norm.weight', 'head.weight']" in printed
 
 
-@pytest.mark.slow  # each starts torch three times
+@pytest.mark.slow  # each starts torch three times: 15 s of processor time
 @pytest.mark.parametrize("script", SHARDED)
 def test_an_example_trains_on_two_processes_and_its_loss_falls(tmp_path, script):
     if script == "deepspeed_zero3":
