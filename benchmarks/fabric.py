@@ -1,6 +1,6 @@
 """What `fabric.init_module()` costs with fastinit enabled and without: the first model of a new process. Writes JSON.
 
-    python benchmarks/fabric.py [--device cuda] [--layers 32] [--repeats 7] [--out DIRECTORY]
+    python benchmarks/fabric.py [--device cuda] [--layers 32] [--repeats 5] [--out DIRECTORY]
 
 A Llama-shaped model of torch.nn modules (6.74B parameters with 32 layers), bf16-true, one device. Each measurement has
 a process of its own; with and without fastinit take turns. Before the clock starts, Lightning and the GPU are
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from fastinit.cli import machine, measure
 from fastinit.cli.models import LLAMA_7B, Decoder, DecoderConfig
@@ -77,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layers", type=int, default=LLAMA_7B.layers)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -86,7 +87,7 @@ def main() -> None:
         print(json.dumps(once(args.way, config, device)))
         return
     runs: dict[str, list[Any]] = {way: [] for way in WAYS}
-    for repeat in range(args.repeats + 1):
+    for repeat in tqdm(range(args.repeats + 1), desc="processes", unit="pair"):
         for way in WAYS if repeat % 2 else reversed(WAYS):
             result = in_a_process(way, config, device)
             if repeat:  # the first ones read the packages from disk
