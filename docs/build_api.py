@@ -19,6 +19,7 @@ SECTIONS = [
     ("fastinit", "Checkpoints", ["load", "LoadReport", "CheckpointError", "uninitialized", "initialize"]),
     ("fastinit", "Shards", ["materialize", "param_init_fn"]),
     ("fastinit.deepspeed", "DeepSpeed", ["zero3"]),
+    ("fastinit.accelerate", "Accelerate", ["prepare"]),
     ("fastinit.lightning", "Lightning", ["enable", "disable", "enabled", "FastInit"]),
     ("fastinit", "Fills", ["fill_", "empty", "Normal", "Uniform", "TruncatedNormal", "Constant", "Window"]),
 ]

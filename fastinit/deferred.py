@@ -173,7 +173,8 @@ def initialize(model: nn.Module, names: Iterable[str] | None = None) -> list[str
 
     Raises:
         ValueError: for a name that the model does not have, or a tensor whose shape is no longer the recorded one.
-        RuntimeError: for a tensor that was written in part, if no names are given: it would lose what it has.
+        RuntimeError: for a tensor that was written in part, if no names are given: it would lose what it has. For one
+            that Accelerate has offloaded to disk.
 
     Example:
         >>> with fastinit.on("cpu", empty=True, seed=0):
@@ -196,6 +197,7 @@ def initialize(model: nn.Module, names: Iterable[str] | None = None) -> list[str
             _refuse_unknown(model, [name for name in wanted if name not in by_name])
             chosen = list(once(by_name[name] for name in wanted if name in by_name))
         _refuse_marked_before_sharding(chosen if names is None else [])
+        _refuse_copies(model, chosen)
         pieces = [_piece(*each) for each in chosen]
         warn_about_empty_recipes(chosen)
         write_pieces(pieces)
@@ -246,7 +248,19 @@ def _found(module: nn.Module, name: str, deferred: Deferred) -> tuple[torch.Tens
     if tensor is None and "parametrizations" in module._modules:
         # torch.nn.utils.parametrize moves a tensor there when it is asked to compute with it.
         tensor = getattr(getattr(module._modules["parametrizations"], name, None), "original", None)
+    if tensor is not None and tensor.is_meta:
+        tensor = _offloaded(module, name, tensor)
     return None if tensor is None else (tensor, deferred)
+
+
+def _offloaded(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Where Accelerate keeps the values of a tensor that it has offloaded, or a copy if that is a file."""
+    hook = module.__dict__.get("_hf_hook")
+    for each in getattr(hook, "hooks", (hook,)):
+        values = getattr(each, "weights_map", None)
+        if values is not None and name in values:
+            return values[name]
+    return tensor
 
 
 def once(named: Iterable[Named]) -> Iterator[Named]:
@@ -378,6 +392,16 @@ def _refuse_marked_before_sharding(named: Iterable[Named]) -> None:
             f"fastinit: {_listed(names)} were created with empty=True and sharded afterwards, so that no rank can tell "
             "which are unwritten. Name those to write: fastinit.initialize(model, names); the next time, create the "
             "model with shard=True"
+        )
+
+
+def _refuse_copies(model: nn.Module, named: Iterable[Named]) -> None:
+    kept = {name: tensor for name, tensor, _ in deferred_tensors(model)}
+    names = [name for name, tensor, _ in named if kept[name] is not tensor]
+    if names:
+        raise RuntimeError(
+            f"fastinit: {_listed(names)} are offloaded to disk, where they cannot be written; initialise the model "
+            "before: accelerate.load_checkpoint_in_model, then fastinit.initialize, then accelerate.dispatch_model"
         )
 
 

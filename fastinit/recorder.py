@@ -946,6 +946,10 @@ def _initialises_at_the_end() -> bool:
     return False
 
 
+# torch's own. Accelerate's init_empty_weights, for one, replaces it for a while.
+_register_parameter = torch.nn.Module.register_parameter
+
+
 def _is_plain(cls) -> bool:
     """Whether torch's Module.__setattr__ is all that assigns attributes of a class of modules."""
     bases = cls.__mro__[cls.__mro__.index(torch.nn.Module) + 1 :]
@@ -953,7 +957,7 @@ def _is_plain(cls) -> bool:
         bases == (object,)
         and cls.__getattribute__ is object.__getattribute__
         and cls.__getattr__ is torch.nn.Module.__getattr__
-        and cls.register_parameter is torch.nn.Module.register_parameter
+        and cls.register_parameter is _register_parameter
     )
 
 

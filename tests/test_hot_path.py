@@ -233,6 +233,26 @@ def test_modules_share_no_containers():
             assert value is not second.__dict__[name], name
 
 
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_another_librarys_register_parameter_is_asked(monkeypatch, when):
+    registered, register = [], nn.Module.register_parameter
+
+    def theirs(self, name, parameter):
+        registered.append(name)
+        register(self, name, parameter)
+
+    if when == "before":
+        monkeypatch.setattr(nn.Module, "register_parameter", theirs)
+    with fastinit.on("cpu", "fp32", seed=0):
+        first = nn.Linear(2, 3)
+        monkeypatch.setattr(nn.Module, "register_parameter", theirs)
+        second = nn.Linear(2, 3)
+        monkeypatch.undo()
+        third = nn.Linear(2, 3)
+    assert registered == ["weight", "bias"] * (2 if when == "before" else 1)
+    assert all(linear.weight.abs().sum() > 0 for linear in (first, second, third))
+
+
 def test_another_librarys_parameter_constructor_is_asked(monkeypatch):
     made = []
 
