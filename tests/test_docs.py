@@ -14,6 +14,7 @@ Pages are written for GPUs. Here "cuda" is read as "cpu".
 
 import ast
 import doctest
+import gc
 import importlib
 import importlib.util
 import random
@@ -28,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 import fastinit
+from fastinit import deferred
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -101,6 +103,10 @@ def clean(tmp_path, monkeypatch):
         dist.destroy_process_group()
     if "fastinit.lightning" in sys.modules:
         sys.modules["fastinit.lightning"].disable()
+    # FSDP1's flat parameters hold on to their modules in torch's autograd, which nothing frees.
+    gc.collect()
+    for kept in list(deferred._watched):
+        deferred.forget(kept.module(), recurse=False)
 
 
 WITH_PYTHON = [path for path in PAGES if {"python", "pycon"} & {each.kind for each in blocks_of(path.read_text())}]
