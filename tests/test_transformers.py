@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 
 import pytest
 import torch
@@ -305,3 +306,224 @@ def test_a_copy_of_a_model_is_a_model_of_its_own():
     assert_same_structure(pair, plain(construct, "bf16"))
     assert_same_bits(pair[0], pair[1])
     assert pair[0].lm_head.weight.data_ptr() != pair[1].lm_head.weight.data_ptr()
+
+
+# --- other ways to a model --------------------------------------------------------------------------------------------
+
+
+AUTO_CLASSES = {
+    "bert": "AutoModelForPreTraining",
+    "t5": "AutoModelForSeq2SeqLM",
+    "vit": "AutoModelForImageClassification",
+    "whisper": "AutoModelForSpeechSeq2Seq",
+    "clip": "AutoModel",
+}
+
+
+@over_models
+def test_auto_classes_make_the_model_that_its_class_makes(name):
+    constructor = MODELS[name][0]
+    direct = built(constructor, "bf16")
+    auto = getattr(transformers, AUTO_CLASSES.get(name, "AutoModelForCausalLM"))
+    with fastinit.on("cpu", "bf16", seed=SEED) as report:
+        model = auto.from_config(direct.config)
+    assert type(model) is type(direct) and report.fills_dropped > 0
+    assert_same_bits(model, direct)
+
+
+@over_models
+@pytest.mark.parametrize("options", [{"empty": True}, {"shard": True}], ids=str)
+def test_what_is_left_for_later_becomes_the_same_model(name, options):
+    constructor = MODELS[name][0]
+    with fastinit.on("cpu", "bf16", seed=SEED, **options) as report:
+        model = constructor()
+    assert report.fills_deferred > 0
+    unwritten = set(fastinit.uninitialized(model))
+    parameters = {each for each, _ in model.named_parameters()}
+    # What the constructor computes, or reads, has its values in any case.
+    assert unwritten and unwritten <= parameters
+    assert fastinit.materialize(model) and not fastinit.uninitialized(model)
+    assert_same_bits(model, built(constructor, "bf16"))
+
+
+# --- checkpoints of every architecture --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A function that gives the class of a model and the folder where a checkpoint of it lies."""
+    safetensors = pytest.importorskip("safetensors.torch")
+
+    @functools.cache
+    def save(name, lacking=()):
+        model = plain(MODELS[name][0], seed=5)
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        if lacking:
+            state = safetensors.load_file(folder / "model.safetensors")
+            assert state.keys() >= set(lacking)
+            kept = {key: tensor for key, tensor in state.items() if key not in lacking}
+            safetensors.save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        return type(model), folder
+
+    return save
+
+
+@over_models
+@pytest.mark.parametrize(
+    "options", [{}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}, "dtype": "float16"}], ids=["", "map", "dtype"]
+)
+def test_every_architecture_loads_in_the_block_without_a_fill(saved, name, options):
+    cls, folder = saved(name)
+    with fastinit.on("cpu", "bf16", seed=SEED) as report:
+        model = cls.from_pretrained(folder, **options)
+    expected = plain(lambda: cls.from_pretrained(folder, **options), "bf16")
+    assert_same_structure(model, expected)
+    assert_same_bits(model, expected)
+    # Mamba's constructor computes with ones, a layer's decay: that is no init of what is loaded.
+    assert report.fills_executed == (2 if name == "mamba" else 0), str(report)
+
+
+LACKING = (
+    "model.layers.1.mlp.up_proj.weight",
+    "model.layers.0.input_layernorm.weight",
+    "model.embed_tokens.weight",
+    "lm_head.weight",
+)
+
+
+def test_missing_keys_get_their_recorded_initialisation(saved):
+    cls, folder = saved("llama", LACKING)
+
+    def load(dtype="fp32", **options):
+        with fastinit.on("cpu", dtype, seed=SEED, **options) as report:
+            return cls.from_pretrained(folder, dtype=DTYPES[dtype]), report
+
+    exact, report = load()
+    theirs = plain(lambda: cls.from_pretrained(folder, dtype=torch.float32))
+    assert_same_structure(exact, theirs)
+    for name, tensor in registered(exact).items():
+        expected = registered(theirs)[name]
+        if name not in LACKING or name.endswith("norm.weight"):
+            assert same_bits(tensor, expected), name
+        else:
+            assert_same_distribution(tensor.detach(), expected.detach(), name)
+    # One fill each, and one for the row of padding.
+    assert report.fills_executed == len(LACKING) + 1, str(report)
+    assert not exact.model.embed_tokens.weight[3].any()
+    stored, _ = load("bf16")
+    assert_rounded_once(stored, exact)
+
+
+def test_missing_keys_are_named_and_written_later_with_empty(saved):
+    cls, folder = saved("llama", LACKING)
+    with fastinit.on("cpu", "bf16", seed=SEED, empty=True) as report:
+        model = cls.from_pretrained(folder, dtype=torch.bfloat16)
+    random = {name for name in LACKING if not name.endswith("norm.weight")}
+    assert set(fastinit.uninitialized(model)) == random
+    assert report.fills_executed == 1, str(report)
+    with pytest.raises(RuntimeError, match="nothing has written"):
+        model(TOKENS)
+    assert set(fastinit.initialize(model)) == random
+    assert_same_bits(model, built(lambda: cls.from_pretrained(folder, dtype=torch.bfloat16), "bf16"))
+    assert torch.isfinite(model(TOKENS).logits).all()
+
+
+def test_a_loaded_model_is_loaded_whole_also_with_shard(saved):
+    cls, folder = saved("gpt2")
+    with fastinit.on("cpu", "bf16", seed=SEED, shard=True):
+        model = cls.from_pretrained(folder, dtype=torch.bfloat16)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert_same_bits(model, plain(lambda: cls.from_pretrained(folder, dtype=torch.bfloat16)))
+
+
+# --- Trainer ----------------------------------------------------------------------------------------------------------
+
+
+class Sentences(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        tokens = (torch.arange(8) * (index + 1)) % 97 + 1
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def _trainer(folder, model=None, **options):
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=0.01,
+        logging_steps=1,
+        save_steps=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=3,
+    )
+    return transformers.Trainer(model=model, args=arguments, train_dataset=Sentences(), **options)
+
+
+@pytest.fixture
+def trainer():
+    state = pytest.importorskip("accelerate.state")
+    state.AcceleratorState._reset_state(True)
+    with torch.random.fork_rng():
+        yield _trainer
+    state.AcceleratorState._reset_state(True)
+
+
+def _losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_trainer_trains_the_model_as_one_that_torch_made_with_the_same_values(trainer, tmp_path):
+    model = built(_llama)
+    same = plain(_llama)
+    same.load_state_dict(model.state_dict())
+    runs = [trainer(tmp_path / each, of) for each, of in (("ours", model), ("theirs", same))]
+    for run in runs:
+        run.train()
+    assert len(_losses(runs[0])) == 3 and _losses(runs[0]) == _losses(runs[1])
+    assert_same_bits(model, same)
+
+
+def test_trainer_calls_a_function_that_makes_the_model_in_the_block(trainer, tmp_path):
+    reports = []
+
+    def make():
+        with fastinit.on("cpu", "fp32") as report:
+            model = _gpt2()
+        reports.append(report)
+        return model
+
+    run = trainer(tmp_path, model_init=make)
+    run.train()
+    first = reports[-1].seed
+    # Trainer seeds torch before it asks for the model, so that it is the same each time.
+    assert all(report.seed == first for report in reports)
+    assert all(report.fills_executed and report.fills_dropped for report in reports)
+    assert all(torch.isfinite(parameter).all() for parameter in run.model.parameters())
+
+
+def test_trainer_resumes_a_model_that_was_made_empty(trainer, tmp_path):
+    whole = trainer(tmp_path, built(_llama))
+    whole.train()
+    with fastinit.on("cpu", seed=SEED + 1, empty=True):
+        model = _llama()
+    assert fastinit.uninitialized(model)
+    resumed = trainer(tmp_path, model)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
+    assert_same_bits(model, whole.model)
+
+
+def test_what_trainer_saves_loads_in_the_block(trainer, tmp_path):
+    run = trainer(tmp_path, built(_gpt2))
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    with fastinit.on("cpu", "fp32", seed=SEED) as report:
+        model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "saved")
+    assert report.fills_executed == 0
+    assert_same_bits(model, run.model)
