@@ -177,7 +177,7 @@ class Zero3:
                 if count < each.size:
                     each.memory[count:].zero_()
             if deferred is not None and not deferred.recipe:
-                warn_never_initialised(type(module).__name__, name, deferred.shape)
+                warn_never_initialised(f"{type(module).__name__}.{name}", deferred.shape)
         write_pieces(pieces)
 
     def _hand_over(self, parameter: nn.Parameter, deferred: Deferred | None, slices: Sequence[_Slice]) -> None:

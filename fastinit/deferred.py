@@ -211,10 +211,10 @@ def forget(model: nn.Module, *, recurse: bool = True) -> None:
     _watch_no_more()
 
 
-def warn_never_initialised(owner: str, name: str, shape: tuple[int, ...]) -> None:
-    """Say that a module has a tensor which its constructor does not initialise."""
+def warn_never_initialised(what: str, shape: tuple[int, ...]) -> None:
+    """Say that a tensor, of a module as a rule, is one that the constructor does not initialise."""
     warnings.warn(
-        f"fastinit: {owner}.{name} of shape {tuple(shape)} is never initialised by its module; it was filled with "
+        f"fastinit: {what} of shape {tuple(shape)} is never initialised by its module; it was filled with "
         "zeros instead of being left as raw memory. Initialise it in the constructor, or load a checkpoint that "
         "supplies it inside the context.",
         stacklevel=3,
@@ -224,8 +224,7 @@ def warn_never_initialised(owner: str, name: str, shape: tuple[int, ...]) -> Non
 def warn_about_empty_recipes(named: Iterable[Named]) -> None:
     for name, _, deferred in named:
         if not deferred.recipe:
-            owner, _, leaf = name.rpartition(".")
-            warn_never_initialised(owner or "model", leaf, deferred.shape)
+            warn_never_initialised(name if "." in name else f"model.{name}", deferred.shape)
 
 
 Named = tuple[str, torch.Tensor, Deferred]

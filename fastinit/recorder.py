@@ -798,10 +798,14 @@ class Recorder(TorchFunctionMode):
                 self._marked.append(memory)
                 continue
             if not recipe:
-                # Raw memory is for those alone who asked for it with torch.empty and keep it outside of a module.
-                if entry.name is None:
+                # Raw memory is for those alone who asked for it with torch.empty and keep it outside of a module, and
+                # not for parameters: Module.to_empty puts them in their places without a word.
+                if entry.name is not None:
+                    warn_never_initialised(f"{entry.name[0].__name__}.{entry.name[1]}", entry.shape)
+                elif any(isinstance(ref(), torch.nn.Parameter) for ref in entry.refs):
+                    warn_never_initialised("a parameter", entry.shape)
+                else:
                     continue
-                warn_never_initialised(entry.name[0].__name__, entry.name[1], entry.shape)
             fills.write(memory, recipe)
             size += entry.nbytes
             if size >= _BATCH_BYTES:
