@@ -1,4 +1,4 @@
-"""What `fabric.init_module()` costs with fastinit enabled and without: the first model of a new process. Writes JSON.
+"""What `fabric.init_module()` costs with fastinit enabled and without, in new processes. Writes JSON.
 
     python benchmarks/fabric.py [--device cuda] [--layers 32] [--repeats 5] [--out DIRECTORY]
 
@@ -6,8 +6,9 @@ A Llama-shaped model of torch.nn modules (6.74B parameters with 32 layers), bf16
 a process of its own; with and without fastinit take turns. Before the clock starts, Lightning and the GPU are
 initialised and a tensor has been allocated; it stops when the GPU is done. Two times per process:
 
-- cold: the first model, kernels loaded on the way;
-- again: a second one, after the first was freed and torch's allocator gave its memory back.
+- first: the first model of the process. On a GPU, torch loads each kernel at its first use; for this model that is
+  mostly `pow`, `neg` and `div` of its rotary tables, which torch computes with fastinit and without;
+- cold: a second one, after the first was freed and torch's allocator gave its memory back.
 
 (The file is not called lightning.py, because a script's folder comes first where Python looks for packages.)
 """
@@ -32,6 +33,7 @@ from fastinit.cli import machine, measure
 from fastinit.cli.models import LLAMA_7B, Decoder, DecoderConfig
 
 WAYS = ("lightning", "lightning, fastinit enabled")
+WHEN = ("first", "cold")
 
 
 def once(way: str, config: DecoderConfig, device: torch.device) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def once(way: str, config: DecoderConfig, device: torch.device) -> dict[str, Any
         fabric = lightning.Fabric(accelerator=device.type, devices=1, precision="bf16-true")
         torch.ones(1, device=device).sum().item()
         seconds = {}
-        for when in ("cold", "again"):
+        for when in WHEN:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -93,10 +95,10 @@ def main() -> None:
             if repeat:  # the first ones read the packages from disk
                 runs[way].append(result)
     medians = {
-        way: {when: statistics.median(run["seconds"][when] for run in results) for when in ("cold", "again")}
+        way: {when: statistics.median(run["seconds"][when] for run in results) for when in WHEN}
         for way, results in runs.items()
     }
-    ratios = {when: medians[WAYS[1]][when] / medians[WAYS[0]][when] for when in ("cold", "again")}
+    ratios = {when: medians[WAYS[1]][when] / medians[WAYS[0]][when] for when in WHEN}
     document = {
         "machine": machine.describe(),
         "layers": config.layers,

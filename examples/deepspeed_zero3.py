@@ -11,7 +11,7 @@ import os
 
 import torch
 import torch.distributed as dist
-from common import config_from_arguments, say, start
+from common import config_from_arguments, learning_rate, say, start
 from torch.nn import functional
 
 import fastinit
@@ -32,7 +32,7 @@ ds_config = {
 with fastinit.on(device, "bf16", shard=fastinit.deepspeed.zero3(ds_config)):
     model = Decoder(config)
 
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate(config))
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
 
 here = sum(parameter.ds_tensor.numel() for parameter in model.parameters())

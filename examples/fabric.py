@@ -10,7 +10,7 @@ import time
 
 import lightning
 import torch
-from common import config_of, parser
+from common import config_of, learning_rate, parser
 from torch.nn import functional
 
 import fastinit.lightning
@@ -37,7 +37,7 @@ if fabric.device.type == "cuda":
     torch.cuda.synchronize()
 fabric.print(f"{config.parameters:,} parameters created on {fabric.device} in {time.perf_counter() - started:.3f} s")
 
-model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=learning_rate(config)))
 
 # Learn a few random tokens by heart.
 tokens = fabric.to_device(torch.randint(config.vocabulary, (2, 33), generator=torch.Generator().manual_seed(0)))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import lightning
 import torch
-from common import config_of, parser
+from common import config_of, learning_rate, parser
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
@@ -41,7 +41,7 @@ class Learner(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate(config))
 
 
 lightning.seed_everything(0)

@@ -11,7 +11,7 @@ import time
 from contextlib import nullcontext
 
 import torch
-from common import config_of, parser
+from common import config_of, learning_rate, parser
 
 import fastinit
 
@@ -81,7 +81,7 @@ with tempfile.TemporaryDirectory() as folder:
             output_dir=folder,
             max_steps=5,
             per_device_train_batch_size=4,
-            learning_rate=1e-3,
+            learning_rate=learning_rate(size),
             lr_scheduler_type="constant",
             logging_steps=1,
             save_strategy="no",
