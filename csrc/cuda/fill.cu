@@ -1021,22 +1021,7 @@ public:
     void add(const Fill& fill) {
         if (fill.box->dims == 0) return;
         Known& known = known_as(fill.values);
-        if (add_like_others(fill, known)) return;
-        const Dtype dtype = fill.values->dtype;
-        std::vector<Piece>& pieces = pieces_;
-        pieces.assign(1, Piece{static_cast<char*>(fill.data), *fill.box});
-        while (!pieces.empty()) {
-            const Piece piece = pieces.back();
-            pieces.pop_back();
-            const bool aligned = known.style.plain && is_aligned(piece, dtype) &&
-                                 (known.style.form != Form::constant || piece.box.dims == 1);
-            const Shape shape = shape_of(piece, dtype, aligned);
-            if (shape.slots > kMaxSlots) {
-                split(piece, dtype, pieces);
-            } else {
-                add_piece(fill, known, piece, shape, aligned);
-            }
-        }
+        if (!add_like_others(fill, known)) add_pieces(fill, known);
     }
 
     void launch() {
@@ -1086,6 +1071,25 @@ private:
     static Entry make_entry(const Fill& fill, char* data, uint64_t index, uint64_t size) {
         return Entry{data, static_cast<uint32_t>(index >> 2), static_cast<uint32_t>(fill.stream), 0,
                      static_cast<uint32_t>(size)};
+    }
+
+    // Apart from add, which would set up a large frame for every fill.
+    [[gnu::noinline]] void add_pieces(const Fill& fill, Known& known) {
+        const Dtype dtype = fill.values->dtype;
+        std::vector<Piece>& pieces = pieces_;
+        pieces.assign(1, Piece{static_cast<char*>(fill.data), *fill.box});
+        while (!pieces.empty()) {
+            const Piece piece = pieces.back();
+            pieces.pop_back();
+            const bool aligned = known.style.plain && is_aligned(piece, dtype) &&
+                                 (known.style.form != Form::constant || piece.box.dims == 1);
+            const Shape shape = shape_of(piece, dtype, aligned);
+            if (shape.slots > kMaxSlots) {
+                split(piece, dtype, pieces);
+            } else {
+                add_piece(fill, known, piece, shape, aligned);
+            }
+        }
     }
 
     void add_piece(const Fill& fill, Known& known, const Piece& piece, const Shape& shape, bool aligned) {

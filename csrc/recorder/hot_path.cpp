@@ -553,7 +553,8 @@ Entry* pending_whole(PyObject* recorder, PyObject* tensor) {
     return entry_of(found);
 }
 
-// Recorder._make_ready(entry)
+// The entry's fills have to run: with those of the others, at the latest when the context ends. Enough of them begin at
+// once.
 void make_ready(PyObject* recorder, Entry* entry) {
     const int64_t limit = integer(attribute(recorder, names->_ready_limit));
     if (integer(attribute(recorder, names->_ready_bytes)) >= limit) call_method(names->_fill_ready, {recorder});
