@@ -62,10 +62,10 @@ def once(way: str, config: DecoderConfig, device: torch.device) -> dict[str, Any
             ]
             if wrong:
                 raise SystemExit(f"{way}: parameters are not in bf16 on {device}")
-            std = parameters[1].float().std().item()
+            std = parameters[0].float().std().item()  # of the embedding, a standard normal
             count = sum(each.numel() for each in parameters)
             del model, parameters
-    return {"seconds": seconds, "parameters": count, "std of a weight": std}
+    return {"seconds": seconds, "parameters": count, "std of the embedding": std}
 
 
 def in_a_process(way: str, config: DecoderConfig, device: torch.device) -> dict[str, Any]:
