@@ -31,6 +31,20 @@ def built(constructor, dtype="fp32", device="cpu", seed=SEED):
         return constructor()
 
 
+WAYS = {"at once": {}, "empty": {"empty": True}, "sharded": {"shard": True}}
+
+
+def made(constructor, way, dtype="fp32", device="cpu"):
+    """Return `constructor()` with all its values, as made in one of the WAYS that fastinit has."""
+    with fastinit.on(device, dtype, seed=SEED, **WAYS[way]):
+        model = constructor()
+    if way == "empty":
+        fastinit.initialize(model)
+    elif way == "sharded":
+        fastinit.materialize(model)
+    return model
+
+
 @contextlib.contextmanager
 def default_dtype(dtype):
     """Set torch's default dtype for a block."""

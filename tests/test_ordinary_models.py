@@ -14,7 +14,18 @@ import weakref
 
 import pytest
 import torch
-from models import DTYPES, SEED, assert_same_bits, assert_same_structure, built, plain, registered, same_bits
+from models import (
+    DTYPES,
+    SEED,
+    WAYS,
+    assert_same_bits,
+    assert_same_structure,
+    built,
+    made,
+    plain,
+    registered,
+    same_bits,
+)
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._pytree import tree_leaves
@@ -50,17 +61,6 @@ class Net(nn.Module):
 
 
 TOKENS = torch.arange(12).view(4, 3) % 11
-WAYS = {"at once": {}, "empty": {"empty": True}, "sharded": {"shard": True}}
-
-
-def made(constructor, way, dtype="fp32"):
-    with fastinit.on("cpu", dtype, seed=SEED, **WAYS[way]):
-        model = constructor()
-    if way == "empty":
-        fastinit.initialize(model)
-    elif way == "sharded":
-        fastinit.materialize(model)
-    return model
 
 
 def twin_of(model, constructor, dtype="fp32"):

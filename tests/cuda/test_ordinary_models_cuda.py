@@ -2,14 +2,12 @@
 
 import copy
 
+import models
 import pytest
 import torch
-from models import SEED, assert_same_bits, built
+from models import WAYS, assert_same_bits, built
 from torch import nn
 
-import fastinit
-
-WAYS = {"at once": {}, "empty": {"empty": True}, "sharded": {"shard": True}}
 over_ways = pytest.mark.parametrize("way", WAYS)
 
 
@@ -18,13 +16,7 @@ def network():
 
 
 def made(way, dtype="fp32"):
-    with fastinit.on("cuda", dtype, seed=SEED, **WAYS[way]):
-        model = network()
-    if way == "empty":
-        fastinit.initialize(model)
-    elif way == "sharded":
-        fastinit.materialize(model)
-    return model
+    return models.made(network, way, dtype, "cuda")
 
 
 def examples(dtype=torch.float32):
