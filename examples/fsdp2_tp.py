@@ -40,7 +40,6 @@ parallelize_module(
     },
 )
 for layer in model.layers:
-    layer.attention.heads //= split  # those of this rank
     fully_shard(layer, mesh=mesh["data"])
 fully_shard(model, mesh=mesh["data"])
 

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import fastinit
 from fastinit.__main__ import main
 from fastinit.cli import bench, demo, doctor, figures, machine, measure, peers, sections, tables, text
-from fastinit.cli.models import LLAMA_7B, Decoder, DecoderConfig, GPT2Medium, training_step
+from fastinit.cli.models import LLAMA_7B, LLAMA_70B, Decoder, DecoderConfig, GPT2Medium, training_step
 from fastinit.cli.sections import Settings
 from fastinit.cli.ways import WAYS
 from fastinit.cli.worker import Worker
@@ -376,9 +377,11 @@ def test_reports_are_split_by_the_parts_of_their_time():
 
 def test_named_model_sizes_are_right():
     with torch.device("meta"):
-        llama, gpt2 = Decoder(LLAMA_7B), GPT2Medium()
+        llama, large, gpt2 = Decoder(LLAMA_7B), Decoder(LLAMA_70B), GPT2Medium()
     assert sum(parameter.numel() for parameter in llama.parameters()) == LLAMA_7B.parameters == 6_738_415_616
     assert len(list(llama.parameters())) == 291
+    assert sum(parameter.numel() for parameter in large.parameters()) == LLAMA_70B.parameters == 68_976_648_192
+    assert len(list(large.parameters())) == 723
     assert sum(parameter.numel() for parameter in gpt2.parameters()) == 354_823_168
 
 
@@ -390,7 +393,12 @@ def test_decoder_comes_near_the_number_of_parameters_asked_for(wanted):
 
 
 def test_models_of_the_benchmark_learn():
-    for build in (lambda: Decoder(DecoderConfig.of_size(1_000_000)), lambda: GPT2Medium(layers=1)):
+    shared_keys = replace(DecoderConfig.of_size(1_000_000), heads=4, key_value_heads=2)
+    for build in (
+        lambda: Decoder(DecoderConfig.of_size(1_000_000)),
+        lambda: Decoder(shared_keys),
+        lambda: GPT2Medium(layers=1),
+    ):
         with fastinit.on("cpu", "fp32", seed=0):
             model = build()
         before = [parameter.detach().clone() for parameter in model.parameters()]

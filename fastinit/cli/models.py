@@ -16,6 +16,7 @@ class DecoderConfig:
     Args:
         vocabulary, width, layers, heads: sizes; `width` is a multiple of `heads`.
         hidden: width of the feed-forward layers.
+        key_value_heads: heads of keys and values, each shared by equally many of queries; None: as many as `heads`.
     """
 
     vocabulary: int
@@ -23,10 +24,16 @@ class DecoderConfig:
     layers: int
     heads: int
     hidden: int
+    key_value_heads: int | None = None
+
+    @property
+    def key_value_width(self) -> int:
+        return self.width // self.heads * (self.key_value_heads or self.heads)
 
     @property
     def parameters(self) -> int:
-        layer = 4 * self.width**2 + 3 * self.width * self.hidden + 2 * self.width
+        attention = 2 * self.width * (self.width + self.key_value_width)
+        layer = attention + 3 * self.width * self.hidden + 2 * self.width
         return 2 * self.vocabulary * self.width + self.layers * layer + self.width
 
     @classmethod
@@ -52,6 +59,9 @@ class DecoderConfig:
 
 LLAMA_7B = DecoderConfig(vocabulary=32_000, width=4096, layers=32, heads=32, hidden=11_008)
 """The shape of Llama 7B: 6.74B parameters in 291 tensors (Touvron et al. 2023, table 2)."""
+
+LLAMA_70B = DecoderConfig(vocabulary=32_000, width=8192, layers=80, heads=64, hidden=28_672, key_value_heads=8)
+"""The shape of Llama 2 70B: 68.98B parameters in 723 tensors (Touvron et al. 2023, "Llama 2")."""
 
 
 class Decoder(nn.Module):
@@ -81,7 +91,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.width)
-        self.attention = RotaryAttention(config.width, config.heads)
+        self.attention = RotaryAttention(config.width, config.heads, config.key_value_width)
         self.hidden_norm = nn.RMSNorm(config.width)
         self.gate = nn.Linear(config.width, config.hidden, bias=False)
         self.up = nn.Linear(config.width, config.hidden, bias=False)
@@ -94,29 +104,33 @@ class DecoderLayer(nn.Module):
 
 
 class RotaryAttention(nn.Module):
-    """Causal self-attention with rotary position embeddings (Su et al. 2021), frequencies kept in fp32."""
+    """Causal self-attention with rotary position embeddings (Su et al. 2021), frequencies kept in fp32.
+
+    Keys and values have as many heads as fit into `key_value_width`. A rank of tensor parallelism has fewer of all.
+    """
 
     frequencies: Tensor
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, key_value_width: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
         self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, key_value_width, bias=False)
+        self.value = nn.Linear(width, key_value_width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
-        exponents = torch.arange(0, width // heads, 2, dtype=torch.float32) / (width // heads)
+        exponents = torch.arange(0, self.head_width, 2, dtype=torch.float32) / self.head_width
         self.register_buffer("frequencies", 10_000.0**-exponents, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = (
-            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            projection(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
         positions = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
         angles = torch.outer(positions, self.frequencies)
         query, key = (rotated(each, angles.cos(), angles.sin()) for each in (query, key))
-        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        shared = key.shape[1] < query.shape[1]
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared)
         return self.output(attended.transpose(1, 2).flatten(2))
 
 

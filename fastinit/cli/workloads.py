@@ -80,6 +80,7 @@ def llama(config: DecoderConfig, library: str) -> Callable[[], nn.Module]:
             intermediate_size=config.hidden,
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
+            num_key_value_heads=config.key_value_heads,
         )
 
     return TransformersModel(configure)
