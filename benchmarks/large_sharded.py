@@ -38,6 +38,7 @@ import contextlib
 import faulthandler
 import gc
 import json
+import math
 import os
 import random
 import signal
@@ -48,7 +49,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
@@ -102,7 +103,7 @@ class Job:
         device: "cuda" or "cpu".
         config: the model's shape.
         repeats: of each creation by real ranks; every simulated one creates the model once.
-        patience: seconds after which no further repeat or simulated rank starts.
+        patience: seconds after which no further repeat or simulated rank starts; after half of them only fastinit's.
         path: of the file for the results.
     """
 
@@ -208,50 +209,58 @@ class Ways:
     local: Callable[[Any], Tensor]
     piece: Callable[[str, nn.Parameter], Piece]
 
+    def first(self, count: int) -> Ways:
+        return replace(self, create=dict(list(self.create.items())[:count]))
+
 
 def run_rank(job: Job) -> None:
     """All of a part that this process does: one real rank, or every simulated one in turn."""
     results: Record = {"values": [], "records": []}
     began = time.monotonic()
 
-    def take(rounds: list[Record]) -> bool:
-        """Add the ranks' results of a round, and say whether there is time for another one."""
+    def take(rounds: list[Record]) -> int:
+        """Add the ranks' results of a round, and say how many of the ways there is time for in another one."""
         for each in rounds:
             results["values"] += each["values"]
             results["records"] += each["records"]
         if not job.simulated and dist.get_rank():
-            return True
+            return 0
         job.path.write_text(json.dumps(results))
         say_progress(job, rounds)
-        return time.monotonic() - began < job.patience
+        spent = (time.monotonic() - began) / job.patience if results["records"] else 0.0
+        return 2 if spent < 0.5 else 1 if spent < 1 else 0  # fastinit, the first one, on all ranks if possible
 
+    count = 2
     if job.simulated:
         # The first and the last rank before those between them.
         for turn, rank in enumerate(sorted(range(job.ranks), key=lambda rank: rank not in (0, job.ranks - 1))):
             # A thread for each: torch keeps what it knows of a mesh by thread.
             with ThreadPoolExecutor(1) as thread:
-                of_rank = thread.submit(simulate, job, rank, warm_up=turn == 0).result()
-            if not take([of_rank]):
+                of_rank = thread.submit(simulate, job, rank, count, warm_up=turn == 0).result()
+            count = take([of_rank])
+            if not count:
                 return
         return
     device = job.start()
     ways = PARTS[job.part].make(job, device)
     for repeat in range(job.repeats + 1):  # the first one imports and compiles
-        again = [take(gathered(measure_ways(job, ways, device, repeat - 1, keep=repeat > 0, check=repeat == 0)))]
-        dist.broadcast_object_list(again, src=0)
-        if not again[0]:
+        of_rank = measure_ways(job, ways.first(count), device, repeat - 1, keep=repeat > 0, check=repeat == 0)
+        agreed = [take(gathered(of_rank))]
+        dist.broadcast_object_list(agreed, src=0)
+        count = agreed[0]
+        if not count:
             break
     dist.destroy_process_group()
 
 
-def simulate(job: Job, rank: int, *, warm_up: bool) -> Record:
+def simulate(job: Job, rank: int, count: int, *, warm_up: bool) -> Record:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(job.ranks), "LOCAL_RANK": "0"}
     device = torch.device("cuda", 0) if job.device == "cuda" else torch.device("cpu")
     dist.init_process_group("fake", rank=rank, world_size=job.ranks, store=FakeStore())
     try:
-        ways = PARTS[job.part].make(job, device)
+        ways = PARTS[job.part].make(job, device).first(count)
         if warm_up:
             measure_ways(job, ways, device, 0, keep=False, check=False)
         return measure_ways(job, ways, device, 0, keep=True, check=True)
@@ -730,12 +739,22 @@ def report(part: str, results: Record) -> str:
             continue
         stages = ", ".join(f"{stage} {text.seconds(seconds)}" for stage, seconds in record["seconds"].items())
         beyond = "unknown" if record["peak beyond"] is None else text.size(record["peak beyond"])
-        repeats = f"{record['ranks measured']} x {record['repeats']}"
-        rows.append([way, repeats, text.seconds(record["total"]), text.size(record["local bytes"]), beyond, stages])
+        measured = f"{record['ranks measured']} of {math.prod(results['mesh'])}"
+        rows.append(
+            [
+                way,
+                measured,
+                str(record["repeats"]),
+                text.seconds(record["total"]),
+                text.size(record["local bytes"]),
+                beyond,
+                stages,
+            ]
+        )
         if way == "fastinit":
             notes.append(f"fastinit: shards filled {text.seconds(record['after python'])} after Python's part")
     if rows:
-        lines.append(text.table(["way", "ranks", "total", "local", "peak beyond", "stages"], rows))
+        lines.append(text.table(["way", "ranks", "repeats", "total", "local", "peak beyond", "stages"], rows))
     lines += notes
     if results.get("values"):
         values = results["values"]
@@ -850,7 +869,9 @@ def main() -> None:
     parser.add_argument("--size", help=f"{', '.join(SHAPES)} or a number of parameters; default: what has room")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument("--repeats", type=int, default=3, help="of real ranks; default: %(default)s")
-    parser.add_argument("--patience", type=float, default=25, help="seconds for a part; default: %(default)s")
+    parser.add_argument(
+        "--patience", type=float, default=25, help="seconds for creations of a part; default: %(default)s"
+    )
     parser.add_argument("--timeout", type=float, default=90, help="seconds until it is ended; default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="a tiny model, once")
     parser.add_argument("--out", type=Path, default=Path("bench-out"), help="default: %(default)s")
