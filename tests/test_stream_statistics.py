@@ -1,0 +1,119 @@
+"""That benchmarks/stream_statistics.py knows the law of the stream, and finds what is wrong with a sample."""
+
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+import torch
+from models import same_bits
+
+import fastinit
+
+_spec = importlib.util.spec_from_file_location(
+    "stream_statistics", Path(__file__).parents[1] / "benchmarks" / "stream_statistics.py"
+)
+stream_statistics = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = stream_statistics
+_spec.loader.exec_module(stream_statistics)
+
+CPU = torch.device("cpu")
+CASES = {f"{case.name} {stream_statistics.short(case.dtype)}": case for case in stream_statistics.CASES}
+over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+SAMPLES = 2**19
+
+
+@functools.cache
+def law_of(case):
+    return stream_statistics.law_of(case, CPU, SAMPLES)
+
+
+def examine(case, draw):
+    return stream_statistics.examine(case, draw, SAMPLES, law_of(case))
+
+
+@over_cases
+def test_its_law_makes_of_words_what_a_fill_does(case):
+    count = 200_000
+    words = reference.words(7, 3, np.arange(count)).view(np.int32)
+    expected = fastinit.fill_(torch.empty(count, dtype=case.dtype), case.distribution, seed=7, stream=3)
+    law = case.values_of(torch.from_numpy(words), stream_statistics.read_table())
+    assert same_bits(law, expected)
+
+
+@over_cases
+def test_samples_of_the_stream_pass(case):
+    result = examine(case, stream_statistics.writer(case))
+    assert result["samples"] == SAMPLES
+    assert stream_statistics.verdict([result])["passed"], result["p"]
+
+
+def shifted(x, seed, stream):
+    x += 0.01
+
+
+def with_a_gap(x, seed, stream):
+    x[(x > 0.5) & (x < 0.51)] += 0.01
+
+
+def clipped(x, seed, stream):
+    x.clamp_(-4, 4)
+
+
+def coarse(x, seed, stream):
+    x.copy_((x * 2**12).round() / 2**12)
+
+
+def repeated(x, seed, stream):
+    x[5::8] = x[0::8]
+
+
+def inverted(x, seed, stream):
+    # Each marginal law stays; neighbours have the same magnitude.
+    x[3::4] = -x[2::4]
+
+
+def wide_where_the_last_was_wide(x, seed, stream):
+    signs = torch.sign(x[1::16])
+    x[1::16] = x[0::16].abs() * signs
+
+
+FAULTS = {
+    "moment 1": shifted,
+    "cells": with_a_gap,
+    "beyond 4": clipped,
+    "mantissa": coarse,
+    "correlation of x, lag 5": repeated,
+    "quadruples of neighbours": inverted,
+    "correlation of x^2, lag 1": wide_where_the_last_was_wide,
+}
+
+
+@pytest.mark.parametrize(("found_by", "fault"), FAULTS.items(), ids=FAULTS)
+def test_a_fault_is_found(found_by, fault):
+    case = CASES["normal fp32"]
+    draw = stream_statistics.writer(case)
+
+    def faulty(out, seed, stream):
+        draw(out, seed, stream)
+        fault(out, seed, stream)
+
+    result = examine(case, faulty)
+    verdict = stream_statistics.verdict([result])
+    assert not verdict["passed"]
+    assert result["p"][found_by] < verdict["limit"]
+
+
+@pytest.mark.parametrize("same", ["stream", "seed"])
+def test_streams_and_seeds_that_are_alike_are_found(same):
+    case = CASES["normal fp32"]
+    draw = stream_statistics.writer(case)
+
+    def faulty(out, seed, stream):
+        draw(out, *((seed, 0) if same == "stream" else (0, stream)))
+
+    result = examine(case, faulty)
+    assert result["p"][f"correlation of x, the next {same}"] == 0.0
