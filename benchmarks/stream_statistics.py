@@ -235,13 +235,15 @@ def chi_square(observed: torch.Tensor, probabilities: np.ndarray, *, exact: bool
     expected = probabilities * counts.sum()
     if exact and counts[expected == 0].any():
         return 0.0
-    group = np.floor(np.cumsum(expected) / 20)
-    starts = np.flatnonzero(np.diff(group, prepend=-1.0))
+    starts, inside = [0], 0.0
+    for at, share in enumerate(expected):
+        if inside >= 20:
+            starts.append(at)
+            inside = 0.0
+        inside += share
+    if inside < 20 and len(starts) > 1:  # what remains at the end
+        starts.pop()
     counts, expected = np.add.reduceat(counts, starts), np.add.reduceat(expected, starts)
-    if expected[-1] < 20:  # what remains at the end
-        counts[-2] += counts[-1]
-        expected[-2] += expected[-1]
-        counts, expected = counts[:-1], expected[:-1]
     return float(stats.chi2.sf(((counts - expected) ** 2 / expected).sum(), len(counts) - 1))
 
 

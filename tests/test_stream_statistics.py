@@ -107,6 +107,15 @@ def test_a_fault_is_found(found_by, fault):
     assert result["p"][found_by] < verdict["limit"]
 
 
+def test_cells_that_no_value_reaches_are_pooled_with_others_or_refused():
+    probabilities = np.array([0.0, 0.0, 0.25, 0.0, 0.25, 0.5, 0.0])
+    counts = torch.tensor([0, 0, 260, 0, 240, 500, 0])
+    # By hand: (10^2 / 250 + 10^2 / 250 + 0) = 0.8 with 2 degrees of freedom, of which exp(-0.4) is the tail.
+    assert stream_statistics.chi_square(counts, probabilities) == pytest.approx(np.exp(-0.4))
+    counts[0] = 1
+    assert stream_statistics.chi_square(counts, probabilities) == 0.0
+
+
 @pytest.mark.parametrize("same", ["stream", "seed"])
 def test_streams_and_seeds_that_are_alike_are_found(same):
     case = CASES["normal fp32"]

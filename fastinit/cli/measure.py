@@ -107,6 +107,7 @@ class Memory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         if device.type == "cuda":
+            torch.cuda.init()  # until then the allocator knows no device, and the next call refuses them all
             torch.cuda.reset_peak_memory_stats(device)
             self._allocated = torch.cuda.memory_allocated(device)
         trim_heap()
