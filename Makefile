@@ -1,7 +1,8 @@
 # make demo    the main job on whatever this machine has
 # make test    the test suite (also on a machine without a GPU)
+# make fuzz    20,000 random programs against an eager reference; ARGS="--programs 1000 --seed 7"
 #
-# Both make a virtual environment in the checkout first, and need Python >= 3.10 with its headers and a C++ compiler: cmake, ninja
+# All make a virtual environment in the checkout first, and need Python >= 3.10 with its headers and a C++ compiler: cmake, ninja
 # and all the rest come from pip. The CUDA half is built if nvcc is found (setup.py tells how to steer that).
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 BUILD_INPUTS := setup.py pyproject.toml requirements-dev.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-slow bench build lint clean
+.PHONY: demo test test-slow fuzz bench build lint clean
 
 demo: $(INSTALLED)
 	$(PY) -m fastinit demo $(ARGS)
@@ -20,6 +21,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -m slow $(ARGS)
+
+fuzz: $(INSTALLED)
+	$(PY) tests/fuzz.py $(ARGS)
 
 bench: $(INSTALLED)
 	$(PY) -m fastinit bench --out bench-out $(ARGS)
