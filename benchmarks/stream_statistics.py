@@ -323,7 +323,8 @@ def beside_the_ideal(law: Tally) -> dict[str, Any]:
 
 
 def verdict(results: list[dict[str, Any]]) -> dict[str, Any]:
-    smallest, where = min((p, f"{r['case']} {r['dtype']}: {name}") for r in results for name, p in r["p"].items())
+    of_all = [(p, f"{r['case']} {r['dtype']}: {name}") for r in results for name, p in r["p"].items()]
+    smallest, where = min(of_all, key=lambda pair: -1.0 if math.isnan(pair[0]) else pair[0])
     tests = sum(len(result["p"]) for result in results)
     return {
         "tests": tests,

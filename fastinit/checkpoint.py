@@ -98,9 +98,9 @@ def load(
         model: a module, or a function (a class, say) that creates one when it is called without arguments.
         path: a .safetensors file; a file written by ``torch.save`` that holds a state dict, plain or under the key
             "state_dict" as Lightning writes it; the index.json of such a checkpoint in several files; a directory with
-            one of these; or a directory written by ``torch.distributed.checkpoint``. torch files are unpickled with
-            ``weights_only=True``. The metadata of a torch.distributed.checkpoint is a pickle that torch reads without
-            that: load only those that you trust.
+            one of these; or a directory written by ``torch.distributed.checkpoint``. Nothing in a checkpoint is run:
+            torch files are unpickled with ``weights_only=True``, and so are the objects of a distributed checkpoint,
+            whose metadata may hold what torch writes there and nothing else. No file outside of its directory is read.
         device, dtype, seed: as for `fastinit.on`, for a model that is created here; device None means "cuda".
         strict: raise if names are missing or unexpected, or if one memory would get two different tensors. False: what
             is missing gets its recorded initialisation, with the bits that it would have without the checkpoint, or
@@ -245,6 +245,8 @@ class _Loading:
 
     def run(self, advance: Callable[[int], Any]) -> None:
         """Copy everything; before that, unless the model is new, look for values that its dtypes cannot hold."""
+        # Read before anything is written: one of them may be refused.
+        extra_states = [(module, self.checkpoint.read_object(name)) for name, module in self._extra_states.items()]
         if self._own_code is not None:
             self._run_own_code(advance)
         elif self.new:
@@ -255,8 +257,8 @@ class _Loading:
             self._stream(advance, check=False, write=True)
         self._refuse_problems()
         self.report.bytes = sum(copy.source.nbytes for copy in self.copies if isinstance(copy.source, _Stored))
-        for name, module in self._extra_states.items():
-            module.set_extra_state(self.checkpoint.read_object(name))
+        for module, state in extra_states:
+            module.set_extra_state(state)
         for hook, module in self._last_hooks:
             hook(module, _IncompatibleKeys(self.report.missing, self.report.unexpected))
 

@@ -2,6 +2,8 @@
 
 Reading is left to safetensors and torch. `Checkpoint` finds the files, knows the name, shape and dtype of each tensor
 from their metadata, and maps one file at a time. There is a class for each kind of file.
+
+A checkpoint may come from anywhere, so nothing in it is run, and it names no file outside of its own directory.
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ import math
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import torch
@@ -130,7 +132,8 @@ class _Distributed:
 
         self._path = path
         self._reader = FileSystemReader(path)
-        self._metadata = self._reader.read_metadata()
+        with (path / ".metadata").open("rb") as file:  # the reader itself would run whatever the pickle says
+            self._metadata = _MetadataUnpickler(file).load()
         self._reader.set_up_storage_reader(self._metadata, True)
         self._check_sizes()
         # A value that is a dict or a list is stored in parts, and the keys that lead to each part apart from its name.
@@ -151,6 +154,7 @@ class _Distributed:
         ends: dict[str, int] = {}
         for info in self._metadata.storage_data.values():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        _check_inside(ends)
         for name, end in ends.items():
             file = self._path / name
             if not file.is_file():
@@ -162,7 +166,11 @@ class _Distributed:
         from torch.distributed.checkpoint import DefaultLoadPlanner
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        class Planner(DefaultLoadPlanner):
+            def load_bytes(self, read_item: Any, value: Any) -> None:
+                self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)  # torch's: False
+
+        planner = Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
         info = self._metadata.state_dict_metadata[stored]
         state: dict[str, Any] = {stored: None}
         if isinstance(info, TensorStorageMetadata):
@@ -188,6 +196,45 @@ class _Distributed:
 
     def close(self) -> None:
         """Nothing is kept open."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Of the metadata of a torch.distributed.checkpoint; knows the classes that torch writes there and no others."""
+
+    _KNOWN = frozenset(
+        [
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
+            ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+            ("torch.distributed.checkpoint.metadata", "Metadata"),
+            ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+            ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+            ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+            ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+            ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+            # As torch wrote it before 2.3.
+            ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
+            ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
+        ]
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath"):
+            return PurePath  # where it was written, on any system
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) in self._KNOWN:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"its metadata wants {module}.{name}, which torch does not write there")
+
+
+def _check_inside(names: Iterable[str]) -> None:
+    """That names of files stay below their directory. (Links may lead out of it: those are the user's.)"""
+    for name in names:
+        if PurePath(name).anchor or ".." in PurePath(name).parts:
+            raise ValueError(f"it names a file outside of its directory, {name!r}")
 
 
 def _in_order(tensors: Mapping[str, torch.Tensor]) -> dict[str, _Info]:
@@ -300,6 +347,8 @@ class Checkpoint:
         try:
             with _modes_off():
                 return read()
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(f"{_unreadable(self.path, error)} ({name!r})") from error
         except Exception as error:
             raise CheckpointError(
                 f"fastinit.load: {name!r} could not be read from {str(self.path)!r}, which is corrupt or has changed "
@@ -323,6 +372,7 @@ def _read_index(path: Path) -> dict[str, str]:
         indexed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(file, str) for file in indexed.values()):
             raise TypeError("its weight_map does not name a file for each tensor")
+        _check_inside(indexed.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(_unreadable(path, error)) from error
     return indexed
@@ -342,5 +392,10 @@ def _unreadable(path: Path, error: Exception) -> str:
             f"fastinit.load: {str(path)!r} holds more than tensors, and weights_only=True refuses to unpickle it. Save "
             "model.state_dict() instead; or, if you trust the file, unpickle it with torch.load(..., "
             f"weights_only=False) and pass the result to model.load_state_dict. {error}"
+        )
+    if isinstance(error, pickle.UnpicklingError) and path.is_dir():
+        return (
+            f"fastinit.load: {str(path)!r} is corrupt, or holds what is refused because it could run code; if you "
+            f"trust it, use torch.distributed.checkpoint.load. {error}"
         )
     return f"fastinit.load: {str(path)!r} cannot be read, it is truncated, corrupt or of another format: {error}"

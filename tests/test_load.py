@@ -1,6 +1,9 @@
 """`fastinit.load`: real files of every format, what it refuses and when, and what it costs in memory."""
 
+import functools
 import json
+import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -689,6 +692,108 @@ def test_a_distributed_checkpoint_without_its_file_is_refused(tmp_path):
     for file in path.glob("*.distcp"):
         file.unlink()
     refused(built(Net), path, "does not exist")
+
+
+class Run:
+    """Pickled: a call, which happens when it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def attacks(marker):
+    """Pickles that would make a file, each by functions and classes found in another way."""
+    return {
+        "call": Run(os.mkdir, str(marker)),
+        "eval": Run(eval, f"open({str(marker)!r}, 'w')"),
+        "torch": Run(torch.save, torch.ones(1), str(marker)),
+        "partial": Run(functools.partial(os.mkdir, str(marker))),
+        "path": Run(Path.mkdir, Path(marker)),
+    }
+
+
+ATTACKS = list(attacks(""))
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_torch_file_runs_nothing(tmp_path, attack):
+    marker = tmp_path / "marker"
+    path = saved(tmp_path, {"scale": torch.ones(1), "config": attacks(marker)[attack]})
+    refused(built(Net), path, "weights_only=True refuses to unpickle it")
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists()  # it was an attack
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_the_metadata_of_a_distributed_checkpoint_runs_nothing(tmp_path, attack):
+    path = written(tmp_path, "dcp", trained())
+    marker = tmp_path / "marker"
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    metadata.planner_data["x"] = attacks(marker)[attack]
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    refused(built(Net), path, "could run code.*its metadata wants .*which torch does not write there")
+    assert not marker.exists()
+    dcp.FileSystemReader(path).read_metadata()
+    assert marker.exists()
+
+
+def test_metadata_names_classes_by_no_way_round(tmp_path):
+    path = written(tmp_path, "dcp", trained())
+    for module, name in [
+        ("torch.distributed.checkpoint.metadata", "os"),
+        ("torch.distributed.checkpoint.metadata", "os.system"),
+        ("torch.distributed.checkpoint.metadata", "TensorProperties.create_from_tensor"),
+        ("torch", "float32.__class__"),
+        ("torch", "load"),
+        ("pathlib", "os"),
+        ("builtins", "getattr"),
+    ]:
+        names = [pickle.SHORT_BINUNICODE + bytes([len(part)]) + part.encode() for part in (module, name)]
+        (path / ".metadata").write_bytes(pickle.PROTO + b"\x04" + b"".join(names) + pickle.STACK_GLOBAL + pickle.STOP)
+        refused(built(Net), path, f"its metadata wants {module}.{name}, which")
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_object_of_a_distributed_checkpoint_runs_nothing(tmp_path, attack):
+    marker = tmp_path / "marker"
+    source = WithExtraState()
+    source.state = attacks(marker)[attack]
+    refused(WithExtraState(), written(tmp_path, "dcp", source), r"(?s)could run code.*_extra_state")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("where", ["../outside.safetensors", "a/../../outside.safetensors", "ABSOLUTE"])
+def test_an_index_names_no_file_outside_of_its_directory(tmp_path, where):
+    outside = tmp_path / "outside.safetensors"
+    save_model(trained(), outside)
+    folder = tmp_path / "model"
+    (folder / "a").mkdir(parents=True)
+    where = str(outside) if where == "ABSOLUTE" else where
+    assert (folder / where).is_file()
+    index = {"weight_map": dict.fromkeys(load_file(outside), where)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(built(Net), folder, "names a file outside of its directory")
+    # Its own files may lie deeper, or be links, as in the cache of the Hugging Face Hub.
+    (folder / "a" / "x.safetensors").symlink_to(outside)
+    index = {"weight_map": dict.fromkeys(load_file(outside), "a/x.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_loaded(quiet_load(Net, folder), trained())
+
+
+@pytest.mark.parametrize("where", ["../{name}", "{folder}/{name}"])
+def test_a_distributed_checkpoint_names_no_file_outside_of_its_directory(tmp_path, where):
+    path = written(tmp_path, "dcp", trained())
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    for info in metadata.storage_data.values():
+        name = info.relative_path
+        info.relative_path = where.format(name=name, folder=tmp_path)
+    (path / name).rename(tmp_path / name)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    refused(built(Net), path, "names a file outside of its directory")
 
 
 def test_a_path_of_another_kind_is_a_value_error_that_says_what_is_accepted(tmp_path):

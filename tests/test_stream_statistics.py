@@ -10,15 +10,19 @@ import pytest
 import reference
 import torch
 from models import same_bits
+from scipy import stats
 
 import fastinit
 
-_spec = importlib.util.spec_from_file_location(
-    "stream_statistics", Path(__file__).parents[1] / "benchmarks" / "stream_statistics.py"
-)
-stream_statistics = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = stream_statistics
-_spec.loader.exec_module(stream_statistics)
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "benchmarks" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+stream_bits, stream_statistics = script("stream_bits"), script("stream_statistics")
 
 CPU = torch.device("cpu")
 CASES = {f"{case.name} {stream_statistics.short(case.dtype)}": case for case in stream_statistics.CASES}
@@ -114,6 +118,17 @@ def test_cells_that_no_value_reaches_are_pooled_with_others_or_refused():
     assert stream_statistics.chi_square(counts, probabilities) == pytest.approx(np.exp(-0.4))
     counts[0] = 1
     assert stream_statistics.chi_square(counts, probabilities) == 0.0
+
+
+def test_a_p_value_that_could_not_be_computed_is_no_pass():
+    result = {"case": "normal", "dtype": "fp32", "p": {"cells": 0.5, "moment 1": float("nan"), "moment 2": 0.4}}
+    assert not stream_statistics.verdict([result])["passed"]
+
+
+def test_the_bits_of_normals_are_their_cells_of_equal_probability():
+    x = fastinit.fill_(torch.empty(100_000), fastinit.Normal(0.0, 1.0), seed=5, stream=2)
+    edges = torch.from_numpy(stats.norm.ppf(np.arange(1, 256) / 256))
+    assert torch.equal(stream_bits.cells_of(x).int(), torch.bucketize(x.double(), edges, right=True, out_int32=True))
 
 
 @pytest.mark.parametrize("same", ["stream", "seed"])
