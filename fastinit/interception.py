@@ -86,6 +86,15 @@ def _stride(rec: Recorder, func, tensor, dim=None):
     return strides if dim is None else strides[dim]
 
 
+@_handles("storage_offset")
+def _storage_offset(rec: Recorder, func, tensor):
+    entry = rec.find(tensor)
+    if entry is None or entry.allocated:
+        return func(tensor)
+    region = rec.region(entry, tensor)
+    return 0 if region is None else region.offset
+
+
 @_handles("is_contiguous")
 def _is_contiguous(rec: Recorder, func, tensor, **kwargs):
     entry = rec.find(tensor)
@@ -755,11 +764,13 @@ def load_from_state_dict(rec: Recorder, module, state_dict, prefix, local_metada
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 value = state_dict.get(prefix + name)
+                if isinstance(value, torch.Tensor) and rec.find(value) is not None:
+                    # Pending itself. Below, torch would copy whatever lies behind it, also into memory of others.
+                    return False
                 entry = None if tensor is None or value is None else rec.find(tensor)
                 if entry is None:
                     continue
-                is_plain = type(value) in (torch.Tensor, torch.nn.Parameter)
-                if not is_plain or rec.find(value) is not None or not rec.is_whole(entry, tensor):
+                if type(value) not in (torch.Tensor, torch.nn.Parameter) or not rec.is_whole(entry, tensor):
                     return False
                 pending.append((entry, tensor))
         for entry, _ in pending:
@@ -990,7 +1001,7 @@ def _memory_access(rec: Recorder, func, tensor, *args, **kwargs):
 
 
 for _target in _callables(
-    *"data_ptr untyped_storage storage _typed_storage storage_offset storage_type __dlpack__ share_memory_ is_shared "
+    *"data_ptr untyped_storage storage _typed_storage storage_type __dlpack__ share_memory_ is_shared "
     "pin_memory is_pinned __reduce_ex__ resize_ resize_as_ record_stream is_set_to".split()
 ):
     HANDLERS[_target] = _memory_access

@@ -9,7 +9,7 @@ import argparse
 import random
 import time
 
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from models import HALVES
 from test_programs import STEPS, check_dtypes, check_in_half_precision, check_in_single_precision
 
@@ -25,7 +25,13 @@ def check(steps):
 
 def run_batch(number):
     """Run BATCH programs; raises what hypothesis raises for the smallest that fails."""
-    quietly = settings(max_examples=BATCH, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    quietly = settings(
+        max_examples=BATCH,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+    )
     count = 0
 
     @quietly

@@ -6,7 +6,9 @@ then, on the stream that the contract gives it. test_programs.py says what has t
 """
 
 import copy
+import io
 import math
+import pickle
 from unittest import mock
 
 import torch
@@ -48,6 +50,8 @@ class Eager(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in (torch.Tensor.uniform_, torch.Tensor.normal_) and torch.is_grad_enabled() and args[0].requires_grad:
+            return func(*args, **kwargs)  # which raises; the functions of init write under torch.no_grad
         if func in (torch.Tensor.uniform_, init.uniform_):
             return self.fill(*uniform(*args, **kwargs))
         if func in (torch.Tensor.normal_, init.normal_):
@@ -457,6 +461,329 @@ def as_default(state, tensor, other, index, value):
     return tensor.to(torch.get_default_dtype(), copy=True)
 
 
+@operation
+def flat(state, tensor, other, index, value):
+    return tensor.view(-1)[index : index + SIDE] if tensor.dim() == 2 and tensor.is_contiguous() else None
+
+
+@operation
+def diagonal(state, tensor, other, index, value):
+    return tensor.diagonal() if tensor.dim() == 2 else None
+
+
+@operation
+def narrowed(state, tensor, other, index, value):
+    return tensor.narrow(0, index, 1).squeeze(0) if tensor.dim() else None
+
+
+@operation
+def unbound(state, tensor, other, index, value):
+    return tensor.unbind(-1)[index] if tensor.dim() else None
+
+
+@operation
+def chunked(state, tensor, other, index, value):
+    return tensor.chunk(SIDE)[index].reshape(tensor.shape[1:]) if tensor.dim() else None
+
+
+@operation
+def strided(state, tensor, other, index, value):
+    return tensor.as_strided((SIDE,), (SIDE + 1,)) if tensor.dim() == 2 and tensor.is_contiguous() else None
+
+
+@operation
+def expanded_view(state, tensor, other, index, value):
+    return tensor.expand(SIDE, SIDE) if tensor.dim() < 2 else tensor[None].squeeze(0)
+
+
+@operation
+def normal_through_a_chunk(state, tensor, other, index, value):
+    part = tensor.chunk(2)[index % 2] if tensor.dim() else tensor
+    init.normal_(part, value, 0.5)
+
+
+@operation
+def same_again(state, tensor, other, index, value):
+    return tensor
+
+
+@operation
+def forget(state, tensor, other, index, value):
+    if len(state.tensors) > 2:
+        del state.tensors[index % len(state.tensors)]
+
+
+@operation
+def swap_values(state, tensor, other, index, value):
+    if tensor.shape == other.shape:
+        kept = tensor.clone()
+        tensor.copy_(other)
+        other.copy_(kept)
+
+
+# Modules
+
+
+MAKERS = (
+    lambda: nn.Linear(SIDE, SIDE),
+    lambda: nn.Embedding(SIDE, SIDE, padding_idx=1),
+    lambda: nn.BatchNorm1d(SIDE),
+    lambda: nn.Sequential(nn.Linear(SIDE, SIDE, bias=False), nn.LayerNorm(SIDE)),
+    lambda: nn.RNNCell(SIDE, SIDE),
+)
+
+
+@operation
+def child(state, tensor, other, index, value):
+    made = MAKERS[index]()
+    state.add_child(made)
+    return next(made.parameters())
+
+
+def last_child(state):
+    children = list(state.module.children())
+    return children[-1] if children else nn.Module()
+
+
+@operation
+def deep_copied_child(state, tensor, other, index, value):
+    state.add_child(copy.deepcopy(last_child(state)))
+
+
+@operation
+def drop_child(state, tensor, other, index, value):
+    for name, _ in list(state.module.named_children())[-1:]:
+        delattr(state.module, name)
+
+
+@operation
+def tie(state, tensor, other, index, value):
+    for module in last_child(state).modules():
+        if "weight" in module._parameters and isinstance(tensor, nn.Parameter):
+            module.weight = tensor
+
+
+@operation
+def tie_a_name(state, tensor, other, index, value):
+    if isinstance(tensor, nn.Parameter):
+        setattr(state.module, f"tie{index}", tensor)
+
+
+@operation
+def drop_a_name(state, tensor, other, index, value):
+    for name in list(state.module._parameters)[index : index + 1]:
+        delattr(state.module, name)
+
+
+@operation
+def drop_a_buffer(state, tensor, other, index, value):
+    for name in list(state.module._buffers)[index : index + 1]:
+        delattr(state.module, name)
+
+
+@operation
+def apply_init(state, tensor, other, index, value):
+    def initialise(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)) and module.weight.dtype != torch.float64:
+            init.normal_(module.weight, 0.0, 0.02)
+            if getattr(module, "bias", None) is not None:
+                init.constant_(module.bias, value)
+
+    last_child(state).apply(initialise)
+
+
+@operation
+def weight_data(state, tensor, other, index, value):
+    for parameter in last_child(state).parameters():
+        if decidable(parameter):
+            parameter.data.mul_(value)
+
+
+@operation
+def requires_grad(state, tensor, other, index, value):
+    last_child(state).requires_grad_(index % 2 == 0)
+    if tensor.is_floating_point() and tensor.is_leaf:
+        tensor.requires_grad_(index < 2)
+
+
+@operation
+def child_in_half(state, tensor, other, index, value):
+    last_child(state).half()
+
+
+@operation
+def child_in_double(state, tensor, other, index, value):
+    last_child(state).double()
+
+
+@operation
+def load_state(state, tensor, other, index, value):
+    child = last_child(state)
+    child.load_state_dict({name: torch.full_like(each, value) for name, each in child.state_dict().items()})
+
+
+@operation
+def attribute(state, tensor, other, index, value):
+    state.module.__dict__[f"attribute{index}"] = tensor
+
+
+@operation
+def attribute_read(state, tensor, other, index, value):
+    return state.module.__dict__.get(f"attribute{index}")
+
+
+# Saved and loaded, moves, autograd
+
+
+@operation
+def pickled(state, tensor, other, index, value):
+    return pickle.loads(pickle.dumps(tensor))
+
+
+@operation
+def saved(state, tensor, other, index, value):
+    file = io.BytesIO()
+    torch.save({"a": tensor, "b": tensor}, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    state.facts.append(loaded["a"] is loaded["b"])
+    return loaded["a"]
+
+
+@operation
+def saved_child(state, tensor, other, index, value):
+    file = io.BytesIO()
+    torch.save(last_child(state).state_dict(), file)
+    file.seek(0)
+    state.seen.append(list(torch.load(file).items()))
+
+
+@operation
+def shallow_copied(state, tensor, other, index, value):
+    return copy.copy(tensor)
+
+
+@operation
+def child_in_single(state, tensor, other, index, value):
+    last_child(state).float()
+
+
+@operation
+def child_to_a_dtype(state, tensor, other, index, value):
+    last_child(state).to(torch.get_default_dtype())
+
+
+@operation
+def child_to_the_device(state, tensor, other, index, value):
+    last_child(state).to("cpu")
+
+
+@operation
+def train_or_not(state, tensor, other, index, value):
+    last_child(state).train(index % 2 == 0)
+
+
+@operation
+def zero_grad(state, tensor, other, index, value):
+    last_child(state).zero_grad()
+
+
+@operation
+def normal_under_inner_no_grad(state, tensor, other, index, value):
+    with torch.enable_grad(), torch.no_grad():
+        tensor.normal_(value, 0.1)
+
+
+@operation
+def parameter_under_grad(state, tensor, other, index, value):
+    with torch.enable_grad():
+        return nn.Parameter(tensor.detach().clone(), requires_grad=index % 2 == 0) * 1 if index > 3 else None
+
+
+@operation
+def fresh_parameter(state, tensor, other, index, value):
+    with torch.enable_grad():
+        made = nn.Parameter(torch.empty(SHAPES[index % 2]))
+        init.normal_(made, value, 0.02)
+    state.module.register_parameter(f"fresh{index}", made)
+    return made
+
+
+@operation
+def data_of_another(state, tensor, other, index, value):
+    if tensor.shape == other.shape and tensor.dtype == other.dtype:
+        tensor.data = other.data
+
+
+@operation
+def set_nothing(state, tensor, other, index, value):
+    state.module.register_buffer(f"nothing{index}", None)
+
+
+@operation
+def parameter_list(state, tensor, other, index, value):
+    if tensor.is_floating_point():
+        state.add_child(nn.ParameterList([tensor, other.detach().clone()] if other.is_floating_point() else [tensor]))
+
+
+# Errors: what comes after them is as if they had not been raised
+
+
+@operation
+def wrong_view(state, tensor, other, index, value):
+    tensor.view(7)
+
+
+@operation
+def wrong_sum(state, tensor, other, index, value):
+    tensor.add_(torch.ones(3))
+
+
+@operation
+def wrong_copy(state, tensor, other, index, value):
+    tensor.copy_(torch.ones(7, 7))
+
+
+@operation
+def wrong_index(state, tensor, other, index, value):
+    tensor[SIDE]
+
+
+@operation
+def wrong_init(state, tensor, other, index, value):
+    init.xavier_uniform_(tensor[0] if tensor.dim() else tensor)
+
+
+@operation
+def write_to_a_leaf(state, tensor, other, index, value):
+    with torch.enable_grad():
+        leaf = nn.Parameter(torch.full((SIDE,), value))
+        state.tensors.append(leaf)
+        (leaf.zero_, leaf.uniform_, leaf.normal_, leaf.exp_, leaf.neg_)[index]()
+
+
+@operation
+def facts(state, tensor, other, index, value):
+    state.seen.append((tensor.stride(), tensor.is_contiguous(), tensor.storage_offset()))
+    state.facts.append((type(tensor), tuple(tensor.shape), tensor.dtype, tensor.numel(), tensor is other))
+
+
+@operation
+def read_a_value(state, tensor, other, index, value):
+    state.seen.append((tensor.flatten()[index % tensor.numel()].item(), tensor.tolist(), torch.equal(tensor, other)))
+
+
+@operation
+def same_memory(state, tensor, other, index, value):
+    state.facts.append(tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr())
+
+
+@operation
+def registered_as_default(state, tensor, other, index, value):
+    if tensor.is_floating_point():
+        state.module.register_buffer(f"default{index}", tensor.to(torch.get_default_dtype(), copy=True))
+
+
 # Reads
 
 
@@ -513,16 +840,48 @@ def replace_data(state, tensor, other, index, value):
 NEEDS_FLOAT = {
     *"uniform_ normal_ trunc_normal_ normal_rows uniform_column constant_ fill_row set_item set_items_by_list".split(),
     *"fill_diagonal masked_fill_ mul_ add_ subtract_in_place div_ clamp_ row_mul_ add_tensor_ copy_ full_like".split(),
-    *"new_full replace_data zero_data".split(),
+    *"new_full replace_data zero_data normal_through_a_chunk normal_under_inner_no_grad swap_values".split(),
 }
-RANDOM = {"uniform_", "normal_", "trunc_normal_", "normal_rows", "uniform_column"}
+RANDOM = {
+    *"uniform_ normal_ trunc_normal_ normal_rows uniform_column normal_through_a_chunk".split(),
+    "normal_under_inner_no_grad",
+}
+# Whoever gets at the memory of a tensor, or asks for half precision, has values rounded from then on, which goes on in
+# what is computed from them: no rounding once. And data of another dtype are not for sharing.
+ROUNDING = {
+    *"same_memory data_of_another pickled saved saved_child shallow_copied".split(),
+    *"as_default as_other child_in_half child_to_a_dtype".split(),
+}
+# What may be done in an fp32 program to a tensor that it has turned into half precision: torch computes with its
+# rounded values, fastinit with those before.
+OF_HALVES = {
+    *"uniform_ normal_ trunc_normal_ normal_rows uniform_column constant_ fill_row set_item fill_diagonal row".split(),
+    *"column transposed data detached cloned contiguous parameter buffer flat diagonal narrowed unbound".split(),
+    *"strided same_again forget wrong_view facts attribute deep_copied requires_grad tie tie_a_name".split(),
+}
+
+
+def decidable(*tensors):
+    """Return whether the eager reference computes with these tensors what the contract promises."""
+    halves = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
+    return not (halves and torch.get_default_dtype() == torch.float32)
 
 
 class State:
-    """What operations share: the module that they register in."""
+    """What operations share.
+
+    Attributes:
+        module: that they register in.
+        tensors: that there are.
+        facts: what they learnt of structure, which is the same in every precision.
+        seen: values that they read.
+    """
 
     def __init__(self, module):
-        self.module = module
+        self.module, self.tensors, self.facts, self.seen = module, [torch.zeros(SIDE, SIDE), torch.ones(SIDE)], [], []
+
+    def add_child(self, made):
+        self.module.add_module(f"child{len(list(self.module.children()))}", made)
 
 
 class Program(nn.Module):
@@ -531,7 +890,7 @@ class Program(nn.Module):
     def __init__(self, steps):
         super().__init__()
         state = State(self)
-        tensors = [torch.zeros(SIDE, SIDE), torch.ones(SIDE)]
+        tensors, self.facts, self.seen = state.tensors, state.facts, state.seen
         with torch.no_grad():
             for name, first, second, index, value in steps:
                 tensor, other = tensors[first % len(tensors)], tensors[second % len(tensors)]
@@ -539,7 +898,13 @@ class Program(nn.Module):
                     continue
                 if name in RANDOM and tensor.dtype == torch.float64:
                     continue  # no stream is specified for fp64
-                made = OPERATIONS[name](state, tensor, other, index, value)
+                if name not in OF_HALVES and not decidable(tensor, other):
+                    continue
+                try:
+                    made = OPERATIONS[name](state, tensor, other, index, value)
+                except Exception as error:  # torch's; the program goes on, and has to raise it in all ways
+                    state.facts.append((name, type(error).__name__))
+                    continue
                 if made is not None:
                     tensors.append(made)
             for k, tensor in enumerate(tensors):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import DTYPES, HALVES, SEED, default_dtype, registered
-from programs import OPERATIONS, SIDE, Eager, Program
+from models import DTYPES, HALVES, SEED, classes, default_dtype, registered, ties
+from programs import OPERATIONS, ROUNDING, SIDE, Eager, Program
+from torch import nn
 
 import fastinit
 
@@ -39,12 +40,23 @@ def differences(ours, theirs):
 
 
 def kinds(module):
-    """Describe what is registered. Whether views of parameters are leaves depends on how torch.no_grad is nested."""
-    description = {n: ("parameter", tuple(p.shape), p.dtype, p.requires_grad) for n, p in module._parameters.items()}
-    for name, tensor in module._buffers.items():
-        persistent = name not in module._non_persistent_buffers_set
-        description[name] = ("buffer", tuple(tensor.shape), tensor.dtype, persistent)
-    return description
+    """Describe what is registered, as far as it is the same in every precision.
+
+    Not whether a view of a parameter requires a gradient: in torch, one that is made under torch.no_grad says so.
+    """
+    description = {}
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for name, tensor in owner._parameters.items():
+            shape = None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+            description[prefix, name] = "parameter", type(tensor), shape
+        for name, tensor in owner._buffers.items():
+            shape = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+            description[prefix, name] = "buffer", type(tensor), shape, name not in owner._non_persistent_buffers_set
+    return list(description.items()), classes(module)
+
+
+def strides(module):
+    return {name: tensor.stride() for name, tensor in registered(module).items()}
 
 
 VALUES = st.sampled_from([0.1, -0.7, 1 / 3, 2.0, 0.0, -1.5, 3.14159, 1e-3]) | st.floats(-3, 3, width=32)
@@ -66,17 +78,27 @@ thoroughly = settings(
 
 def check_in_single_precision(steps):
     """The values of torch with the fills on their streams, bit for bit."""
-    assert not differences(inside(steps, "fp32"), eagerly(steps, torch.float32))
+    ours, theirs = inside(steps, "fp32"), eagerly(steps, torch.float32)
+    assert not differences(ours, theirs)
+    assert kinds(ours) == kinds(theirs)
+    assert ties(ours) == ties(theirs)
+    assert strides(ours) == strides(theirs)
+    assert ours.facts == theirs.facts
+    assert repr(ours.seen) == repr(theirs.seen)
 
 
 def check_in_half_precision(steps, dtype):
     """The fp32 values rounded once."""
+    steps = [step for step in steps if step[0] not in ROUNDING]
     assert not differences(inside(steps, dtype), inside(steps, "fp32"))
 
 
 def check_dtypes(steps, dtype):
     """The dtypes and kinds that torch gives."""
-    assert kinds(inside(steps, dtype)) == kinds(eagerly(steps, DTYPES[dtype]))
+    ours, theirs = inside(steps, dtype), eagerly(steps, DTYPES[dtype])
+    assert kinds(ours) == kinds(theirs)
+    assert ties(ours) == ties(theirs)
+    assert ours.facts == theirs.facts
 
 
 @thoroughly
@@ -97,3 +119,27 @@ def test_a_program_in_half_precision_gives_the_fp32_values_rounded_once(dtype, s
 @given(STEPS)
 def test_a_program_gives_every_tensor_the_dtype_that_it_has_in_torch(dtype, steps):
     check_dtypes(steps, dtype)
+
+
+# What the programs have found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_parameter_that_has_its_values_already_is_loaded_from_tensors_that_have_not(dtype):
+    with fastinit.on("cpu", dtype):
+        layer = nn.LayerNorm(SIDE)
+        addresses = layer.weight.data_ptr(), layer.bias.data_ptr()
+        layer.load_state_dict({name: torch.full((SIDE,), 0.1) for name in layer.state_dict()})
+    assert (layer.weight.data_ptr(), layer.bias.data_ptr()) == addresses
+    assert torch.equal(layer.weight, torch.full((SIDE,), 0.1, dtype=DTYPES[dtype]))
+    assert torch.equal(layer.bias, torch.full((SIDE,), 0.1, dtype=DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_asking_for_the_offset_of_a_tensor_does_not_round_it(dtype):
+    with fastinit.on("cpu", dtype):
+        buffers = nn.Module()
+        thirds = torch.linspace(0.1, 1.0, 100) / 3
+        assert (thirds.storage_offset(), thirds[2:].storage_offset()) == (0, 2)
+        buffers.register_buffer("large", thirds * 1001)
+    assert torch.equal(buffers.large, (torch.linspace(0.1, 1.0, 100) / 3 * 1001).to(DTYPES[dtype]))
