@@ -5,6 +5,7 @@ and, as the oracle, inside `Eager`, which is torch itself except that each rando
 then, on the stream that the contract gives it. test_programs.py says what has to be equal.
 """
 
+import contextlib
 import copy
 import io
 import math
@@ -726,6 +727,53 @@ def parameter_list(state, tensor, other, index, value):
         state.add_child(nn.ParameterList([tensor, other.detach().clone()] if other.is_floating_point() else [tensor]))
 
 
+# Contexts in the context. Each has a key and a count of streams of its own, and ends, here by an error, before the
+# outer one goes on.
+
+
+def in_a_context(state, index, run):
+    """Run `run` in a context of its own, or in the eager reference to it; `index` odd: an error ends it."""
+    with contextlib.suppress(KeyError), state.context(SEED + 1 + index):
+        run()
+        if index % 2:
+            raise KeyError
+
+
+@operation
+def inner_linear(state, tensor, other, index, value):
+    in_a_context(state, index, lambda: state.add_child(nn.Linear(SIDE, SIDE)))
+    return last_child(state).weight
+
+
+@operation
+def inner_tensors(state, tensor, other, index, value):
+    def run():
+        state.tensors.append(torch.randn(SIDE, SIDE).mul_(value))
+        state.tensors.append(torch.full(SHAPES[index % 3], value))
+
+    in_a_context(state, index, run)
+
+
+@operation
+def inner_fill_of_the_outer(state, tensor, other, index, value):
+    in_a_context(state, index, lambda: init.normal_(tensor, value, 0.02))
+
+
+@operation
+def inner_read_of_the_outer(state, tensor, other, index, value):
+    in_a_context(state, index, lambda: state.seen.append((tensor.tolist(), (other * value).tolist())))
+
+
+@operation
+def inner_in_the_inner(state, tensor, other, index, value):
+    def run():
+        first = nn.Linear(SIDE, SIDE)
+        in_a_context(state, index + 10, lambda: state.add_child(nn.Sequential(nn.Linear(SIDE, SIDE), first)))
+        init.uniform_(first.weight, 0.0, 0.5)
+
+    in_a_context(state, index, run)
+
+
 # Errors: what comes after them is as if they had not been raised
 
 
@@ -840,16 +888,18 @@ def replace_data(state, tensor, other, index, value):
 NEEDS_FLOAT = {
     *"uniform_ normal_ trunc_normal_ normal_rows uniform_column constant_ fill_row set_item set_items_by_list".split(),
     *"fill_diagonal masked_fill_ mul_ add_ subtract_in_place div_ clamp_ row_mul_ add_tensor_ copy_ full_like".split(),
-    *"new_full replace_data zero_data normal_through_a_chunk normal_under_inner_no_grad swap_values".split(),
+    *"new_full replace_data zero_data normal_through_a_chunk normal_under_inner_no_grad".split(),
+    *"swap_values inner_fill_of_the_outer".split(),
 }
 RANDOM = {
     *"uniform_ normal_ trunc_normal_ normal_rows uniform_column normal_through_a_chunk".split(),
-    "normal_under_inner_no_grad",
+    *"normal_under_inner_no_grad inner_fill_of_the_outer".split(),
 }
 # Whoever gets at the memory of a tensor, or asks for half precision, has values rounded from then on, which goes on in
 # what is computed from them: no rounding once. And data of another dtype are not for sharing.
 ROUNDING = {
     *"same_memory data_of_another pickled saved saved_child shallow_copied".split(),
+    *"inner_linear inner_tensors inner_in_the_inner inner_fill_of_the_outer inner_read_of_the_outer".split(),
     *"as_default as_other child_in_half child_to_a_dtype".split(),
 }
 # What may be done in an fp32 program to a tensor that it has turned into half precision: torch computes with its
@@ -872,13 +922,15 @@ class State:
 
     Attributes:
         module: that they register in.
+        context: function of a seed that gives another context of this program's kind.
         tensors: that there are.
         facts: what they learnt of structure, which is the same in every precision.
         seen: values that they read.
     """
 
-    def __init__(self, module):
-        self.module, self.tensors, self.facts, self.seen = module, [torch.zeros(SIDE, SIDE), torch.ones(SIDE)], [], []
+    def __init__(self, module, context):
+        self.module, self.context = module, context
+        self.tensors, self.facts, self.seen = [torch.zeros(SIDE, SIDE), torch.ones(SIDE)], [], []
 
     def add_child(self, made):
         self.module.add_module(f"child{len(list(self.module.children()))}", made)
@@ -887,9 +939,9 @@ class State:
 class Program(nn.Module):
     """Runs steps of (operation, tensor, other tensor, index, value) and registers all that is left."""
 
-    def __init__(self, steps):
+    def __init__(self, steps, context):
         super().__init__()
-        state = State(self)
+        state = State(self, context)
         tensors, self.facts, self.seen = state.tensors, state.facts, state.seen
         with torch.no_grad():
             for name, first, second, index, value in steps:

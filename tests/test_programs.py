@@ -18,12 +18,12 @@ import fastinit
 
 def eagerly(steps, dtype):
     with default_dtype(dtype), Eager():
-        return Program(steps)
+        return Program(steps, Eager)
 
 
 def inside(steps, dtype):
     with fastinit.on("cpu", dtype, seed=SEED):
-        return Program(steps)
+        return Program(steps, lambda seed: fastinit.on("cpu", dtype, seed=seed))
 
 
 def differences(ours, theirs):
