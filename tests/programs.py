@@ -42,7 +42,10 @@ class Eager(TorchFunctionMode):
 
     def fill(self, tensor, distribution):
         self.stream += 1
-        fastinit.fill_(tensor, distribution, seed=self.seed, stream=self.stream)
+        try:
+            fastinit.fill_(tensor, distribution, seed=self.seed, stream=self.stream)
+        except ValueError as error:
+            raise RuntimeError("elements share memory") from error  # what torch raises for them
         torch.autograd.graph.increment_version(tensor)
         return tensor
 
@@ -227,7 +230,8 @@ def normal_(state, tensor, other, index, value):
 
 @operation
 def trunc_normal_(state, tensor, other, index, value):
-    init.trunc_normal_(tensor, 0.0, 0.5, -abs(value) - 0.1, 0.7)
+    if 0 not in tensor.stride():  # an error of its body comes after the first of its fills
+        init.trunc_normal_(tensor, 0.0, 0.5, -abs(value) - 0.1, 0.7)
 
 
 @operation
@@ -731,9 +735,9 @@ def parameter_list(state, tensor, other, index, value):
 # outer one goes on.
 
 
-def in_a_context(state, index, run):
+def in_a_context(state, index, run, *dtype):
     """Run `run` in a context of its own, or in the eager reference to it; `index` odd: an error ends it."""
-    with contextlib.suppress(KeyError), state.context(SEED + 1 + index):
+    with contextlib.suppress(KeyError), state.context(SEED + 1 + index, *dtype):
         run()
         if index % 2:
             raise KeyError
@@ -742,6 +746,14 @@ def in_a_context(state, index, run):
 @operation
 def inner_linear(state, tensor, other, index, value):
     in_a_context(state, index, lambda: state.add_child(nn.Linear(SIDE, SIDE)))
+    return last_child(state).weight
+
+
+@operation
+def inner_linear_in_another_dtype(state, tensor, other, index, value):
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[index % 3]
+    in_a_context(state, index, lambda: state.add_child(nn.Linear(SIDE, SIDE)), dtype)
+    state.tensors.append(torch.full((SIDE,), value))
     return last_child(state).weight
 
 
@@ -772,6 +784,11 @@ def inner_in_the_inner(state, tensor, other, index, value):
         init.uniform_(first.weight, 0.0, 0.5)
 
     in_a_context(state, index, run)
+
+
+@operation
+def leave(state, tensor, other, index, value):
+    raise Left
 
 
 # Errors: what comes after them is as if they had not been raised
@@ -899,7 +916,8 @@ RANDOM = {
 # what is computed from them: no rounding once. And data of another dtype are not for sharing.
 ROUNDING = {
     *"same_memory data_of_another pickled saved saved_child shallow_copied".split(),
-    *"inner_linear inner_tensors inner_in_the_inner inner_fill_of_the_outer inner_read_of_the_outer".split(),
+    *"inner_linear inner_linear_in_another_dtype inner_tensors inner_in_the_inner inner_fill_of_the_outer".split(),
+    "inner_read_of_the_outer",
     *"as_default as_other child_in_half child_to_a_dtype".split(),
 }
 # What may be done in an fp32 program to a tensor that it has turned into half precision: torch computes with its
@@ -922,7 +940,7 @@ class State:
 
     Attributes:
         module: that they register in.
-        context: function of a seed that gives another context of this program's kind.
+        context: function of a seed, and of a dtype that is not the program's, that gives another context of its kind.
         tensors: that there are.
         facts: what they learnt of structure, which is the same in every precision.
         seen: values that they read.
@@ -930,19 +948,38 @@ class State:
 
     def __init__(self, module, context):
         self.module, self.context = module, context
-        self.tensors, self.facts, self.seen = [torch.zeros(SIDE, SIDE), torch.ones(SIDE)], [], []
+        self.tensors, self.facts, self.seen = [], [], []
+
+    def start(self):
+        self.tensors += [torch.zeros(SIDE, SIDE), torch.ones(SIDE)]
+        return self.tensors
 
     def add_child(self, made):
         self.module.add_module(f"child{len(list(self.module.children()))}", made)
 
 
+class Left(BaseException):
+    """Raised by a program to leave its context."""
+
+
 class Program(nn.Module):
-    """Runs steps of (operation, tensor, other tensor, index, value) and registers all that is left."""
+    """Runs steps of (operation, tensor, other tensor, index, value) in a context and registers all that is left.
+
+    `context` is a function of a seed that gives the context, and contexts to be entered within it.
+    """
 
     def __init__(self, steps, context):
         super().__init__()
         state = State(self, context)
-        tensors, self.facts, self.seen = state.tensors, state.facts, state.seen
+        try:
+            with context(SEED):
+                self.run(state, steps)
+                self.register_all(state.tensors)
+        except Left:
+            self.register_all(state.tensors)
+
+    def run(self, state, steps):
+        tensors, self.facts, self.seen = state.start(), state.facts, state.seen
         with torch.no_grad():
             for name, first, second, index, value in steps:
                 tensor, other = tensors[first % len(tensors)], tensors[second % len(tensors)]
@@ -959,5 +996,7 @@ class Program(nn.Module):
                     continue
                 if made is not None:
                     tensors.append(made)
-            for k, tensor in enumerate(tensors):
-                self.register_buffer(f"last{k}", tensor)
+
+    def register_all(self, tensors):
+        for k, tensor in enumerate(tensors):
+            self.register_buffer(f"last{k}", tensor)

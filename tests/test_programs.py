@@ -5,11 +5,13 @@ bits; inside it in half precision, which must give those values rounded once; an
 precision, which decides the dtypes.
 """
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import DTYPES, HALVES, SEED, classes, default_dtype, registered, ties
+from models import DTYPES, HALVES, classes, default_dtype, registered, ties
 from programs import OPERATIONS, ROUNDING, SIDE, Eager, Program
 from torch import nn
 
@@ -17,13 +19,16 @@ import fastinit
 
 
 def eagerly(steps, dtype):
-    with default_dtype(dtype), Eager():
-        return Program(steps, Eager)
+    @contextlib.contextmanager
+    def context(seed, dtype=dtype):
+        with default_dtype(dtype), Eager(seed):
+            yield
+
+    return Program(steps, context)
 
 
 def inside(steps, dtype):
-    with fastinit.on("cpu", dtype, seed=SEED):
-        return Program(steps, lambda seed: fastinit.on("cpu", dtype, seed=seed))
+    return Program(steps, lambda seed, dtype=dtype: fastinit.on("cpu", dtype, seed=seed))
 
 
 def differences(ours, theirs):
@@ -94,7 +99,8 @@ def check_in_half_precision(steps, dtype):
 
 
 def check_dtypes(steps, dtype):
-    """The dtypes and kinds that torch gives."""
+    """The dtypes and kinds that torch gives, where its rounding decides nothing."""
+    steps = [step for step in steps if step[0] != "read_a_condition"]
     ours, theirs = inside(steps, dtype), eagerly(steps, DTYPES[dtype])
     assert kinds(ours) == kinds(theirs)
     assert ties(ours) == ties(theirs)
