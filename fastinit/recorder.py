@@ -161,7 +161,8 @@ class Recorder(TorchFunctionMode):
         outer = _thread.recorder
         if outer is not None:
             # What the outer context has pending may be read in here, where it does not look.
-            outer.settle_all()
+            with _modes_off():  # or the outer one would see, and record, its own settling
+                outer.settle_all()
             outer._suspended = True
         self._outer = outer
         self._outer_device_context = _device_context()

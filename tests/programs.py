@@ -735,12 +735,16 @@ def parameter_list(state, tensor, other, index, value):
 # outer one goes on.
 
 
+class Ended(Exception):
+    """The error that ends a context within the program's."""
+
+
 def in_a_context(state, index, run, *dtype):
     """Run `run` in a context of its own, or in the eager reference to it; `index` odd: an error ends it."""
-    with contextlib.suppress(KeyError), state.context(SEED + 1 + index, *dtype):
+    with contextlib.suppress(Ended), state.context(SEED + 1 + index, *dtype):
         run()
         if index % 2:
-            raise KeyError
+            raise Ended
 
 
 @operation

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import DTYPES, HALVES, classes, default_dtype, registered, ties
+from models import DTYPES, HALVES, SEED, assert_same_bits, built, classes, default_dtype, registered, same_bits, ties
 from programs import OPERATIONS, ROUNDING, SIDE, Eager, Program
 from torch import nn
 
@@ -149,3 +149,16 @@ def test_asking_for_the_offset_of_a_tensor_does_not_round_it(dtype):
         assert (thirds.storage_offset(), thirds[2:].storage_offset()) == (0, 2)
         buffers.register_buffer("large", thirds * 1001)
     assert torch.equal(buffers.large, (torch.linspace(0.1, 1.0, 100) / 3 * 1001).to(DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_context_is_entered_while_the_outer_one_has_computed_views(dtype):
+    with fastinit.on("cpu", dtype), torch.no_grad():
+        thirds = torch.full((SIDE, SIDE), 1.0) / 3
+        columns = thirds.t()
+        columns.mul_(2)
+        assert columns.flatten().tolist() == thirds.flatten().tolist()
+        with fastinit.on("cpu", dtype, seed=SEED):
+            inner = nn.Linear(SIDE, SIDE)
+    assert_same_bits(inner, built(lambda: nn.Linear(SIDE, SIDE), dtype))
+    assert same_bits(columns, (torch.full((SIDE, SIDE), 1.0) / 3 * 2).to(DTYPES[dtype]))
