@@ -702,7 +702,8 @@ def normal_under_inner_no_grad(state, tensor, other, index, value):
 @operation
 def parameter_under_grad(state, tensor, other, index, value):
     with torch.enable_grad():
-        return nn.Parameter(tensor.detach().clone(), requires_grad=index % 2 == 0) * 1 if index > 3 else None
+        made = nn.Parameter(tensor.detach().clone(), requires_grad=index % 2 == 0)
+        return (made * value).detach()
 
 
 @operation
