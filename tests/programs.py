@@ -607,7 +607,7 @@ def weight_data(state, tensor, other, index, value):
 @operation
 def requires_grad(state, tensor, other, index, value):
     last_child(state).requires_grad_(index % 2 == 0)
-    if tensor.is_floating_point() and tensor.is_leaf:
+    if isinstance(tensor, nn.Parameter):  # torch lets go of few views that were made under torch.no_grad
         tensor.requires_grad_(index < 2)
 
 
