@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import resource
+import signal
 import sys
+import threading
 import time
-from contextlib import ContextDecorator
+from collections.abc import Iterator
+from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Literal, Protocol
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import native, patches
 from .deferred import Deferred
@@ -180,6 +185,16 @@ class on(ContextDecorator):
         return on(self._device, self._dtype, seed=self._seed, empty=self._empty or False, shard=self._shard)
 
     def __enter__(self) -> Report:
+        depth = len(self._entered)
+        try:
+            with _interrupts_later():
+                return self._enter(sys._getframe(1))
+        except BaseException:
+            if len(self._entered) > depth:  # interrupted once all was in place: nobody else will leave
+                self._exit(*sys.exc_info())
+            raise
+
+    def _enter(self, caller: FrameType) -> Report:
         with _modes_off():
             device = _available_device(self._device)
             process_default = _get_default_dtype()
@@ -190,7 +205,7 @@ class on(ContextDecorator):
         shard = self._shard is not False
         recorder = (ShardRecorder if shard else Recorder)(device, dtype, seed, self._empty, shard)
         recorder.seed_agreed = agreed
-        recorder.entered_from = id(sys._getframe(1))
+        recorder.entered_from = id(caller)
         report = Report(device, dtype, seed)
         report._start()
         patches.install()
@@ -206,6 +221,16 @@ class on(ContextDecorator):
         return report
 
     def __exit__(self, exc_type, exc_value, traceback) -> None:
+        depth = len(self._entered)
+        try:
+            with _interrupts_later():
+                self._exit(exc_type, exc_value, traceback)
+        except BaseException:
+            if len(self._entered) == depth:  # interrupted before it began
+                self._exit(exc_type, exc_value, traceback)
+            raise
+
+    def _exit(self, exc_type, exc_value, traceback) -> None:
         recorder, report, process_default = self._entered.pop()
         try:
             recorder.__exit__(exc_type, exc_value, traceback)
@@ -218,6 +243,23 @@ class on(ContextDecorator):
                 _set_default_dtype(process_default)
             patches.remove()
             report._finish(recorder)
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Let a Ctrl-C wait until torch is whole again: in the middle, what is replaced would stay so."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *arguments: waiting.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if waiting:
+            handler(*waiting[0])
 
 
 def _parse_device(device) -> torch.device:
@@ -280,7 +322,7 @@ def _parse_shard(shard, empty: Empty | None) -> bool | Partitioner:
 
 
 def _draw_seed() -> int:
-    with _modes_off():
+    with _modes_off(), _disable_current_modes():  # a fake tensor has no value to draw
         return int(torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None).item()) % 2**64
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -23,11 +23,18 @@ def can_fill(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype in DTYPES and (device.type == "cpu" or (device.type == "cuda" and native.build_info()["cuda"]))
 
 
-def allocate(shape, dtype: torch.dtype, device: torch.device, *, huge_pages: bool = True) -> torch.Tensor:
+def allocate(
+    shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    huge_pages: bool = True,
+    name_of: Callable[[], str | None] = lambda: None,
+) -> torch.Tensor:
     """Uninitialised contiguous tensor from torch's allocator; huge pages are advised for large CPU ones, or not.
 
     Raises:
-        torch.OutOfMemoryError, RuntimeError: torch's own, with the shape, dtype, device and a remedy in front.
+        torch.OutOfMemoryError, RuntimeError: torch's own, with the name, shape, dtype, device and a remedy in front.
     """
     try:
         if torch.is_inference_mode_enabled():
@@ -37,8 +44,10 @@ def allocate(shape, dtype: torch.dtype, device: torch.device, *, huge_pages: boo
         else:
             tensor = torch.empty(shape, dtype=dtype, device=device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
+        name = name_of()
         raise type(error)(
-            f"no memory for a tensor of shape {tuple(shape)} and dtype {dtype} on device={str(device)!r}: "
+            f"no memory for a tensor of shape {tuple(shape)} and dtype {dtype} on device={str(device)!r}"
+            f"{f', {name}' if name else ''}: "
             f"choose a smaller dtype or model, free memory, or create it as shards. {error}"
         ) from error
     if huge_pages:

@@ -156,6 +156,8 @@ def _install() -> None:
         _restore.append(functools.partial(HANDLERS.pop, new))
     _replace(torch.nn.Module, "_load_from_state_dict", load_into, _load_from_state_dict)
     _replace(torch.utils, "swap_tensors", swap_tensors, swap)
+    scripted = torch.jit._recursive.create_script_module_impl  # type: ignore[attr-defined]
+    _replace(torch.jit._recursive, "create_script_module_impl", _settled_first(scripted), scripted)  # type: ignore[attr-defined]
     _replace(torch, "get_default_dtype", default_dtype, get_default_dtype)
     _replace(torch, "set_default_dtype", change_default_dtype, set_default_dtype)
     _replace(torch, "get_default_device", default_device, get_default_device)
@@ -193,9 +195,24 @@ def _replace(owner, name: str, new, old) -> None:
 def _settle_before_use(module, args) -> None:
     # A module that is called under autograd is in use, perhaps in training: from here on its tensors are torch's alone.
     recorder = _thread.recorder
-    if recorder is not None and torch.is_grad_enabled():
+    # torch.compile follows the call into here; the compiled module that it was told of has been settled by then.
+    if recorder is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         with _modes_off():
             recorder.settle_all()
+
+
+def _settled_first(function):
+    """A function of torch that hands tensors to code which no mode sees."""
+
+    @functools.wraps(function)
+    def settled(*args, **kwargs):
+        recorder = _thread.recorder
+        if recorder is not None:
+            with _modes_off():
+                recorder.settle_all()
+        return function(*args, **kwargs)
+
+    return settled
 
 
 def _note_parent(module, name, child) -> None:

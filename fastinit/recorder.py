@@ -20,6 +20,7 @@ A tensor object stands for its entry by identity (`_by_id`) while it is a placeh
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 import threading
@@ -74,6 +75,15 @@ _thread = _Thread()
 Empty = Literal[True, "nan", "unchecked"]
 
 _ZERO_STRIDES = (0,) * 64  # torch has no tensors of more dimensions
+
+
+def _without_memory(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    strides = _ZERO_STRIDES[: len(shape)]
+    if torch.is_inference_mode_enabled():
+        # An inference tensor is of no use outside of that mode; a model's should be, whenever it was made.
+        with torch.inference_mode(False):
+            return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 class Entry(native.Entry):
@@ -240,7 +250,7 @@ class Recorder(TorchFunctionMode):
 
     def placeholder(self, shape, dtype, device, recipe) -> torch.Tensor:
         """A new tensor without memory; the recipe says what it contains."""
-        tensor = torch.empty_strided(shape, _ZERO_STRIDES[: len(shape)], dtype=dtype, device=device)
+        tensor = _without_memory(shape, dtype, device)
         self.stand_for(tensor, Entry(shape, dtype, device, recipe))
         if len(self._by_id) > self._purge_at:
             self._purge()
@@ -261,9 +271,7 @@ class Recorder(TorchFunctionMode):
 
     def view(self, entry: Entry, region: Region) -> torch.Tensor:
         """A view of an entry that has no memory yet."""
-        tensor = torch.empty_strided(
-            region.sizes, _ZERO_STRIDES[: len(region.sizes)], dtype=entry.dtype, device=entry.device
-        )
+        tensor = _without_memory(region.sizes, entry.dtype, entry.device)
         self.stand_for(tensor, entry, region)
         return tensor
 
@@ -307,9 +315,27 @@ class Recorder(TorchFunctionMode):
         started = time.perf_counter()
         if entry.device.type == "cuda":
             self._reserve_for_all()
-        self._point(entry, allocate(entry.shape, entry.dtype, entry.device))
+        self._point(entry, self._allocate(entry))
         entry.resident = True
         self.allocation_seconds += time.perf_counter() - started
+
+    def _allocate(self, entry: Entry, *, huge_pages: bool = True) -> torch.Tensor:
+        return allocate(
+            entry.shape, entry.dtype, entry.device, huge_pages=huge_pages, name_of=lambda: self._name_of(entry)
+        )
+
+    def _name_of(self, entry: Entry) -> str | None:
+        """What a model calls an entry's tensor, for a message; None if no module has it."""
+        tensors = {id(tensor) for ref in entry.refs if (tensor := ref()) is not None}
+        modules = [each for each in gc.get_objects() if issubclass(type(each), torch.nn.Module)]
+        below = {id(child) for module in modules for child in module.__dict__.get("_modules", {}).values()}
+        for root in modules:
+            if id(root) not in below and "_modules" in root.__dict__:
+                for prefix, module in root.named_modules():
+                    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                        if id(tensor) in tensors:
+                            return f"{prefix}{'.' if prefix else ''}{name} of {type(root).__name__}"
+        return None
 
     def _leave_all(self, entry: Entry) -> torch.Tensor:
         """Find an entry's tensors by identity no more; returns one of them."""
@@ -786,7 +812,7 @@ class Recorder(TorchFunctionMode):
             done += 1
             if not (self._given and self._given[-1] is entry):
                 self._given.append(entry)
-            memory = allocate(entry.shape, entry.dtype, device, huge_pages=not entry.deferred)
+            memory = self._allocate(entry, huge_pages=not entry.deferred)
             self._point(entry, memory)
             recipe = entry.recipe
             if entry.shadow is not None:

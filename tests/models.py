@@ -213,6 +213,35 @@ def samples(build, names, at_least, most=64):
     return {name: torch.cat(pool) for name, pool in pools.items()}
 
 
+# State of torch -------------------------------------------------------------------------------------------------------
+
+
+def state_of_torch():
+    """Everything that a context may touch and has to put back."""
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "init": {name: id(value) for name, value in vars(nn.init).items() if callable(value)},
+        "torch": {name: id(value) for name, value in vars(torch).items() if callable(value)},
+        # A static method is a new wrapper around the same function each time it is assigned.
+        "Parameter": {name: id(getattr(value, "__func__", value)) for name, value in vars(nn.Parameter).items()},
+        "Tensor": {name: id(value) for name, value in vars(torch.Tensor).items()},
+        "Module": {name: id(value) for name, value in vars(nn.Module).items()},
+        "parameter hooks": len(nn.modules.module._global_parameter_registration_hooks),
+        "buffer hooks": len(nn.modules.module._global_buffer_registration_hooks),
+        "modes": torch._C._len_torch_function_stack(),
+        "grad": torch.is_grad_enabled(),
+        "warnings": list(warnings.filters),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def different(before, after):
+    """Return what differs between two states, as before and after."""
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
 # The public module classes of torch.nn --------------------------------------------------------------------------------
 
 

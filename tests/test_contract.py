@@ -20,9 +20,11 @@ from models import (
     assert_same_bits,
     assert_same_structure,
     built,
+    different,
     plain,
     registered,
     same_bits,
+    state_of_torch,
 )
 from torch import nn
 from torch.nn import init
@@ -70,31 +72,6 @@ def small_model():
 
 
 # Clean exit --------------------------------------------------------------------------------------------
-
-
-def state_of_torch():
-    """Everything that a context may touch and has to put back."""
-    return {
-        "default dtype": torch.get_default_dtype(),
-        "default device": torch.get_default_device(),
-        "init": {name: id(value) for name, value in vars(init).items() if callable(value)},
-        "torch": {name: id(value) for name, value in vars(torch).items() if callable(value)},
-        # A static method is a new wrapper around the same function each time it is assigned.
-        "Parameter": {name: id(getattr(value, "__func__", value)) for name, value in vars(nn.Parameter).items()},
-        "Tensor": {name: id(value) for name, value in vars(torch.Tensor).items()},
-        "Module": {name: id(value) for name, value in vars(nn.Module).items()},
-        "parameter hooks": len(nn.modules.module._global_parameter_registration_hooks),
-        "buffer hooks": len(nn.modules.module._global_buffer_registration_hooks),
-        "modes": torch._C._len_torch_function_stack(),
-        "grad": torch.is_grad_enabled(),
-        "warnings": list(warnings.filters),
-        "threads": torch.get_num_threads(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
-
-
-def different(before, after):
-    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
 
 
 @over_dtypes

@@ -123,7 +123,7 @@ py::object steal(PyObject* object) { return py::reinterpret_steal<py::object>(ob
 // What the Python side connects, and the names that are looked up. They live as long as the process.
 struct {
     PyObject *thread, *entry, *handlers, *pass, *write, *plain_class;
-    PyObject *tensor, *parameter, *module, *empty, *function_modes, *dispatch_modes;
+    PyObject *tensor, *parameter, *module, *empty, *function_modes, *dispatch_modes, *inference_mode;
     PyObject *make_subclass, *parameter_new, *module_setattr, *module_getattr, *module_init;
     std::vector<std::pair<PyObject*, PyObject*>> fresh;  // attributes of a new module
     PyObject *parameter_hooks, *module_hooks;
@@ -299,6 +299,7 @@ py::object placeholder(PyObject* recorder, PyObject* args, PyObject* kwargs) {
         }
     }
     if (integer(checked(PyObject_CallNoArgs(state.dispatch_modes)))) return {};
+    if (checked(PyObject_CallNoArgs(state.inference_mode)).ptr() == Py_True) return {};
     const py::object size = plain_size(args);
     if (!size) return {};
     if (!dtype) dtype = attribute(recorder, names->default_dtype);
@@ -751,6 +752,7 @@ py::tuple connect(const py::object& recorder_class, const py::object& entry_clas
     state.empty = keep(torch.attr("empty"));
     state.function_modes = keep(low.attr("_len_torch_function_stack"));
     state.dispatch_modes = keep(low.attr("_len_torch_dispatch_stack"));
+    state.inference_mode = keep(low.attr("is_inference_mode_enabled"));
     state.make_subclass = keep(torch.attr("Tensor").attr("_make_subclass"));
     state.parameter_new = keep(torch.attr("nn").attr("Parameter").attr("__new__"));
     const py::object made_by = py::handle(state.parameter_new).attr("__module__");
