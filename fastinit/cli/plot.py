@@ -148,7 +148,7 @@ def plot_kernels(records: list[Record], axis: Axes) -> None:
             constant = constants[record["dtype"]]
             fastest = min(map(statistics.median, constant["seconds"].values()))
             limit = constant["elements"] / fastest / 1e9
-            in_legend = {} if x else {"label": "fastest write of a constant"}
+            in_legend: dict[str, Any] = {} if x else {"label": "fastest write of a constant"}
             axis.plot([x - 0.45, x + 0.45], [limit, limit], color="black", linewidth=1, **in_legend)
     labels = [f"{record['distribution']}\n{record['dtype']}".replace(" ", "\n") for record in records]
     if records[0]["threads"] is not None:
