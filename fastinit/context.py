@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from . import native, patches
 from .deferred import Deferred
 from .distributed import from_rank_0, is_distributed
+from .execution import refuse_capture
 from .recorder import Empty, Recorder, ShardRecorder, _modes_off, concrete
 
 _DTYPES = {
@@ -155,7 +156,7 @@ class on(ContextDecorator):
     Raises:
         ValueError: unknown device, dtype, `empty` or `shard`, both of the latter, or a seed that is not a 64-bit
             integer.
-        RuntimeError: no such GPU, or a build without CUDA.
+        RuntimeError: no such GPU, a build without CUDA, or a CUDA graph that is being captured.
 
     Example:
         >>> with fastinit.on("cpu", "bf16", seed=0) as init:
@@ -197,6 +198,7 @@ class on(ContextDecorator):
     def _enter(self, caller: FrameType) -> Report:
         with _modes_off():
             device = _available_device(self._device)
+            refuse_capture(device)
             process_default = _get_default_dtype()
         dtype = self._dtype or _supported_default(torch.get_default_dtype())
         seed, agreed = (_draw_seed(), False) if self._seed is None else (self._seed, True)

@@ -13,14 +13,14 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from .execution import DTYPES, Fills, can_fill
+from .execution import DTYPES, Fills, can_fill, refuse_capture
 from .layout import Box, Window, numel
 from .native import CONSTANT
 from .recipe import Region, Write
@@ -174,7 +174,7 @@ def initialize(model: nn.Module, names: Iterable[str] | None = None) -> list[str
     Raises:
         ValueError: for a name that the model does not have, or a tensor whose shape is no longer the recorded one.
         RuntimeError: for a tensor that was written in part, if no names are given: it would lose what it has. For one
-            that Accelerate has offloaded to disk.
+            that Accelerate has offloaded to disk. While a CUDA graph is being captured.
 
     Example:
         >>> with fastinit.on("cpu", empty=True, seed=0):
@@ -184,6 +184,8 @@ def initialize(model: nn.Module, names: Iterable[str] | None = None) -> list[str
     """
     with _modes_off():
         deferred = list(deferred_tensors(model))
+        for device in {tensor.device for _, tensor, _ in deferred}:
+            refuse_capture(device)
         if names is None:
             chosen = list(once(deferred))
             marks = _marks_left(chosen)
@@ -446,10 +448,23 @@ def _watch_no_more() -> None:
             _checked.clear()
 
 
+def never_compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """Have torch.compile run a function of ours as it is, whether it traces the call or is handed its frame."""
+    # What torch.compiler.disable amounts to here, without the import of torch._dynamo, which takes seconds.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    frames = torch._C._dynamo.eval_frame
+    if hasattr(frames, "set_code_exec_strategy"):
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    return function
+
+
+@never_compiled
 def _before_use(module: nn.Module, args: Any) -> None:
     _check(module)
 
 
+@never_compiled
 def _check(module: nn.Module) -> None:
     if not _watched:
         _watch_no_more()
@@ -462,10 +477,6 @@ def _check(module: nn.Module) -> None:
                 _refuse_unwritten(module)
         finally:
             torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
-
-
-# torch.compile runs this while it traces, and leaves it out of the graph.
-_check._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refuse_unwritten(module: nn.Module) -> None:

@@ -228,10 +228,28 @@ class Fills:
                 )
 
     def run(self) -> None:
-        """Run every batch: on a GPU on its current stream, on the CPU with torch's number of threads."""
+        """Run every batch: on a GPU on its current stream, on the CPU with torch's number of threads.
+
+        Raises:
+            RuntimeError: the stream is being captured into a CUDA graph.
+        """
+        refuse_capture(self.device)
         for batch in self._batches:
             run_batch(batch, self.device)
         self._batches.clear()
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raise while this device's current stream is captured: replays would write the model's values, not this."""
+    # A process that has not used CUDA captures nothing, and to ask would initialise it.
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "fastinit: the values of a model cannot be written while a CUDA graph is being captured: now they "
+                    "would stay unwritten, and each replay would write them anew. Create and initialise the model "
+                    "before the capture"
+                )
 
 
 def _region_box(region: Region) -> Box:
@@ -260,7 +278,7 @@ def orthogonal(shape: tuple[int, ...], gain: float, seed: int, stream: int) -> t
 def _copy(values: torch.Tensor, memory: torch.Tensor, boxes: Sequence[Box] | None) -> None:
     """Copy from a whole tensor what another one holds of it."""
     if boxes is None:
-        memory.copy_(values)
+        memory.copy_(values.reshape(memory.shape))
         return
     values, start = values.contiguous(), memory.storage_offset()
     for index_offset, sizes, index_strides, memory_offset, memory_strides in boxes:

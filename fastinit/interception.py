@@ -23,6 +23,7 @@ from .native import ADD, CLAMP, CONSTANT, DIVIDE, MULTIPLY, NORMAL, TRUNCATED_NO
 from .recipe import ERFINV, ORTHOGONAL, Region, Write, with_step
 
 _modes_off = torch._C.DisableTorchFunction
+_HALVES = (torch.float16, torch.bfloat16)
 
 if TYPE_CHECKING:
     from .recorder import Entry, Recorder
@@ -170,7 +171,7 @@ def _in_torch(rec: Recorder, func, args, kwargs, dtype: torch.dtype | None = Non
         kwargs["device"] = rec.factory_device()
     named = kwargs.get("dtype")
     half = dtype or named or rec.default_dtype
-    if half not in (torch.float16, torch.bfloat16) or "out" in kwargs:
+    if half not in _HALVES or "out" in kwargs:
         return func(*args, **kwargs)
     requires_grad = kwargs.pop("requires_grad", False)
     if named is not None:
@@ -621,7 +622,7 @@ _Steps = tuple[tuple[int, float, float], ...]
 
 
 def _pending(rec: Recorder, tensor) -> Entry | None:
-    """The entry of a tensor whose whole value is a pending recipe."""
+    """The entry of a tensor whose whole value is a pending recipe; it may be a view, in another shape."""
     if not isinstance(tensor, torch.Tensor):
         return None
     entry = rec.find(tensor)
@@ -646,7 +647,7 @@ def _step(names: str, steps_of: Callable[..., _Steps | None]) -> None:
         recipe = None if steps is None else _stepped(entry, steps)
         if recipe is None or (torch.is_grad_enabled() and tensor.requires_grad):
             return NotImplemented
-        return rec.placeholder(entry.shape, entry.dtype, entry.device, recipe)
+        return rec.placeholder(tuple(tensor.shape), entry.dtype, entry.device, recipe)
 
     def in_place(rec: Recorder, func, tensor, *args, **kwargs):
         entry = _pending(rec, tensor)
@@ -712,7 +713,7 @@ def _write_values(rec: Recorder, entry: Entry, tensor: torch.Tensor, values: tor
         rec.replace_by_real(entry)
         with torch.no_grad():
             return tensor.copy_(values)
-    rec.overwrite_by_shadow(entry, values.expand(entry.shape).clone(memory_format=torch.contiguous_format))
+    rec.overwrite_by_shadow(entry, values.reshape(entry.shape).clone(memory_format=torch.contiguous_format))
     return tensor
 
 
@@ -733,7 +734,7 @@ def _copy(rec: Recorder, func, tensor, source, *args, **kwargs):
         rec.replace_by_real(entry)
         return tensor
     same_values = origin.dtype in (torch.float32, entry.dtype) and origin.recipe and rec.is_whole(origin, source)
-    if same_values and origin.shape == entry.shape:
+    if same_values and source.shape == tensor.shape:
         rec.overwrite(entry, origin.recipe)
         return tensor
     return NotImplemented
@@ -789,7 +790,7 @@ def _clone(rec: Recorder, func, tensor, **kwargs):
         return NotImplemented
     if torch.is_grad_enabled() and tensor.requires_grad:
         return NotImplemented
-    return rec.placeholder(entry.shape, entry.dtype, entry.device, entry.recipe)
+    return rec.placeholder(tuple(tensor.shape), entry.dtype, entry.device, entry.recipe)
 
 
 for _target in _callables("clone"):
@@ -920,7 +921,12 @@ def _convert(rec: Recorder, func, tensor, *args, **kwargs):
     if device is not None and device.type == "cuda":
         device = _concrete(device)
     if entry is None:
-        if dtype in (torch.float16, torch.bfloat16) and tensor.dtype == torch.float64 and not tensor.requires_grad:
+        target = tensor.device if device is None else device
+        if dtype in _HALVES and not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
+            # Positions, say, in the default dtype: what is computed of them is what the fp32 model has.
+            if target.type in ("cpu", rec.device.type) and tensor.layout == torch.strided:
+                return rec.wrap(tensor.to(target, torch.float32), dtype)
+        if dtype in _HALVES and tensor.dtype == torch.float64 and not tensor.requires_grad:
             tensor = tensor.float()  # what the fp32 model would have
         elif not args or not isinstance(args[0], torch.Tensor):
             # Not by way of the recorder, which takes .float() of half-precision data for a result in half precision.
@@ -934,7 +940,7 @@ def _convert(rec: Recorder, func, tensor, *args, **kwargs):
         return NotImplemented
     if not copy and dtype in (None, entry.dtype) and device in (None, entry.device):
         return tensor
-    if entry.dtype not in (torch.float16, torch.bfloat16):
+    if entry.dtype not in _HALVES:
         return NotImplemented
     values = rec._shadow_view(entry, tensor)
     if dtype in (None, entry.dtype):
@@ -1028,7 +1034,7 @@ def _random_in_torch(rec: Recorder, func, args, kwargs, stream: int):
     if func in IN_PLACE:
         entry = rec.find(target)
         if entry is not None:
-            view = rec._shadow_view(entry, target) if entry.dtype in (torch.float16, torch.bfloat16) else target
+            view = rec._shadow_view(entry, target) if entry.dtype in _HALVES else target
             if view is target:
                 rec.settle([entry])
         else:
@@ -1087,7 +1093,7 @@ def _random_of_tensor(rec: Recorder, func, tensor, *args, **kwargs):
     entry = rec.find(tensor)
     values = tensor
     if entry is not None:
-        if entry.dtype in (torch.float16, torch.bfloat16):
+        if entry.dtype in _HALVES:
             values = rec._shadow_view(entry, tensor)
         else:
             rec.settle([entry])
@@ -1133,7 +1139,7 @@ def _qr(rec: Recorder, func, tensor, *args, **kwargs):
     entry = rec.find(tensor)
     if entry is None:
         return NotImplemented
-    half = entry.dtype if entry.dtype in (torch.float16, torch.bfloat16) else None
+    half = entry.dtype if entry.dtype in _HALVES else None
     if half is None:
         rec.settle([entry])
     values = tensor if half is None else rec._shadow_view(entry, tensor)

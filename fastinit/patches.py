@@ -25,6 +25,7 @@ from torch.nn.modules.module import (
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from .deferred import never_compiled
 from .interception import (
     HANDLERS,
     INIT_REPLACEMENTS,
@@ -192,11 +193,12 @@ def _replace(owner, name: str, new, old) -> None:
     _restore.append(lambda: setattr(owner, name, old))
 
 
+@never_compiled
 def _settle_before_use(module, args) -> None:
     # A module that is called under autograd is in use, perhaps in training: from here on its tensors are torch's alone.
     recorder = _thread.recorder
-    # torch.compile follows the call into here; the compiled module that it was told of has been settled by then.
-    if recorder is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    # While torch.compile traces there is nothing to do: the module that it was told of has been settled by then.
+    if recorder is not None and torch.is_grad_enabled() and torch._guards.TracingContext.try_get() is None:
         with _modes_off():
             recorder.settle_all()
 

@@ -460,7 +460,7 @@ class Recorder(TorchFunctionMode):
 
     def _run(self, fills: Fills) -> None:
         started = time.perf_counter()
-        on_gpu = fills.device.type == "cuda" and fills.count and not torch.cuda.is_current_stream_capturing()
+        on_gpu = fills.device.type == "cuda" and fills.count
         events = _timing_events(fills.device) if on_gpu else None
         fills.run()
         if events is not None:
@@ -693,11 +693,12 @@ class Recorder(TorchFunctionMode):
 
     def settle(self, entries: list[Entry]) -> None:
         """Give entries their memory and final values, and forget them."""
+        # Those that are not tracked have been settled. Until all have memory and values, an error leaves all tracked.
+        entries = [e for e in dict.fromkeys(entries) if not e.allocated or e.storage_key in self._by_storage]
+        for entry in entries:
+            self.give_memory(entry)
         fills: dict[torch.device, Fills] = {}
         for entry in entries:
-            if entry.allocated and entry.storage_key not in self._by_storage:
-                continue  # twice in the list
-            self.give_memory(entry)
             if entry.shadow is not None:
                 self._memory(entry).copy_(entry.shadow)
             elif entry.deferred:
@@ -706,9 +707,10 @@ class Recorder(TorchFunctionMode):
                 if entry.device not in fills:
                     fills[entry.device] = Fills(self.seed, entry.device)
                 fills[entry.device].write(self._memory(entry), entry.recipe)
-            self._untrack(entry)
         for each in fills.values():
             self._run(each)
+        for entry in entries:
+            self._untrack(entry)
 
     def settle_all(self) -> None:
         """Give everything that is still alive its memory and values, in the order of creation."""

@@ -430,6 +430,26 @@ def cloned(state, tensor, other, index, value):
 
 
 @operation
+def cloned_in_another_shape(state, tensor, other, index, value):
+    flat = tensor.reshape(1, -1).clone()
+    state.facts.append(tuple(flat.shape))
+    return flat.view(tensor.shape)
+
+
+@operation
+def product_in_another_shape(state, tensor, other, index, value):
+    flat = tensor.detach().reshape(-1, 1) * value
+    state.facts.append(tuple(flat.shape))
+    return flat.view(tensor.shape)
+
+
+@operation
+def copied_in_another_shape(state, tensor, other, index, value):
+    flat = torch.empty(1, tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(1, -1))
+    return flat.view(tensor.shape)
+
+
+@operation
 def contiguous(state, tensor, other, index, value):
     return tensor.contiguous()
 

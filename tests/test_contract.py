@@ -534,6 +534,15 @@ NAMED = {
     "masked": lambda: torch.linspace(-1, 1, 9).masked_fill(torch.arange(9) > 4, 0.1),
     "scan": lambda: torch.cumsum(torch.full((9,), 0.1), 0),
     "zero-sized": lambda: torch.zeros(0, 3),
+    "multiple in another shape": lambda: 0.3 * torch.ones(3).unsqueeze(-1).unsqueeze(-1),
+    "opposite in another shape": lambda: -torch.full((2, 6), 0.1).view(3, 4),
+    "difference in another shape": lambda: 1 - torch.full((6,), 0.1).view(2, 3),
+    "copy in another shape": lambda: torch.full((2, 3), 0.1).flatten().clone(),
+    "copied in another shape": lambda: torch.empty(6).copy_(torch.full((2, 3), 0.1).view(-1)),
+    "copied into another shape": lambda: torch.empty(6).view(2, 3).copy_(torch.full((2, 3), 0.1)),
+    "eye in another shape": lambda: nn.init.eye_(torch.empty(12).view(4, 3)),
+    "integers in the default dtype": lambda: torch.arange(5).to(torch.get_default_dtype()) * 0.3,
+    "integers as another": lambda: torch.arange(5).type_as(torch.ones(2)) / 3,
     "tolist": lambda: torch.tensor([x / 3 for x in torch.linspace(0, 1, 5).tolist()]),
 }
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fastinit
+from fastinit.recorder import Recorder
 
 
 class Block(nn.Module):
@@ -59,6 +60,31 @@ def test_memory_that_is_not_there_is_asked_for_by_name_and_all_is_freed(intact, 
             made.append(too_large())
     # What has no memory keeps one element for all.
     assert all(tensor.untyped_storage().nbytes() <= 2 for tensor in made[0].parameters())
+
+
+def test_memory_that_is_short_while_values_are_read_leaves_all_of_them_to_come(intact, monkeypatch):
+    def constructor(read):
+        first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+        read(first.weight, second.weight)
+        return nn.Sequential(first, second)
+
+    def refused(*weights):
+        calls = []
+
+        def short(recorder, entry, **options):
+            calls.append(entry)
+            if len(calls) == 2:
+                raise torch.OutOfMemoryError("planned")
+            return allocate(recorder, entry, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Recorder, "_allocate", short)
+            with pytest.raises(torch.OutOfMemoryError, match="planned"):
+                torch.linalg.multi_dot(weights)  # of both at once
+        assert len(calls) == 2
+
+    allocate = Recorder._allocate
+    assert_same_bits(built(lambda: constructor(refused)), built(lambda: constructor(lambda *weights: None)))
 
 
 LIMITED = """
@@ -321,6 +347,9 @@ def test_a_host_that_flushes_subnormals_gets_the_same_bits(intact):
 
 @pytest.mark.parametrize("how", ["script", "trace", "compile"])
 def test_a_constructor_may_compile_what_it_makes(how):
+    with fastinit.on("cpu", empty=True):
+        unwritten = nn.Linear(4, 4)  # for whose sake every module is looked at before its first use
+
     class Compiled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -341,6 +370,7 @@ def test_a_constructor_may_compile_what_it_makes(how):
     assert same_bits(registered(got)["after.weight"], expected["1.weight"])
     weights = [tensor for name, tensor in got.named_parameters() if name.startswith("layer") and "weight" in name]
     assert [same_bits(weight, expected["0.weight"]) for weight in weights] == [True]
+    assert fastinit.uninitialized(unwritten) == ["weight", "bias"]
 
 
 @pytest.mark.parametrize("device", ["meta", "mps"])
