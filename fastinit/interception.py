@@ -240,8 +240,7 @@ def _like_factory(recipe_of: Callable[[Recorder], tuple[Write, ...]]) -> Handler
         if type(other) not in (torch.Tensor, torch.nn.Parameter) or other.layout != torch.strided:
             return NotImplemented
         if kwargs.get("memory_format") in (None, torch.preserve_format):
-            entry = rec.find(other)
-            if (entry is None or entry.allocated) and not other.is_contiguous():
+            if not _is_contiguous(rec, torch.Tensor.is_contiguous, other):
                 return NotImplemented
         return _create(rec, tuple(other.size()), kwargs, recipe_of(rec), like=other)
 

@@ -162,3 +162,11 @@ def test_a_context_is_entered_while_the_outer_one_has_computed_views(dtype):
             inner = nn.Linear(SIDE, SIDE)
     assert_same_bits(inner, built(lambda: nn.Linear(SIDE, SIDE), dtype))
     assert same_bits(columns, (torch.full((SIDE, SIDE), 1.0) / 3 * 2).to(DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("like", [torch.empty_like, torch.ones_like, torch.rand_like], ids=lambda like: like.__name__)
+def test_a_tensor_like_a_transposed_one_without_memory_has_its_strides(like):
+    with fastinit.on("cpu"):
+        columns = torch.zeros(2, 3).t()
+        assert like(columns).stride() == (1, 3)
+        assert like(columns, memory_format=torch.contiguous_format).stride() == (2, 1)
