@@ -706,6 +706,10 @@ _step("erfinv", lambda *args, **kwargs: None if args or kwargs else ((ERFINV, 0.
 # --- copies, views, conversions -------------------------------------------------------------------------------------
 
 
+def _is_integral(tensor: torch.Tensor) -> bool:
+    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+
+
 def _write_values(rec: Recorder, entry: Entry, tensor: torch.Tensor, values: torch.Tensor):
     """Overwrite a whole tensor by fp32 values that the constructor computed."""
     if entry.dtype == torch.float32:
@@ -726,6 +730,9 @@ def _copy(rec: Recorder, func, tensor, source, *args, **kwargs):
     if origin is entry:
         return tensor if rec.is_whole(entry, source) and source.shape == tensor.shape else NotImplemented
     if origin is None:
+        if entry.dtype in _HALVES and _is_integral(source) and source.layout == torch.strided:
+            values = source.to(entry.device, torch.float32).expand(tensor.shape)
+            return _write_values(rec, entry, tensor, values)
         # Data from outside, a checkpoint say: converted while it is copied. What is pending is dropped after that, so
         # that a copy which torch refuses leaves it as it was.
         rec.give_memory(entry)
@@ -921,7 +928,7 @@ def _convert(rec: Recorder, func, tensor, *args, **kwargs):
         device = _concrete(device)
     if entry is None:
         target = tensor.device if device is None else device
-        if dtype in _HALVES and not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
+        if dtype in _HALVES and _is_integral(tensor):
             # Positions, say, in the default dtype: what is computed of them is what the fp32 model has.
             if target.type in ("cpu", rec.device.type) and tensor.layout == torch.strided:
                 return rec.wrap(tensor.to(target, torch.float32), dtype)
