@@ -1,6 +1,8 @@
-# make demo    the main job on whatever this machine has
-# make test    the test suite (also on a machine without a GPU)
-# make fuzz    20,000 random programs against an eager reference; ARGS="--programs 1000 --seed 7"
+# make demo      the main job on whatever this machine has
+# make test      the test suite (also on a machine without a GPU)
+# make fuzz      20,000 random programs against an eager reference; ARGS="--programs 1000 --seed 7"
+# make sanitize  the native module under AddressSanitizer and UBSan: its own tests, windows, the recorder, random programs
+# make coverage  the test suite, and which lines of the package it runs: at least 95 % of them
 #
 # All make a virtual environment in the checkout first, and need Python >= 3.10 with its headers and a C++ compiler: cmake, ninja
 # and all the rest come from pip. The CUDA half is built if nvcc is found (setup.py tells how to steer that).
@@ -11,7 +13,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 BUILD_INPUTS := setup.py pyproject.toml requirements-dev.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-slow fuzz bench build lint clean
+.PHONY: demo test test-slow fuzz sanitize coverage bench build lint clean
 
 demo: $(INSTALLED)
 	$(PY) -m fastinit demo $(ARGS)
@@ -25,6 +27,19 @@ test-slow: $(INSTALLED)
 fuzz: $(INSTALLED)
 	$(PY) tests/fuzz.py $(ARGS)
 
+# Python itself is not built with the sanitizers, hence the preloading, and what it keeps to the end counts as a leak.
+SANITIZED := build/sanitized
+sanitize: $(INSTALLED) $(VENV)/bin/ninja
+	CXXFLAGS="-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined" FASTINIT_CUDA=0 \
+	    $(PY) setup.py -q build --debug --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$(for each in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$each.so; done)" \
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib $(VENV)/bin/pytest -p no:cacheprovider \
+	    tests/test_native.py tests/test_windows.py tests/test_hot_path.py tests/test_programs.py $(ARGS)
+
+coverage: $(INSTALLED)
+	$(PY) -m pip install --quiet -e ".[coverage]"
+	$(PY) -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 $(ARGS)
+
 bench: $(INSTALLED)
 	$(PY) -m fastinit bench --out bench-out $(ARGS)
 
@@ -36,6 +51,8 @@ lint: $(INSTALLED)
 	$(PY) -m pip install --quiet -r requirements-dev.txt -e ".[lint]"
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(VENV)/bin/cppcheck --quiet --error-exitcode=1 --std=c++17 --language=c++ --enable=warning,performance,portability \
+	    --inline-suppr --suppress=missingIncludeSystem --suppress=uninitMemberVarNoCtor -I csrc csrc
 
 $(INSTALLED): $(BUILD_INPUTS) | $(PY)
 	$(PY) -m pip install -r requirements-dev.txt -e ".[demo,test]"

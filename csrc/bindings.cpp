@@ -80,14 +80,13 @@ void run_cpu(Batch& batch, int threads, const std::optional<std::string>& isa) {
     fill_cpu(work.fills.data(), work.fills.size(), threads, kernel);
 }
 
-void run_cuda(Batch& batch, int device, const py::int_& stream) {
+void run_cuda([[maybe_unused]] Batch& batch, [[maybe_unused]] int device, [[maybe_unused]] const py::int_& stream) {
 #if defined(FASTINIT_WITH_CUDA)
     void* const handle = reinterpret_cast<void*>(static_cast<uintptr_t>(unsigned64("stream", stream)));
     const Batch::Work work = batch.take();
     const py::gil_scoped_release release;
     fill_cuda(work.fills.data(), work.fills.size(), device, handle);
 #else
-    static_cast<void>(batch), static_cast<void>(device), static_cast<void>(stream);
     throw std::runtime_error(
         "fastinit was built without CUDA: reinstall it where nvcc is found (FASTINIT_CUDA=1 makes its absence an "
         "error)");
@@ -99,7 +98,7 @@ double apply_steps_to(double value, const PythonSteps& steps) {
     return fastinit::apply_steps(make_steps(steps), static_cast<float>(value));
 }
 
-bool advise_huge_pages(const py::int_& data_ptr, int64_t nbytes) {
+bool advise_huge_pages([[maybe_unused]] const py::int_& data_ptr, [[maybe_unused]] int64_t nbytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uint64_t huge = uint64_t{2} << 20;
     if (nbytes < 0) detail::refuse("nbytes", std::to_string(nbytes), "it must not be negative");
@@ -107,7 +106,6 @@ bool advise_huge_pages(const py::int_& data_ptr, int64_t nbytes) {
     const uint64_t first = (start + huge - 1) / huge * huge, last = end / huge * huge;
     return first < last && madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) == 0;
 #else
-    static_cast<void>(data_ptr), static_cast<void>(nbytes);
     return false;
 #endif
 }

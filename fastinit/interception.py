@@ -706,8 +706,21 @@ _step("erfinv", lambda *args, **kwargs: None if args or kwargs else ((ERFINV, 0.
 # --- copies, views, conversions -------------------------------------------------------------------------------------
 
 
-def _is_integral(tensor: torch.Tensor) -> bool:
-    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+def _is_computed(rec: Recorder, tensor: torch.Tensor) -> bool:
+    """Whether a tensor that torch has made is the same in an fp32 model, where it would not be in half precision.
+
+    Positions in int64, say, or a table in fp64: what is computed of them in half precision is what the fp32 model has.
+    Data in fp32 may be a checkpoint of any size, of which no copy is kept.
+    """
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+        and tensor.dtype not in DTYPES
+        and not tensor.dtype.is_complex
+        and tensor.layout == torch.strided
+        and tensor.device.type in ("cpu", rec.device.type)
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+    )
 
 
 def _write_values(rec: Recorder, entry: Entry, tensor: torch.Tensor, values: torch.Tensor):
@@ -730,7 +743,7 @@ def _copy(rec: Recorder, func, tensor, source, *args, **kwargs):
     if origin is entry:
         return tensor if rec.is_whole(entry, source) and source.shape == tensor.shape else NotImplemented
     if origin is None:
-        if entry.dtype in _HALVES and _is_integral(source) and source.layout == torch.strided:
+        if entry.dtype in _HALVES and _is_computed(rec, source):
             values = source.to(entry.device, torch.float32).expand(tensor.shape)
             return _write_values(rec, entry, tensor, values)
         # Data from outside, a checkpoint say: converted while it is copied. What is pending is dropped after that, so
@@ -928,13 +941,9 @@ def _convert(rec: Recorder, func, tensor, *args, **kwargs):
         device = _concrete(device)
     if entry is None:
         target = tensor.device if device is None else device
-        if dtype in _HALVES and _is_integral(tensor):
-            # Positions, say, in the default dtype: what is computed of them is what the fp32 model has.
-            if target.type in ("cpu", rec.device.type) and tensor.layout == torch.strided:
-                return rec.wrap(tensor.to(target, torch.float32), dtype)
-        if dtype in _HALVES and tensor.dtype == torch.float64 and not tensor.requires_grad:
-            tensor = tensor.float()  # what the fp32 model would have
-        elif not args or not isinstance(args[0], torch.Tensor):
+        if dtype in _HALVES and target.type in ("cpu", rec.device.type) and _is_computed(rec, tensor):
+            return rec.wrap(tensor.to(target, torch.float32), dtype)
+        if not args or not isinstance(args[0], torch.Tensor):
             # Not by way of the recorder, which takes .float() of half-precision data for a result in half precision.
             return func(tensor, *args, **kwargs)
         # By name: the tensor whose dtype and device are asked for may be one of ours.

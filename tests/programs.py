@@ -938,9 +938,11 @@ RANDOM = {
     *"normal_under_inner_no_grad inner_fill_of_the_outer".split(),
 }
 # Whoever gets at the memory of a tensor, or asks for half precision, has values rounded from then on, which goes on in
-# what is computed from them: no rounding once. And data of another dtype are not shared.
+# what is computed from them: no rounding once. So do copies of values that the program has computed in fp32. And data
+# of another dtype are not shared.
 ROUNDING = {
-    *"same_memory data_of_another replace_data pickled saved saved_child shallow_copied".split(),
+    *"copy_ swap_values replace_data".split(),
+    *"same_memory data_of_another pickled saved saved_child shallow_copied".split(),
     *"inner_linear inner_linear_in_another_dtype inner_tensors inner_in_the_inner inner_fill_of_the_outer".split(),
     "inner_read_of_the_outer",
     *"as_default as_other child_in_half child_in_single child_to_a_dtype".split(),

@@ -81,6 +81,7 @@ struct Avx2 {
         _mm256_store_si256(reinterpret_cast<__m256i*>(at), _mm256_and_si256(_mm256_srli_epi32(f, 16), set(0xFF0u)));
         const auto row = [&](int lane) {
             return _mm_load_ps(
+                // cppcheck-suppress invalidPointerCast; the offset is that of a float
                 reinterpret_cast<const float*>(reinterpret_cast<const char*>(normal_table.rows) + at[lane]));
         };
         const auto rows = [&](int lane) {
