@@ -21,7 +21,8 @@ def main(argv: list[str] | None = None) -> int:
         subparser.set_defaults(run=command.run)
     arguments = parser.parse_args(argv)
     try:
-        return arguments.run(arguments)
+        status: int = arguments.run(arguments)
+        return status
     except (ValueError, RuntimeError) as error:
         print(f"python -m fastinit {arguments.command}: {error}", file=sys.stderr)
         return 2

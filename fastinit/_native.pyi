@@ -116,7 +116,7 @@ def connect(
     handlers: dict[Any, Any],
     pass_: Any,
     write: type,
-    is_plain: Callable[[type], bool],
+    is_plain: Callable[[type[torch.nn.Module]], bool],
     plain_types: set[type],
 ) -> tuple[Any, dict[str, Any], Any]:
     """Connect the hot path to the recorder, once in a process.

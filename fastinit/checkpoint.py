@@ -181,7 +181,7 @@ class _Stored(torch.Tensor):
     @staticmethod
     def of(checkpoint: Checkpoint, name: str) -> _Stored:
         shape, dtype = checkpoint.tensors[name]
-        stored: Any = torch.Tensor._make_wrapper_subclass(_Stored, shape, dtype=dtype, device=torch.device("cpu"))
+        stored: _Stored = torch.Tensor._make_wrapper_subclass(_Stored, shape, dtype=dtype, device=torch.device("cpu"))
         stored._checkpoint, stored.key = checkpoint, name
         return stored
 
@@ -189,8 +189,10 @@ class _Stored(torch.Tensor):
         return self._checkpoint.read(self.key, target)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
-        def read(value):
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def read(value: Any) -> Any:
             return value.read() if isinstance(value, _Stored) else value
 
         return func(*tree_map(read, args), **tree_map(read, kwargs or {}))
@@ -208,7 +210,9 @@ class _Copies(TorchFunctionMode):
         super().__init__()
         self._copy = copy
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is torch.Tensor.copy_ and len(args) == 2 and not kwargs and isinstance(args[1], torch.Tensor):
             self._copy(*args)
             return args[0]
@@ -565,13 +569,14 @@ def _first_lost(tensor: torch.Tensor, dtype: torch.dtype, same: torch.Tensor) ->
         else:
             lost = (part.long() < low) | (part.long() > high)
         if lost.any():
-            return part[lost][0].item()
+            first: float = part[lost][0].item()
+            return first
     return None
 
 
 def _local_real(tensor: torch.Tensor) -> torch.Tensor:
     if is_dtensor(tensor):
-        tensor = tensor.to_local()  # type: ignore[attr-defined]
+        tensor = tensor.to_local()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 

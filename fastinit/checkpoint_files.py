@@ -77,7 +77,8 @@ class _Safetensors:
         return self._file
 
     def read(self, name: str, target: torch.Tensor | None) -> torch.Tensor:
-        return self._opened().get_tensor(name)
+        tensor: torch.Tensor = self._opened().get_tensor(name)
+        return tensor
 
     def close(self) -> None:
         self._file = None
@@ -108,7 +109,8 @@ class _TorchFile:
         return self._values
 
     def read(self, name: str, target: torch.Tensor | None) -> torch.Tensor:
-        return self._opened()[name].detach()
+        tensor: torch.Tensor = self._opened()[name].detach()
+        return tensor
 
     def read_object(self, name: str) -> Any:
         return self._opened()[name]
@@ -142,7 +144,7 @@ class _Distributed:
         if any(keys[0] == "state_dict" and len(keys) > 1 for keys in parts.values()):
             parts = {stored: keys[1:] for stored, keys in parts.items() if keys[0] == "state_dict"}
         self.tensors: dict[str, _Info] = {}
-        self._parts: dict[str, dict[str, tuple]] = {}
+        self._parts: dict[str, dict[str, tuple[Any, ...]]] = {}
         for stored, keys in parts.items():
             self._parts.setdefault(keys[0], {})[stored] = keys
             info = infos[stored]
@@ -186,7 +188,8 @@ class _Distributed:
 
     def read(self, name: str, target: torch.Tensor | None) -> torch.Tensor:
         (stored,) = self._parts[name]
-        return self._load(stored, target)
+        tensor: torch.Tensor = self._load(stored, target)
+        return tensor
 
     def read_object(self, name: str) -> Any:
         from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
@@ -326,7 +329,8 @@ class Checkpoint:
         Mapped tensors have to be dropped before the next call: the file cannot be unmapped before.
         """
         self._use(self._file_of[name], self.tensors[name].nbytes)
-        return self._guarded(lambda: self._file_of[name].read(name, target), name)
+        tensor: torch.Tensor = self._guarded(lambda: self._file_of[name].read(name, target), name)
+        return tensor
 
     def read_object(self, name: str) -> Any:
         """Extra state, which may be a tensor or contain some: a copy, which keeps no file mapped."""
@@ -369,7 +373,7 @@ def _only_one_in(directory: Path) -> Path:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        indexed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        indexed: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(file, str) for file in indexed.values()):
             raise TypeError("its weight_map does not name a file for each tensor")
         _check_inside(indexed.values())

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -104,7 +104,8 @@ class Report:
             return self._run_seconds
         for _, after in self._fill_events:
             after.synchronize()
-        return sum(before.elapsed_time(after) for before, after in self._fill_events) / 1e3
+        seconds: float = sum(before.elapsed_time(after) for before, after in self._fill_events) / 1e3
+        return seconds
 
     def _start(self) -> None:
         self._memory = _allocated_bytes(self.device)
@@ -222,7 +223,9 @@ class on(ContextDecorator):
         self._entered.append((recorder, report, process_default))
         return report
 
-    def __exit__(self, exc_type, exc_value, traceback) -> None:
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         depth = len(self._entered)
         try:
             with _interrupts_later():
@@ -232,7 +235,9 @@ class on(ContextDecorator):
                 self._exit(exc_type, exc_value, traceback)
             raise
 
-    def _exit(self, exc_type, exc_value, traceback) -> None:
+    def _exit(
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         recorder, report, process_default = self._entered.pop()
         try:
             recorder.__exit__(exc_type, exc_value, traceback)
@@ -264,7 +269,7 @@ def _interrupts_later() -> Iterator[None]:
             handler(*waiting[0])
 
 
-def _parse_device(device) -> torch.device:
+def _parse_device(device: Any) -> torch.device:
     try:
         parsed = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -276,9 +281,10 @@ def _parse_device(device) -> torch.device:
     return parsed
 
 
-def _parse_dtype(dtype) -> torch.dtype | None:
-    parsed: Any = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if parsed is None or parsed in _DTYPES.values():
+def _parse_dtype(dtype: Any) -> torch.dtype | None:
+    named: Any = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if named is None or named in _DTYPES.values():
+        parsed: torch.dtype | None = named
         return parsed
     names = ", ".join(repr(name) for name in ("fp32", "fp16", "bf16", "16-true", "bf16-true", "32-true"))
     raise ValueError(
@@ -296,7 +302,7 @@ def _supported_default(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _parse_seed(seed) -> int | None:
+def _parse_seed(seed: Any) -> int | None:
     if seed is None:
         return None
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
@@ -304,15 +310,16 @@ def _parse_seed(seed) -> int | None:
     return seed % 2**64
 
 
-def _parse_empty(empty) -> Empty | None:
+def _parse_empty(empty: Any) -> Empty | None:
     if empty is False:
         return None
     if empty is True or empty == "nan" or empty == "unchecked":
-        return empty
+        parsed: Empty = empty
+        return parsed
     raise ValueError(f'fastinit.on: empty={empty!r} must be True, False, "nan" or "unchecked"')
 
 
-def _parse_shard(shard, empty: Empty | None) -> bool | Partitioner:
+def _parse_shard(shard: Any, empty: Empty | None) -> bool | Partitioner:
     if not isinstance(shard, bool) and not hasattr(shard, "place"):
         raise ValueError(f"fastinit.on: shard={shard!r} must be True, False or fastinit.deepspeed.zero3(config)")
     if shard is not False and empty is not None:
@@ -320,7 +327,8 @@ def _parse_shard(shard, empty: Empty | None) -> bool | Partitioner:
             f"fastinit.on: shard={shard!r} and empty={empty!r} exclude each other; for a sharded model that a "
             "checkpoint will fill, use shard=True and fastinit.materialize(model, empty=True)"
         )
-    return shard
+    parsed: bool | Partitioner = shard
+    return parsed
 
 
 def _draw_seed() -> int:
@@ -363,7 +371,8 @@ def _peak_bytes(device: torch.device) -> int:
 
 def _cuda_bytes(device: torch.device, which: str) -> int:
     # torch.cuda.max_memory_allocated asks for the same numbers, and flattens all the others on the way.
-    return torch.cuda.memory.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"][which]
+    nbytes: int = torch.cuda.memory.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"][which]
+    return nbytes
 
 
 def _readable(nbytes: float) -> str:

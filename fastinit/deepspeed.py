@@ -219,7 +219,7 @@ def _described(piece: _Slice) -> torch.Tensor:
     memory.ds_numel = piece.size
     memory.status = PartitionedParamStatus.AVAILABLE
     memory.final_location = None  # nvme, or None
-    return memory
+    return piece.memory
 
 
 def _save_memory_in_linear() -> None:

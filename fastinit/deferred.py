@@ -66,7 +66,7 @@ class Kept:
         copied = memo.get(id(module))
         return Kept(copied, dict(self.tensors)) if isinstance(copied, nn.Module) else self
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         # A model that has all its values is pickled without a trace of fastinit.
         unwritten = self.unwritten()
         if not unwritten:
@@ -260,7 +260,8 @@ def _offloaded(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tens
     for each in getattr(hook, "hooks", (hook,)):
         values = getattr(each, "weights_map", None)
         if values is not None and name in values:
-            return values[name]
+            offloaded: torch.Tensor = values[name]
+            return offloaded
     return tensor
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,6 +12,9 @@ from . import native
 from .layout import Box, compose, contiguous_strides, nested_parts, with_dims
 from .native import CONSTANT, NORMAL, TRUNCATED_NORMAL
 from .recipe import ORTHOGONAL, Region, Write, canonical
+
+if TYPE_CHECKING:
+    import weakref
 
 DTYPES = {torch.float32: native.FLOAT32, torch.float16: native.FLOAT16, torch.bfloat16: native.BFLOAT16}
 
@@ -24,7 +28,7 @@ def can_fill(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def allocate(
-    shape,
+    shape: Any,
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -183,7 +187,15 @@ class Fills:
                 memory.zero_()
             self.add(memory.data_ptr(), memory.numel(), memory.dtype, recipe)
 
-    def settle(self, segment, start: int, by_id, given, prototypes, limit: int) -> tuple[int, int]:
+    def settle(
+        self,
+        segment: list[Any],
+        start: int,
+        by_id: dict[int, tuple[weakref.ref[torch.Tensor], Any, Any]],
+        given: list[Any],
+        prototypes: dict[torch.dtype, torch.Tensor],
+        limit: int,
+    ) -> tuple[int, int]:
         """Give memory to entries of the recorder and add their fills, from one place of a segment on.
 
         Stops before one that is not plain, or once they are of `limit` bytes.
@@ -272,7 +284,8 @@ def orthogonal(shape: tuple[int, ...], gain: float, seed: int, stream: int) -> t
     fills.run()
     q, r = torch.linalg.qr(normal.t() if rows < columns else normal)
     q *= r.diagonal().sign()
-    return (q.t() if rows < columns else q).reshape(shape).mul_(gain)
+    values: torch.Tensor = (q.t() if rows < columns else q).reshape(shape).mul_(gain)
+    return values
 
 
 def _copy(values: torch.Tensor, memory: torch.Tensor, boxes: Sequence[Box] | None) -> None:

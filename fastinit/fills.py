@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ def empty(
     )
 
 
-def _one_per_tensor(name: str, value, tensors: list[torch.Tensor]) -> list:
+def _one_per_tensor(name: str, value: Any, tensors: list[torch.Tensor]) -> list[Any]:
     if not isinstance(value, Sequence):
         return [value] * len(tensors)
     if len(value) != len(tensors):
@@ -99,7 +100,7 @@ def _one_per_tensor(name: str, value, tensors: list[torch.Tensor]) -> list:
 
 
 def _add(
-    batch, tensor: torch.Tensor, distribution: Distribution, seed: int, stream: int, window: Window | None
+    batch: native.Batch, tensor: torch.Tensor, distribution: Distribution, seed: int, stream: int, window: Window | None
 ) -> None:
     if not isinstance(distribution, Distribution):
         raise TypeError(

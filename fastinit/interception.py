@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 if TYPE_CHECKING:
     from .recorder import Entry, Recorder
 
+Function = Callable[..., Any]  # torch's: a function, a method or the getter of a property
 Handler = Callable[..., Any]
 
 # Metadata and flags: torch answers for a placeholder as it would for the tensor itself.
@@ -78,7 +79,7 @@ HANDLERS[torch._C._set_grad_enabled] = PASS
 
 
 @_handles("stride")
-def _stride(rec: Recorder, func, tensor, dim=None):
+def _stride(rec: Recorder, func: Function, tensor: torch.Tensor, dim: int | None = None) -> Any:
     entry = rec.find(tensor)
     if entry is None or entry.allocated:
         return func(tensor) if dim is None else func(tensor, dim)
@@ -88,7 +89,7 @@ def _stride(rec: Recorder, func, tensor, dim=None):
 
 
 @_handles("storage_offset")
-def _storage_offset(rec: Recorder, func, tensor):
+def _storage_offset(rec: Recorder, func: Function, tensor: torch.Tensor) -> Any:
     entry = rec.find(tensor)
     if entry is None or entry.allocated:
         return func(tensor)
@@ -97,7 +98,7 @@ def _storage_offset(rec: Recorder, func, tensor):
 
 
 @_handles("is_contiguous")
-def _is_contiguous(rec: Recorder, func, tensor, **kwargs):
+def _is_contiguous(rec: Recorder, func: Function, tensor: torch.Tensor, **kwargs: Any) -> Any:
     entry = rec.find(tensor)
     if entry is not None and kwargs:
         rec.give_memory(entry)
@@ -110,7 +111,7 @@ def _is_contiguous(rec: Recorder, func, tensor, **kwargs):
 # --- factories ------------------------------------------------------------------------------------------------------
 
 
-def _size(args: tuple, kwargs: dict) -> tuple[int, ...] | None:
+def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
     """The size argument of a factory, or None if it is not plain integers."""
     if not args and "size" in kwargs:
         args = (kwargs["size"],)
@@ -133,7 +134,13 @@ _PLAIN_OPTIONS = {"size", "dtype", "device"}
 _RECORDED_OPTIONS = _PLAIN_OPTIONS | {"requires_grad", "pin_memory", "layout", "memory_format"}
 
 
-def _create(rec: Recorder, size, options: dict, recipe: tuple[Write, ...], like: torch.Tensor | None = None):
+def _create(
+    rec: Recorder,
+    size: tuple[int, ...] | None,
+    options: dict[str, Any],
+    recipe: tuple[Write, ...],
+    like: torch.Tensor | None = None,
+) -> Any:
     """A placeholder for a factory call, or NotImplemented."""
     if size is None or torch._C._len_torch_dispatch_stack():
         return NotImplemented
@@ -159,13 +166,15 @@ def _create(rec: Recorder, size, options: dict, recipe: tuple[Write, ...], like:
     return result.requires_grad_() if options.get("requires_grad") else result
 
 
-def _concrete(device) -> torch.device:
+def _concrete(device: str | int | torch.device) -> torch.device:
     from .recorder import concrete
 
     return concrete(device)
 
 
-def _in_torch(rec: Recorder, func, args, kwargs, dtype: torch.dtype | None = None):
+def _in_torch(
+    rec: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype | None = None
+) -> Any:
     """A factory that torch executes: on the context's device, in fp32 where it would have been in half precision."""
     if kwargs.get("device") is None:
         kwargs["device"] = rec.factory_device()
@@ -186,13 +195,13 @@ def _in_torch(rec: Recorder, func, args, kwargs, dtype: torch.dtype | None = Non
 
 
 @_handles("empty")
-def _empty(rec: Recorder, func, *args, **kwargs):
+def _empty(rec: Recorder, func: Function, *args: Any, **kwargs: Any) -> Any:
     result = _create(rec, _size(args, kwargs), kwargs, ())
     return _in_torch(rec, func, args, kwargs) if result is NotImplemented else result
 
 
 def _constant_factory(value: float) -> Handler:
-    def handler(rec: Recorder, func, *args, **kwargs):
+    def handler(rec: Recorder, func: Function, *args: Any, **kwargs: Any) -> Any:
         result = _create(rec, _size(args, kwargs), kwargs, (Write(CONSTANT, (value,)),))
         return _in_torch(rec, func, args, kwargs) if result is NotImplemented else result
 
@@ -204,7 +213,7 @@ HANDLERS[torch.ones] = _constant_factory(1.0)
 
 
 @_handles("full")
-def _full(rec: Recorder, func, *args, **kwargs):
+def _full(rec: Recorder, func: Function, *args: Any, **kwargs: Any) -> Any:
     options = dict(kwargs)
     size, value = (*args, *(options.pop(name) for name in ("size", "fill_value") if name in options))
     # Without a dtype, torch takes the dtype of the value: only a float becomes the default dtype.
@@ -218,7 +227,7 @@ def _full(rec: Recorder, func, *args, **kwargs):
 
 
 def _random_factory(kind: int, parameters: tuple[float, ...]) -> Handler:
-    def handler(rec: Recorder, func, *args, **kwargs):
+    def handler(rec: Recorder, func: Function, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("generator") is not None or kwargs.get("out") is not None:
             return _in_torch(rec, func, args, kwargs)
         options = {name: value for name, value in kwargs.items() if name != "generator"}
@@ -236,7 +245,7 @@ HANDLERS[torch.randn] = _random_factory(NORMAL, (0.0, 1.0))
 def _like_factory(recipe_of: Callable[[Recorder], tuple[Write, ...]]) -> Handler:
     """empty_like and its kind; their dtype and device are the other tensor's unless they are named."""
 
-    def handler(rec: Recorder, func, other, **kwargs):
+    def handler(rec: Recorder, func: Function, other: torch.Tensor, **kwargs: Any) -> Any:
         if type(other) not in (torch.Tensor, torch.nn.Parameter) or other.layout != torch.strided:
             return NotImplemented
         if kwargs.get("memory_format") in (None, torch.preserve_format):
@@ -255,14 +264,14 @@ HANDLERS[torch.randn_like] = _like_factory(lambda rec: (Write(NORMAL, (0.0, 1.0)
 
 
 @_handles("full_like")
-def _full_like(rec: Recorder, func, other, fill_value, **kwargs):
+def _full_like(rec: Recorder, func: Function, other: torch.Tensor, fill_value: Any, **kwargs: Any) -> Any:
     if type(fill_value) not in (int, float):
         return NotImplemented
     return _like_factory(lambda rec: (Write(CONSTANT, (float(fill_value),)),))(rec, func, other, **kwargs)
 
 
 def _new_factory(recipe: tuple[Write, ...]) -> Handler:
-    def handler(rec: Recorder, func, other, *args, **kwargs):
+    def handler(rec: Recorder, func: Function, other: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return _create(rec, _size(args, kwargs), kwargs, recipe, like=other)
 
     return handler
@@ -274,20 +283,20 @@ HANDLERS[torch.Tensor.new_ones] = _new_factory((Write(CONSTANT, (1.0,)),))
 
 
 @_handles("new_full")
-def _new_full(rec: Recorder, func, other, size, fill_value, **kwargs):
+def _new_full(rec: Recorder, func: Function, other: torch.Tensor, size: Any, fill_value: Any, **kwargs: Any) -> Any:
     if type(fill_value) not in (int, float):
         return NotImplemented
     return _new_factory((Write(CONSTANT, (float(fill_value),)),))(rec, func, other, size, **kwargs)
 
 
 @_handles("new_tensor")
-def _new_tensor(rec: Recorder, func, other, data, **kwargs):
+def _new_tensor(rec: Recorder, func: Function, other: torch.Tensor, data: Any, **kwargs: Any) -> Any:
     kwargs.setdefault("dtype", other.dtype)
     kwargs.setdefault("device", other.device)
     return _in_torch(rec, torch.tensor, (data,), kwargs)
 
 
-def _torch_factory(rec: Recorder, func, *args, **kwargs):
+def _torch_factory(rec: Recorder, func: Function, *args: Any, **kwargs: Any) -> Any:
     """Factories whose values torch computes; an integer result stays one."""
     return _in_torch(rec, func, args, kwargs)
 
@@ -301,7 +310,7 @@ HANDLERS[torch.fft.fftfreq] = _torch_factory
 HANDLERS[torch.fft.rfftfreq] = _torch_factory
 
 
-def _eye_out(rec: Recorder, func, *args, **kwargs):
+def _eye_out(rec: Recorder, func: Function, *args: Any, **kwargs: Any) -> Any:
     out = kwargs.get("out")
     if out is None:
         return _torch_factory(rec, func, *args, **kwargs)
@@ -320,7 +329,7 @@ HANDLERS[torch.eye] = _eye_out
 
 
 @_handles("tensor", "as_tensor", "asarray")
-def _tensor(rec: Recorder, func, data, *args, **kwargs):
+def _tensor(rec: Recorder, func: Function, data: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(data, torch.Tensor):
         # Copies and moves of a tensor: what torch does with one that has memory.
         return NotImplemented
@@ -333,7 +342,7 @@ def _tensor(rec: Recorder, func, data, *args, **kwargs):
     return _in_torch(rec, func, (data, *args), kwargs)
 
 
-def legacy_tensor(rec: Recorder, args: tuple) -> Any:
+def legacy_tensor(rec: Recorder, args: tuple[Any, ...]) -> Any:
     """``torch.Tensor(2, 3)``, uninitialised, and ``torch.Tensor([2, 3])``, both of the default dtype."""
     if all(type(argument) is int for argument in args):
         return _create(rec, _size(args or (0,), {}), {}, ())
@@ -355,7 +364,15 @@ def _refuse_leaf(tensor: torch.Tensor) -> None:
         torch.zeros(1, requires_grad=True).zero_()
 
 
-def _fill(rec: Recorder, func, tensor, kind: int, parameters: tuple[float, ...], *args, **kwargs):
+def _fill(
+    rec: Recorder,
+    func: Function,
+    tensor: torch.Tensor,
+    kind: int,
+    parameters: tuple[float, ...],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     if rec.fill(tensor, kind, parameters):
         return tensor
     if kind == CONSTANT:
@@ -364,7 +381,14 @@ def _fill(rec: Recorder, func, tensor, kind: int, parameters: tuple[float, ...],
 
 
 @_handles("uniform_")
-def _uniform(rec: Recorder, func, tensor, *args, generator=None, **kwargs):
+def _uniform(
+    rec: Recorder,
+    func: Function,
+    tensor: torch.Tensor,
+    *args: Any,
+    generator: torch.Generator | None = None,
+    **kwargs: Any,
+) -> Any:
     pair = _pair(args, kwargs, ("from", "to"), (0.0, 1.0))
     if generator is not None or pair is None or not 0.0 <= pair[1] - pair[0] < math.inf:
         return NotImplemented
@@ -373,7 +397,14 @@ def _uniform(rec: Recorder, func, tensor, *args, generator=None, **kwargs):
 
 
 @_handles("normal_")
-def _normal(rec: Recorder, func, tensor, *args, generator=None, **kwargs):
+def _normal(
+    rec: Recorder,
+    func: Function,
+    tensor: torch.Tensor,
+    *args: Any,
+    generator: torch.Generator | None = None,
+    **kwargs: Any,
+) -> Any:
     pair = _pair(args, kwargs, ("mean", "std"), (0.0, 1.0))
     if generator is not None or pair is None or not 0.0 <= pair[1] < math.inf or not math.isfinite(pair[0]):
         return NotImplemented
@@ -381,7 +412,9 @@ def _normal(rec: Recorder, func, tensor, *args, generator=None, **kwargs):
     return _fill(rec, func, tensor, NORMAL, pair, *pair)
 
 
-def _pair(args, kwargs, names, defaults) -> tuple[float, float] | None:
+def _pair(
+    args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, str], defaults: tuple[float, float]
+) -> tuple[float, float] | None:
     """The two float parameters of a fill by position or name, or None if they are something else."""
     rest = list(zip(names, defaults, strict=True))[len(args) :]
     values = [*args, *(kwargs.get(name, default) for name, default in rest)]
@@ -391,7 +424,7 @@ def _pair(args, kwargs, names, defaults) -> tuple[float, float] | None:
 
 
 @_handles("fill_")
-def _fill_constant(rec: Recorder, func, tensor, value):
+def _fill_constant(rec: Recorder, func: Function, tensor: torch.Tensor, value: Any) -> Any:
     if type(value) not in (int, float):
         return NotImplemented
     entry = rec.find(tensor)
@@ -402,12 +435,12 @@ def _fill_constant(rec: Recorder, func, tensor, value):
 
 
 @_handles("zero_")
-def _zero(rec: Recorder, func, tensor):
+def _zero(rec: Recorder, func: Function, tensor: torch.Tensor) -> Any:
     return _fill_constant(rec, func, tensor, 0.0)
 
 
 @_handles("__setitem__")
-def _setitem(rec: Recorder, func, tensor, index, value):
+def _setitem(rec: Recorder, func: Function, tensor: torch.Tensor, index: Any, value: Any) -> Any:
     entry = rec.find(tensor)
     if entry is None or _has_tensor(index) or (torch.is_grad_enabled() and tensor.requires_grad):
         return NotImplemented
@@ -424,7 +457,7 @@ def _setitem(rec: Recorder, func, tensor, index, value):
     return None
 
 
-def _has_tensor(index) -> bool:
+def _has_tensor(index: object) -> bool:
     return isinstance(index, (torch.Tensor, list)) or (
         isinstance(index, tuple) and any(isinstance(item, (torch.Tensor, list)) for item in index)
     )
@@ -433,7 +466,7 @@ def _has_tensor(index) -> bool:
 # --- torch.nn.init functions that a mode sees whole -----------------------------------------------------------------
 
 
-def _handles_function(function: Callable) -> Callable[[Handler], Handler]:
+def _handles_function(function: Function) -> Callable[[Handler], Handler]:
     def register(handler: Handler) -> Handler:
         HANDLERS[function] = handler
         return handler
@@ -446,7 +479,7 @@ def _handles_function(function: Callable) -> Callable[[Handler], Handler]:
 INIT_HANDLERS: dict[str, Handler] = {}
 
 
-def _handles_init(function: Callable) -> Callable[[Handler], Handler]:
+def _handles_init(function: Function) -> Callable[[Handler], Handler]:
     def register(handler: Handler) -> Handler:
         HANDLERS[function] = INIT_HANDLERS[function.__name__] = handler
         return handler
@@ -454,7 +487,9 @@ def _handles_init(function: Callable) -> Callable[[Handler], Handler]:
     return register
 
 
-def _init_fill(rec: Recorder, method, tensor, kind: int, parameters: tuple[float, float]):
+def _init_fill(
+    rec: Recorder, method: Function, tensor: torch.Tensor, kind: int, parameters: tuple[float, float]
+) -> Any:
     if rec.fill(tensor, kind, parameters):
         return tensor
     with torch.no_grad():
@@ -462,32 +497,55 @@ def _init_fill(rec: Recorder, method, tensor, kind: int, parameters: tuple[float
 
 
 @_handles_init(init.uniform_)
-def _init_uniform(rec: Recorder, func, tensor, a=0.0, b=1.0, generator=None):
+def _init_uniform(
+    rec: Recorder,
+    func: Function,
+    tensor: torch.Tensor,
+    a: float = 0.0,
+    b: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Any:
     if generator is not None or not 0.0 <= b - a < math.inf:
         return NotImplemented
     return _init_fill(rec, torch.Tensor.uniform_, tensor, UNIFORM, (float(a), float(b)))
 
 
 @_handles_init(init.normal_)
-def _init_normal(rec: Recorder, func, tensor, mean=0.0, std=1.0, generator=None):
+def _init_normal(
+    rec: Recorder,
+    func: Function,
+    tensor: torch.Tensor,
+    mean: float = 0.0,
+    std: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Any:
     if generator is not None or not 0.0 <= std < math.inf:
         return NotImplemented
     return _init_fill(rec, torch.Tensor.normal_, tensor, NORMAL, (float(mean), float(std)))
 
 
 @_handles_init(init.constant_)
-def _init_constant(rec: Recorder, func, tensor, val):
+def _init_constant(rec: Recorder, func: Function, tensor: torch.Tensor, val: Any) -> Any:
     if type(val) in (int, float) and rec.find(tensor) is not None and rec.fill(tensor, CONSTANT, (float(val),)):
         return tensor
     return NotImplemented
 
 
-def _fan_in_and_fan_out(rec: Recorder, func, tensor):
+def _fan_in_and_fan_out(rec: Recorder, func: Function, tensor: torch.Tensor) -> Any:
     # Called by constructors for the bound of a bias; the shape is all that it reads.
     return func(tensor)
 
 
-def _trunc_normal(rec: Recorder, func, tensor, mean, std, a, b, generator=None):
+def _trunc_normal(
+    rec: Recorder,
+    func: Function,
+    tensor: torch.Tensor,
+    mean: float,
+    std: float,
+    a: float,
+    b: float,
+    generator: torch.Generator | None = None,
+) -> Any:
     """The body of ``torch.nn.init.trunc_normal_``; where it is not ours to draw, torch's."""
     if generator is not None or not (std > 0 and a < b and math.isfinite(std) and math.isfinite(mean)):
         return NotImplemented
@@ -515,7 +573,15 @@ _torch_fans = init._calculate_fan_in_and_fan_out
 
 
 @_handles_init(init.kaiming_uniform_)
-def _init_kaiming_uniform(rec: Recorder, func, tensor, a=0, mode="fan_in", nonlinearity="leaky_relu", generator=None):
+def _init_kaiming_uniform(
+    rec: Recorder,
+    func: Function,
+    tensor: torch.Tensor,
+    a: float = 0,
+    mode: str = "fan_in",
+    nonlinearity: str = "leaky_relu",
+    generator: torch.Generator | None = None,
+) -> Any:
     if generator is not None:
         return NotImplemented
     shape = tensor.shape
@@ -527,7 +593,9 @@ def _init_kaiming_uniform(rec: Recorder, func, tensor, a=0, mode="fan_in", nonli
 
 
 @_handles_init(init.orthogonal_)
-def _init_orthogonal(rec: Recorder, func, tensor, gain=1, generator=None):
+def _init_orthogonal(
+    rec: Recorder, func: Function, tensor: torch.Tensor, gain: float = 1, generator: torch.Generator | None = None
+) -> Any:
     entry = rec.find(tensor)
     if generator is not None or entry is None or len(entry.shape) < 2 or type(gain) not in (int, float):
         return NotImplemented
@@ -555,35 +623,43 @@ INIT_REPLACEMENTS: dict[str, Handler] = {
 # It needs no look at the tensor itself, which would be a call of the mode. `rest` does the other cases.
 
 
-def _plain_uniform(rest):
-    def uniform_(tensor, a=0.0, b=1.0, generator=None):
+def _plain_uniform(rest: Function) -> Function:
+    def uniform_(tensor: torch.Tensor, a: float = 0.0, b: float = 1.0, generator: torch.Generator | None = None) -> Any:
         plain = generator is None and type(b - a) in (int, float) and 0.0 <= b - a < math.inf
         return tensor if plain and record(tensor, UNIFORM, a, b) else rest(tensor, a, b, generator)
 
     return uniform_
 
 
-def _plain_normal(rest):
-    def normal_(tensor, mean=0.0, std=1.0, generator=None):
+def _plain_normal(rest: Function) -> Function:
+    def normal_(
+        tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0, generator: torch.Generator | None = None
+    ) -> Any:
         plain = generator is None and type(mean) in (int, float) and type(std) in (int, float) and 0.0 <= std < math.inf
         return tensor if plain and record(tensor, NORMAL, mean, std) else rest(tensor, mean, std, generator)
 
     return normal_
 
 
-def _plain_constant(rest):
-    def constant_(tensor, val):
+def _plain_constant(rest: Function) -> Function:
+    def constant_(tensor: torch.Tensor, val: Any) -> Any:
         return tensor if type(val) in (int, float) and record(tensor, CONSTANT, val) else rest(tensor, val)
 
     return constant_
 
 
-def _plain_zero(rest):
+def _plain_zero(rest: Function) -> Function:
     return lambda tensor: tensor if record(tensor, CONSTANT, 0.0) else rest(tensor)
 
 
-def _plain_kaiming_uniform(rest):
-    def kaiming_uniform_(tensor, a=0, mode="fan_in", nonlinearity="leaky_relu", generator=None):
+def _plain_kaiming_uniform(rest: Function) -> Function:
+    def kaiming_uniform_(
+        tensor: torch.Tensor,
+        a: float = 0,
+        mode: str = "fan_in",
+        nonlinearity: str = "leaky_relu",
+        generator: torch.Generator | None = None,
+    ) -> Any:
         shape = pending_shape(tensor)
         if shape is not None and generator is None:
             bound = _kaiming_bound(shape, a, mode, nonlinearity)
@@ -594,15 +670,15 @@ def _plain_kaiming_uniform(rest):
     return kaiming_uniform_
 
 
-def _plain_fans(rest):
-    def _calculate_fan_in_and_fan_out(tensor):
+def _plain_fans(rest: Function) -> Function:
+    def _calculate_fan_in_and_fan_out(tensor: torch.Tensor) -> Any:
         shape = pending_shape(tensor)
         return rest(tensor) if shape is None else _fans(shape)
 
     return _calculate_fan_in_and_fan_out
 
 
-PLAIN_INITS: dict[str, Callable[[Callable], Callable]] = {
+PLAIN_INITS: dict[str, Callable[[Function], Function]] = {
     "uniform_": _plain_uniform,
     "normal_": _plain_normal,
     "constant_": _plain_constant,
@@ -620,7 +696,7 @@ PLAIN_INITS: dict[str, Callable[[Callable], Callable]] = {
 _Steps = tuple[tuple[int, float, float], ...]
 
 
-def _pending(rec: Recorder, tensor) -> Entry | None:
+def _pending(rec: Recorder, tensor: object) -> Entry | None:
     """The entry of a tensor whose whole value is a pending recipe; it may be a view, in another shape."""
     if not isinstance(tensor, torch.Tensor):
         return None
@@ -629,7 +705,7 @@ def _pending(rec: Recorder, tensor) -> Entry | None:
 
 
 def _stepped(entry: Entry, steps: _Steps) -> tuple[Write, ...] | None:
-    recipe = entry.recipe
+    recipe: tuple[Write, ...] | None = entry.recipe
     for op, a, b in steps:
         recipe = with_step(recipe, op, a, b) if recipe is not None else None
     return recipe
@@ -638,7 +714,7 @@ def _stepped(entry: Entry, steps: _Steps) -> tuple[Write, ...] | None:
 def _step(names: str, steps_of: Callable[..., _Steps | None]) -> None:
     """Record `names` and its in-place twin as steps; steps_of gets the arguments behind the tensor."""
 
-    def out_of_place(rec: Recorder, func, tensor, *args, **kwargs):
+    def out_of_place(rec: Recorder, func: Function, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         entry = _pending(rec, tensor)
         if entry is None:
             return NotImplemented
@@ -648,7 +724,7 @@ def _step(names: str, steps_of: Callable[..., _Steps | None]) -> None:
             return NotImplemented
         return rec.placeholder(tuple(tensor.shape), entry.dtype, entry.device, recipe)
 
-    def in_place(rec: Recorder, func, tensor, *args, **kwargs):
+    def in_place(rec: Recorder, func: Function, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         entry = _pending(rec, tensor)
         if entry is None:
             return NotImplemented
@@ -669,7 +745,7 @@ def _step(names: str, steps_of: Callable[..., _Steps | None]) -> None:
 
 
 def _scalar(op: int, sign: float = 1.0) -> Callable[..., _Steps | None]:
-    def steps(*args, **kwargs):
+    def steps(*args: Any, **kwargs: Any) -> _Steps | None:
         if len(args) == 1 and not kwargs and type(args[0]) in (int, float):
             return ((op, sign * args[0], 0.0),)
         return None
@@ -677,13 +753,13 @@ def _scalar(op: int, sign: float = 1.0) -> Callable[..., _Steps | None]:
     return steps
 
 
-def _reversed_subtract(*args, **kwargs) -> _Steps | None:
+def _reversed_subtract(*args: Any, **kwargs: Any) -> _Steps | None:
     if len(args) == 1 and not kwargs and type(args[0]) in (int, float):
         return ((MULTIPLY, -1.0, 0.0), (ADD, float(args[0]), 0.0))
     return None
 
 
-def _clamp(min=None, max=None, **kwargs) -> _Steps | None:
+def _clamp(min: Any = None, max: Any = None, **kwargs: Any) -> _Steps | None:
     if kwargs or not all(value is None or type(value) in (int, float) for value in (min, max)):
         return None
     if min is None and max is None:
@@ -723,7 +799,7 @@ def _is_computed(rec: Recorder, tensor: torch.Tensor) -> bool:
     )
 
 
-def _write_values(rec: Recorder, entry: Entry, tensor: torch.Tensor, values: torch.Tensor):
+def _write_values(rec: Recorder, entry: Entry, tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Overwrite a whole tensor by fp32 values that the constructor computed."""
     if entry.dtype == torch.float32:
         rec.replace_by_real(entry)
@@ -734,7 +810,7 @@ def _write_values(rec: Recorder, entry: Entry, tensor: torch.Tensor, values: tor
 
 
 @_handles("copy_")
-def _copy(rec: Recorder, func, tensor, source, *args, **kwargs):
+def _copy(rec: Recorder, func: Function, tensor: torch.Tensor, source: Any, *args: Any, **kwargs: Any) -> Any:
     entry = rec.find(tensor)
     if entry is None or not rec.is_whole(entry, tensor) or not isinstance(source, torch.Tensor):
         return NotImplemented
@@ -763,7 +839,14 @@ _load_from_state_dict = torch.nn.Module._load_from_state_dict
 _set_extra_state = torch.nn.Module.set_extra_state
 
 
-def load_from_state_dict(rec: Recorder, module, state_dict, prefix, local_metadata, *args) -> bool:
+def load_from_state_dict(
+    rec: Recorder,
+    module: torch.nn.Module,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    *args: Any,
+) -> bool:
     """What ``Module._load_from_state_dict`` does, without a look of the recorder at each of its steps.
 
     It reads shapes and copies, nothing else, unless the module has hooks or extra state. Returns False, and has done
@@ -780,7 +863,7 @@ def load_from_state_dict(rec: Recorder, module, state_dict, prefix, local_metada
     ):
         return False
     with _modes_off():
-        pending = []
+        pending: list[tuple[Entry, Any]] = []
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 value = state_dict.get(prefix + name)
@@ -803,7 +886,7 @@ def load_from_state_dict(rec: Recorder, module, state_dict, prefix, local_metada
     return True
 
 
-def _clone(rec: Recorder, func, tensor, **kwargs):
+def _clone(rec: Recorder, func: Function, tensor: torch.Tensor, **kwargs: Any) -> Any:
     entry = _pending(rec, tensor)
     if entry is None or kwargs.get("memory_format") not in (None, torch.preserve_format, torch.contiguous_format):
         return NotImplemented
@@ -816,7 +899,7 @@ for _target in _callables("clone"):
     HANDLERS[_target] = _clone
 
 
-def _view(rec: Recorder, func, tensor, *args, **kwargs):
+def _view(rec: Recorder, func: Function, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Views of a tensor whose values stay pending."""
     entry = rec.find(tensor) if isinstance(tensor, torch.Tensor) else None
     if entry is None:
@@ -837,7 +920,14 @@ def _view(rec: Recorder, func, tensor, *args, **kwargs):
     return NotImplemented
 
 
-def _views_without_memory(rec: Recorder, entry: Entry, func, tensor, args, kwargs):
+def _views_without_memory(
+    rec: Recorder,
+    entry: Entry,
+    func: Function,
+    tensor: torch.Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     """What a function that takes views gives, as placeholders; None if it is no such function for this tensor."""
     if func in IN_PLACE:
         return None
@@ -866,14 +956,14 @@ def _views_without_memory(rec: Recorder, entry: Entry, func, tensor, args, kwarg
     return views[0] if results[0] is result else type(result)(views)
 
 
-def _view_as(rec: Recorder, func, tensor, other):
+def _view_as(rec: Recorder, func: Function, tensor: torch.Tensor, other: torch.Tensor) -> Any:
     """A view whose shape is that of another tensor, of which nothing else is read."""
     if rec.find(tensor) is not None:
         return _view(rec, func, tensor, other)
     return func(tensor, other)
 
 
-def _is_view_of(entry: Entry, tensor) -> bool:
+def _is_view_of(entry: Entry, tensor: object) -> bool:
     return isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata == entry.storage_key
 
 
@@ -891,11 +981,11 @@ for _name in ("T", "mT", "H", "mH"):
 
 
 @_handles("__getitem__")
-def _getitem(rec: Recorder, func, tensor, index):
+def _getitem(rec: Recorder, func: Function, tensor: torch.Tensor, index: Any) -> Any:
     return NotImplemented if _has_tensor(index) else _view(rec, func, tensor, index)
 
 
-def _alias(rec: Recorder, func, tensor, *args):
+def _alias(rec: Recorder, func: Function, tensor: torch.Tensor, *args: Any) -> Any:
     """``.data`` and ``.detach()``: the whole tensor under another name, which needs no memory yet."""
     entry = rec.find(tensor)
     if entry is None:
@@ -911,7 +1001,7 @@ for _target in _callables("detach", "detach_"):
     HANDLERS[_target] = _alias
 
 
-def _set_data(rec: Recorder, func, tensor, value):
+def _set_data(rec: Recorder, func: Function, tensor: torch.Tensor, value: torch.Tensor) -> None:
     entry = rec.find(value)
     region = None if entry is None else rec.region(entry, value)
     rec.leave(tensor)
@@ -923,17 +1013,18 @@ def _set_data(rec: Recorder, func, tensor, value):
 HANDLERS[torch.Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
 
 
-def set_memory(rec: Recorder, tensor: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+def set_memory(rec: Recorder, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """``tensor.set_(source)``, by which parametrizations replace a weight, often by itself; no mode sees it."""
     source = args[0] if args else kwargs.get("source")
     if not isinstance(source, torch.Tensor) or len(args) + len(kwargs) > 1 or source.dtype != tensor.dtype:
-        return _memory_access(rec, torch._C.TensorBase.set_, tensor, *args, **kwargs)
+        result: torch.Tensor = _memory_access(rec, torch._C.TensorBase.set_, tensor, *args, **kwargs)
+        return result
     if source is not tensor:
         _set_data(rec, torch.Tensor.data.__set__, tensor, source)  # type: ignore[attr-defined]
     return tensor
 
 
-def _convert(rec: Recorder, func, tensor, *args, **kwargs):
+def _convert(rec: Recorder, func: Function, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """``.to`` and its kind. Naming a dtype gives a tensor of that dtype, from the fp32 values."""
     dtype, device, copy = _conversion(func, tensor, args, kwargs)
     entry = rec.find(tensor)
@@ -977,7 +1068,9 @@ _NAMED_CONVERSIONS = {
 }
 
 
-def _conversion(func, tensor, args, kwargs) -> tuple[torch.dtype | None, torch.device | None, bool]:
+def _conversion(
+    func: Function, tensor: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.dtype | None, torch.device | None, bool]:
     name = func.__name__
     if name in _NAMED_CONVERSIONS:
         return _NAMED_CONVERSIONS[name], None, False
@@ -1002,7 +1095,7 @@ for _target in _callables("to", "type_as", "cpu", "cuda", *_NAMED_CONVERSIONS):
 
 
 @_handles_function(torch.Tensor.type)
-def _type(rec: Recorder, func, tensor, dtype=None, **kwargs):
+def _type(rec: Recorder, func: Function, tensor: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
     if dtype is None:
         return func(tensor)
     if isinstance(dtype, torch.dtype):
@@ -1013,7 +1106,7 @@ def _type(rec: Recorder, func, tensor, dtype=None, **kwargs):
 # --- access to memory -----------------------------------------------------------------------------------------------
 
 
-def _memory_access(rec: Recorder, func, tensor, *args, **kwargs):
+def _memory_access(rec: Recorder, func: Function, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Whoever asks for the address gets final values behind it."""
     entry = rec.find(tensor)
     if entry is not None:
@@ -1031,7 +1124,7 @@ for _target in _callables(
 # --- random functions that torch executes ---------------------------------------------------------------------------
 
 
-def _random_in_torch(rec: Recorder, func, args, kwargs, stream: int):
+def _random_in_torch(rec: Recorder, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], stream: int) -> Any:
     """Run a random function with a generator of its own, seeded by key and stream, on the CPU.
 
     So its values depend on the key and the ordinal alone, on no device, and torch's generators stay as they are.
@@ -1071,7 +1164,7 @@ def _mix(seed: int, stream: int) -> int:
     return x ^ (x >> 31)
 
 
-def _random(rec: Recorder, func, *args, **kwargs):
+def _random(rec: Recorder, func: Function, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("generator") is not None:
         return NotImplemented
     return _random_in_torch(rec, func, args, dict(kwargs), rec.next_stream())
@@ -1081,7 +1174,7 @@ for _target in _callables(*"randint randperm random_ exponential_ geometric_ cau
     HANDLERS[_target] = _random
 
 
-def _random_without_generator(rec: Recorder, func, *args, **kwargs):
+def _random_without_generator(rec: Recorder, func: Function, *args: Any, **kwargs: Any) -> Any:
     """Functions that take no generator, dropout say: torch's own is lent to them, seeded by key and stream."""
     seed = _mix(rec.seed, rec.next_stream())
     with torch.random.fork_rng([] if rec.device.type == "cpu" else [rec.device]):
@@ -1102,7 +1195,7 @@ for _name in (
 
 
 @_handles("bernoulli", "multinomial", "poisson")
-def _random_of_tensor(rec: Recorder, func, tensor, *args, **kwargs):
+def _random_of_tensor(rec: Recorder, func: Function, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("generator") is not None or tensor.is_meta:
         return NotImplemented
     entry = rec.find(tensor)
@@ -1118,7 +1211,7 @@ def _random_of_tensor(rec: Recorder, func, tensor, *args, **kwargs):
 
 
 @_handles_function(torch.normal)
-def _torch_normal(rec: Recorder, func, mean, std=None, size=None, **kwargs):
+def _torch_normal(rec: Recorder, func: Function, mean: Any, std: Any = None, size: Any = None, **kwargs: Any) -> Any:
     if type(mean) in (int, float) and type(std) in (int, float) and size is not None:
         return _random_factory(NORMAL, (float(mean), float(std)))(rec, _SizedNormal(mean, std), size, **kwargs)
     if kwargs.get("generator") is not None or kwargs.get("out") is not None:
@@ -1138,7 +1231,7 @@ class _SizedNormal:
     def __init__(self, mean: float, std: float) -> None:
         self._parameters = (mean, std)
 
-    def __call__(self, size, **kwargs):
+    def __call__(self, size: Any, **kwargs: Any) -> torch.Tensor:
         return torch.normal(*self._parameters, size, **kwargs)
 
 
@@ -1146,7 +1239,7 @@ class _SizedNormal:
 
 
 @_handles_function(torch.linalg.qr)
-def _qr(rec: Recorder, func, tensor, *args, **kwargs):
+def _qr(rec: Recorder, func: Function, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """QR on the CPU, whatever the device: the factorisations of LAPACK and cuSOLVER differ in their last bits."""
     if tensor.is_cpu or kwargs.get("out") is not None:
         return NotImplemented

@@ -149,11 +149,13 @@ def _import_lightning() -> None:
 
 def _class(package: str, path: str) -> type:
     module, name = path.split(".")
-    return getattr(importlib.import_module(f"{package}.strategies.{module}"), name)
+    found: type = getattr(importlib.import_module(f"{package}.strategies.{module}"), name)
+    return found
 
 
 def _is_lightnings(definition: Any) -> bool:
-    return definition.__module__.startswith(tuple(f"{name}." for name in _PACKAGES))
+    module: str = definition.__module__
+    return module.startswith(tuple(f"{name}." for name in _PACKAGES))
 
 
 def _is(strategy: Any, name: str) -> bool:
@@ -167,7 +169,7 @@ def _wrap(owner: type, method: str, handler: Callable[..., Any]) -> None:
     original = vars(owner)[method]
 
     @functools.wraps(original)
-    def wrapper(self, *args, **kwargs):
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         return handler(functools.partial(original, self), self, *args, **kwargs)
 
     setattr(owner, method, wrapper)
@@ -176,7 +178,7 @@ def _wrap(owner: type, method: str, handler: Callable[..., Any]) -> None:
 
 def _override(cls: type, method: str, handler: Callable[..., Any]) -> Any:
     @functools.wraps(getattr(cls, method))
-    def override(self, *args, **kwargs):
+    def override(self: Any, *args: Any, **kwargs: Any) -> Any:
         return handler(getattr(super(cls, self), method), self, *args, **kwargs)
 
     return override
@@ -318,7 +320,7 @@ def _fabric_setup(original: Any, strategy: Any, module: nn.Module) -> nn.Module:
     """ModelParallelStrategy of Fabric: between parallelize_fn and what it does to modules on the meta device."""
     parallelize = strategy._parallelize_fn
 
-    def parallelize_and_materialize(module, device_mesh):
+    def parallelize_and_materialize(module: Any, device_mesh: Any) -> Any:
         module = parallelize(module, device_mesh)
         if isinstance(module, nn.Module):
             _materialize(strategy, module)
@@ -326,7 +328,8 @@ def _fabric_setup(original: Any, strategy: Any, module: nn.Module) -> nn.Module:
 
     strategy._parallelize_fn = parallelize_and_materialize
     try:
-        return original(module)
+        created: nn.Module = original(module)
+        return created
     finally:
         strategy._parallelize_fn = parallelize
 
@@ -361,7 +364,7 @@ def _materialize(strategy: Any, model: nn.Module) -> None:
     base = next(
         cls for cls in type(strategy).__mro__ if cls.__name__ == "ModelParallelStrategy" and _is_lightnings(cls)
     )
-    sys.modules[base.__module__]._materialize_distributed_module(model, strategy.root_device)  # type: ignore[attr-defined]
+    sys.modules[base.__module__]._materialize_distributed_module(model, strategy.root_device)
     with torch.no_grad():
         for owner, name, tensor in values:
             owner[name].copy_(tensor)  # type: ignore[union-attr]

@@ -13,6 +13,8 @@ import functools
 import gc
 import threading
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import init
@@ -30,6 +32,8 @@ from .interception import (
     HANDLERS,
     INIT_REPLACEMENTS,
     PLAIN_INITS,
+    Function,
+    Handler,
     _load_from_state_dict,
     legacy_tensor,
     load_from_state_dict,
@@ -50,7 +54,7 @@ _torch_methods = {
 
 _lock = threading.Lock()
 _users = 0
-_restore: list = []
+_restore: list[Callable[[], object]] = []
 
 
 def install() -> None:
@@ -73,17 +77,18 @@ def remove() -> None:
 
 
 def _install() -> None:
+    swap: Any
     get_default_dtype, set_default_dtype = torch.get_default_dtype, torch.set_default_dtype
     get_default_device, swap = torch.get_default_device, torch.utils.swap_tensors
     new_tensor = torch._C.TensorBase.__new__
 
     @functools.wraps(torch.nn.Module._load_from_state_dict)
-    def load_into(module, *args):
+    def load_into(module: torch.nn.Module, *args: Any) -> None:
         recorder = _thread.recorder
         if recorder is None or not load_from_state_dict(recorder, module, *args):
             _load_from_state_dict(module, *args)
 
-    def swap_tensors(t1, t2):
+    def swap_tensors(t1: torch.Tensor, t2: torch.Tensor) -> Any:
         # torch exchanges no tensors that have weak references.
         recorder = _thread.recorder
         if recorder is None:
@@ -94,7 +99,7 @@ def _install() -> None:
         recorder.module_parameters += map(weakref.ref, parameters)
 
     # No named parameters: torch._dynamo compares this signature with its own when it is first imported.
-    def tensor_new(*args, **kwargs):
+    def tensor_new(*args: Any, **kwargs: Any) -> Any:
         recorder = _thread.recorder
         if recorder is not None and args[0] is torch.Tensor and not kwargs:
             with _modes_off():
@@ -103,18 +108,18 @@ def _install() -> None:
                 return tensor
         return new_tensor(*args, **kwargs)
 
-    def tensor_set(tensor, *args, **kwargs):
+    def tensor_set(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         recorder = _thread.recorder
         if recorder is None:
             return torch._C.TensorBase.set_(tensor, *args, **kwargs)
         with _modes_off():
             return set_memory(recorder, tensor, *args, **kwargs)
 
-    def default_dtype():
+    def default_dtype() -> torch.dtype:
         recorder = _thread.recorder
         return get_default_dtype() if recorder is None else recorder.default_dtype
 
-    def change_default_dtype(d, /):
+    def change_default_dtype(d: Any, /) -> None:
         recorder = _thread.recorder
         if recorder is None:
             return set_default_dtype(d)
@@ -122,7 +127,7 @@ def _install() -> None:
             raise TypeError(f"only floating-point types are supported as the default type, not {d}")
         recorder.default_dtype = d
 
-    def default_device():
+    def default_device() -> torch.device:
         recorder = _thread.recorder
         if recorder is None:
             return get_default_device()
@@ -157,8 +162,8 @@ def _install() -> None:
         _restore.append(functools.partial(HANDLERS.pop, new))
     _replace(torch.nn.Module, "_load_from_state_dict", load_into, _load_from_state_dict)
     _replace(torch.utils, "swap_tensors", swap_tensors, swap)
-    scripted = torch.jit._recursive.create_script_module_impl  # type: ignore[attr-defined]
-    _replace(torch.jit._recursive, "create_script_module_impl", _settled_first(scripted), scripted)  # type: ignore[attr-defined]
+    scripted = torch.jit._recursive.create_script_module_impl
+    _replace(torch.jit._recursive, "create_script_module_impl", _settled_first(scripted), scripted)
     _replace(torch, "get_default_dtype", default_dtype, get_default_dtype)
     _replace(torch, "set_default_dtype", change_default_dtype, set_default_dtype)
     _replace(torch, "get_default_device", default_device, get_default_device)
@@ -175,8 +180,8 @@ def _install() -> None:
     _restore.append(register_module_forward_pre_hook(_settle_before_use).remove)
 
 
-def _straight_to(handler, function):
-    def replacement(*args, **kwargs):
+def _straight_to(handler: Handler, function: Function) -> Function:
+    def replacement(*args: Any, **kwargs: Any) -> Any:
         recorder = _thread.recorder
         if recorder is not None:
             with _modes_off():
@@ -188,13 +193,13 @@ def _straight_to(handler, function):
     return replacement
 
 
-def _replace(owner, name: str, new, old) -> None:
+def _replace(owner: Any, name: str, new: Any, old: Any) -> None:
     setattr(owner, name, new)
     _restore.append(lambda: setattr(owner, name, old))
 
 
 @never_compiled
-def _settle_before_use(module, args) -> None:
+def _settle_before_use(module: torch.nn.Module, args: Any) -> None:
     # A module that is called under autograd is in use, perhaps in training: from here on its tensors are torch's alone.
     recorder = _thread.recorder
     # While torch.compile traces there is nothing to do: the module that it was told of has been settled by then.
@@ -203,11 +208,11 @@ def _settle_before_use(module, args) -> None:
             recorder.settle_all()
 
 
-def _settled_first(function):
+def _settled_first(function: Function) -> Function:
     """A function of torch that hands tensors to code which no mode sees."""
 
     @functools.wraps(function)
-    def settled(*args, **kwargs):
+    def settled(*args: Any, **kwargs: Any) -> Any:
         recorder = _thread.recorder
         if recorder is not None:
             with _modes_off():
@@ -217,14 +222,14 @@ def _settled_first(function):
     return settled
 
 
-def _note_parent(module, name, child) -> None:
+def _note_parent(module: torch.nn.Module, name: str, child: torch.nn.Module | None) -> None:
     recorder = _thread.recorder
     if recorder is not None and recorder.defers:
         recorder.saw(module)
 
 
-def _registration_hook(is_parameter: bool):
-    def hook(module, name, tensor):
+def _registration_hook(is_parameter: bool) -> Callable[..., None]:
+    def hook(module: torch.nn.Module, name: str, tensor: torch.Tensor | None) -> None:
         recorder = _thread.recorder
         if recorder is not None and tensor is not None:
             recorder.registered(module, name, tensor, is_parameter)

@@ -27,6 +27,9 @@ ERFINV = 4
 ORTHOGONAL = 4
 
 
+_Steps = tuple[tuple[int, float, float], ...]
+
+
 class Region(NamedTuple):
     """Where in a tensor's storage a write goes, in elements."""
 
@@ -196,7 +199,7 @@ def canonical(
 
 # Only what is costly is cached: a cache takes 0.0 and -0.0 for one key, which are two constants.
 @lru_cache(maxsize=256)
-def _from_erfinv_chain(uniform, steps):
+def _from_erfinv_chain(uniform: tuple[float, ...], steps: _Steps) -> tuple[tuple[float, ...], _Steps]:
     standard = NormalDist()
     cdf_low, cdf_high = ((bound + 1.0) / 2.0 for bound in uniform)
     alpha = standard.inv_cdf(cdf_low) if cdf_low > 0.0 else -math.inf
@@ -274,7 +277,7 @@ def truncated_normal_parameters(mean: float, std: float, low: float, high: float
         return tuple(parameters)
 
 
-def _above_mean(mean: float, std: float, near_z, far_z, near: float, far: float) -> tuple[float, ...]:
+def _above_mean(mean: float, std: float, near_z: Decimal, far_z: Decimal, near: float, far: float) -> tuple[float, ...]:
     far_tail = max(_TWO_32 * _tail(far_z), Decimal(1))
     scale = max(_TWO_32 * _tail(near_z) - far_tail, Decimal(0)) / _TWO_32
     side = (_float32(far_tail), _float32(scale), _z_limit(mean, std, near, +1), _z_limit(mean, std, far, -1))
@@ -302,15 +305,19 @@ def _tail(z: Decimal) -> Decimal:
 
 def _float32(x: Decimal | float) -> float:
     # Decimal to double to fp32 rounds twice; both roundings are IEEE and the same everywhere.
-    return struct.unpack("<f", struct.pack("<f", float(x)))[0]
+    rounded: float = struct.unpack("<f", struct.pack("<f", float(x)))[0]
+    return rounded
 
 
 def _next_float32(x: float, direction: int) -> float:
     (bits,) = struct.unpack("<i", struct.pack("<f", x))
+    following: float
     if x == 0.0:
-        return direction * struct.unpack("<f", struct.pack("<i", 1))[0]
+        following = direction * struct.unpack("<f", struct.pack("<i", 1))[0]
+        return following
     bits += direction if x > 0 else -direction
-    return struct.unpack("<f", struct.pack("<i", bits))[0]
+    following = struct.unpack("<f", struct.pack("<i", bits))[0]
+    return following
 
 
 def _z_limit(mean: float, std: float, bound: float, direction: int) -> float:

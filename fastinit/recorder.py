@@ -27,8 +27,8 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator
-from types import FunctionType
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FunctionType, TracebackType
 from typing import Any, Literal
 
 import torch
@@ -74,10 +74,13 @@ _thread = _Thread()
 
 Empty = Literal[True, "nan", "unchecked"]
 
+# By the id of a tensor: itself, its entry, and the shadow that torch sees in its place.
+_Substitutes = dict[int, tuple[torch.Tensor, "Entry", torch.Tensor]]
+
 _ZERO_STRIDES = (0,) * 64  # torch has no tensors of more dimensions
 
 
-def _without_memory(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _without_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     strides = _ZERO_STRIDES[: len(shape)]
     if torch.is_inference_mode_enabled():
         # An inference tensor is of no use outside of that mode; a model's should be, whenever it was made.
@@ -142,7 +145,7 @@ class Recorder(TorchFunctionMode):
         self.allocation_seconds = 0.0
         self.run_seconds = 0.0
         self.fill_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self.module_parameters: list[weakref.ref] = []
+        self.module_parameters: list[weakref.ref[torch.Tensor]] = []
         # A placeholder may stand for a part of its entry, a view of it: the region says which.
         self._by_id: dict[int, tuple[weakref.ref[torch.Tensor], Entry, Region | None]] = {}
         self._purge_at = 10_000
@@ -177,11 +180,13 @@ class Recorder(TorchFunctionMode):
         self._outer = outer
         self._outer_device_context = _device_context()
         _thread.recorder = self
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __exit__(self, exc_type, exc_value, traceback) -> None:
-        super().__exit__(exc_type, exc_value, traceback)
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(exc_type, exc_value, traceback)  # type: ignore[no-untyped-call]
         _thread.recorder = self._outer
         if self._outer is not None:
             self._outer._suspended = False
@@ -197,7 +202,7 @@ class Recorder(TorchFunctionMode):
 
     # __torch_function__ itself is native (see the end of this file): it serves the plain calls and hands others over.
 
-    def _dispatch(self, func, types, args, kwargs):
+    def _dispatch(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._suspended:
             return func(*args, **kwargs)
         handler = HANDLERS.get(func)
@@ -248,7 +253,13 @@ class Recorder(TorchFunctionMode):
                 return concrete(context.device)
         return self.device
 
-    def placeholder(self, shape, dtype, device, recipe) -> torch.Tensor:
+    def placeholder(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        recipe: tuple[Write, ...] | None,
+    ) -> torch.Tensor:
         """A new tensor without memory; the recipe says what it contains."""
         tensor = _without_memory(shape, dtype, device)
         self.stand_for(tensor, Entry(shape, dtype, device, recipe))
@@ -368,7 +379,9 @@ class Recorder(TorchFunctionMode):
     def _memory(self, entry: Entry) -> torch.Tensor:
         """A tensor over an allocated entry's memory."""
         storage = torch.UntypedStorage._new_with_weak_ptr(entry.storage_weak)
-        return torch.empty(0, dtype=entry.dtype, device=entry.device).set_(storage, 0, entry.shape)  # type: ignore[call-overload]
+        memory: torch.Tensor
+        memory = torch.empty(0, dtype=entry.dtype, device=entry.device).set_(storage, 0, entry.shape)  # type: ignore[call-overload]
+        return memory
 
     def _untrack(self, entry: Entry) -> None:
         self._shadows.pop(entry, None)
@@ -483,7 +496,8 @@ class Recorder(TorchFunctionMode):
             self._keep_shadow(entry, shadow)
         elif entry in self._shadows:
             self._shadows.move_to_end(entry)
-        return entry.shadow
+        values: torch.Tensor = entry.shadow
+        return values
 
     def _keep_shadow(self, entry: Entry, shadow: torch.Tensor) -> None:
         entry.shadow = shadow
@@ -530,9 +544,9 @@ class Recorder(TorchFunctionMode):
 
     # --- operations that torch executes --------------------------------------------------------------------------
 
-    def run_in_torch(self, func, args, kwargs):
+    def run_in_torch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let torch execute a function: on shadows for half-precision tensors of ours, on settled memory otherwise."""
-        substitutes: dict[int, tuple[torch.Tensor, Entry, torch.Tensor]] = {}
+        substitutes: _Substitutes = {}
         tensors: list[torch.Tensor] = []
         with _modes_off():
             if self._shadows:
@@ -553,7 +567,14 @@ class Recorder(TorchFunctionMode):
         with _modes_off():
             return self._map_result(result, tensors, substitutes, _names_dtype(args, kwargs))
 
-    def _prepare(self, func, args, kwargs, tensors, entries):
+    def _prepare(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[torch.Tensor],
+        entries: list[Entry | None],
+    ) -> _Substitutes:
         """Settle what torch is to see itself, and make the shadows that it is to see instead of the rest."""
         written = _written(func, args, kwargs)
         others = [tensor for tensor, entry in zip(tensors, entries, strict=True) if entry is None]
@@ -567,7 +588,7 @@ class Recorder(TorchFunctionMode):
             self.settle([entry for entry in entries if entry is not None])
             return {}
         self.settle([entry for entry in entries if entry is not None and entry.dtype not in _HALVES])
-        substitutes = {}
+        substitutes: _Substitutes = {}
         for tensor, entry in zip(tensors, entries, strict=True):
             if entry is not None and entry.dtype in _HALVES and id(tensor) not in substitutes:
                 substitutes[id(tensor)] = (tensor, entry, self._shadow_view(entry, tensor))
@@ -576,7 +597,9 @@ class Recorder(TorchFunctionMode):
             torch.zeros(1, requires_grad=True).zero_()
         return substitutes
 
-    def _map_result(self, result, tensors, substitutes, dtype_named: bool):
+    def _map_result(
+        self, result: Any, tensors: list[torch.Tensor], substitutes: _Substitutes, dtype_named: bool
+    ) -> Any:
         if isinstance(result, torch.Tensor):
             return self._map_tensor(result, tensors, substitutes, dtype_named)
         if type(result) in (list, tuple):
@@ -585,7 +608,9 @@ class Recorder(TorchFunctionMode):
             return type(result)([self._map_result(item, tensors, substitutes, dtype_named) for item in result])
         return result
 
-    def _map_tensor(self, result, tensors, substitutes, dtype_named: bool):
+    def _map_tensor(
+        self, result: torch.Tensor, tensors: list[torch.Tensor], substitutes: _Substitutes, dtype_named: bool
+    ) -> torch.Tensor:
         for original, _, substitute in substitutes.values():
             if result is substitute:
                 return original
@@ -603,7 +628,7 @@ class Recorder(TorchFunctionMode):
         dtype = self._promoted(tensors)
         return self.wrap(result, dtype) if dtype in _HALVES else result
 
-    def _promoted(self, tensors) -> torch.dtype:
+    def _promoted(self, tensors: list[torch.Tensor]) -> torch.dtype:
         """The dtype that torch's promotion gives the result of an operation on these tensors."""
         floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
         if not floats:
@@ -660,7 +685,13 @@ class Recorder(TorchFunctionMode):
                     parts.add(entry)
         return {entry: owners for entry, owners in owned.items() if entry not in parts}
 
-    def _keep(self, entry: Entry, owners, recipe: tuple[Write, ...], mark: float | None) -> None:
+    def _keep(
+        self,
+        entry: Entry,
+        owners: list[tuple[torch.nn.Module, str]],
+        recipe: tuple[Write, ...],
+        mark: float | None,
+    ) -> None:
         deferred = Deferred(entry.shape, entry.dtype, self.seed, recipe, mark, entry.device, self.seed_agreed)
         for module, name in owners:
             keep(module, name, deferred)
@@ -889,7 +920,7 @@ def _timing_events(device: torch.device) -> tuple[torch.cuda.Event, torch.cuda.E
     return before, after
 
 
-def concrete(device) -> torch.device:
+def concrete(device: str | int | torch.device) -> torch.device:
     """A device with its index: ``cuda`` means the current one."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
@@ -920,7 +951,7 @@ def _other_dispatch() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
-def _collect(values, tensors: list[torch.Tensor]) -> None:
+def _collect(values: Iterable[Any], tensors: list[torch.Tensor]) -> None:
     if isinstance(values, dict):
         values = values.values()
     for value in values:
@@ -930,7 +961,7 @@ def _collect(values, tensors: list[torch.Tensor]) -> None:
             _collect(value, tensors)
 
 
-def _replace(values, replaced: dict[int, torch.Tensor]):
+def _replace(values: Any, replaced: dict[int, torch.Tensor]) -> Any:
     if isinstance(values, torch.Tensor):
         return replaced.get(id(values), values)
     if isinstance(values, dict):
@@ -940,7 +971,7 @@ def _replace(values, replaced: dict[int, torch.Tensor]):
     return values
 
 
-def _written(func, args, kwargs) -> list[torch.Tensor]:
+def _written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """The tensors that a function writes to."""
     written: list[torch.Tensor] = []
     if func in IN_PLACE:
@@ -950,7 +981,7 @@ def _written(func, args, kwargs) -> list[torch.Tensor]:
     return written
 
 
-def _names_dtype(args, kwargs) -> bool:
+def _names_dtype(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any(isinstance(value, torch.dtype) for value in args) or isinstance(kwargs.get("dtype"), torch.dtype)
 
 
@@ -983,7 +1014,7 @@ def _initialises_at_the_end() -> bool:
 _register_parameter = torch.nn.Module.register_parameter
 
 
-def _is_plain(cls) -> bool:
+def _is_plain(cls: type[torch.nn.Module]) -> bool:
     """Whether torch's Module.__setattr__ is all that assigns attributes of a class of modules."""
     bases = cls.__mro__[cls.__mro__.index(torch.nn.Module) + 1 :]
     return (
@@ -1011,16 +1042,18 @@ _SHARDING_CODE = ("torch.distributed.fsdp._fully_shard.", "torch.distributed.ten
 class ShardRecorder(Recorder):
     """A recorder that steps aside where a model is sharded inside of its context."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if not sys._getframe(1).f_globals.get("__name__", "").startswith(_SHARDING_CODE):
-            return super().__torch_function__(func, types, args, kwargs)
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if not self._suspended:
             with _modes_off():
                 self._leave_to_sharding(args, kwargs)
         return func(*args, **kwargs)
 
-    def _leave_to_sharding(self, args, kwargs) -> None:
+    def _leave_to_sharding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """FSDP2 and DTensor have to find parameters on meta, and other tensors real."""
         tensors: list[torch.Tensor] = []
         _collect(args, tensors)

@@ -211,7 +211,7 @@ def _put(tensor: torch.Tensor, memory: torch.Tensor, padded: dict[int, Any]) -> 
     if is_dtensor(tensor):
         from torch.distributed.tensor import DTensor
 
-        distributed = DTensor(memory, tensor._spec, requires_grad=tensor.requires_grad)  # type: ignore[call-arg]
+        distributed = DTensor(memory, tensor._spec, requires_grad=tensor.requires_grad)
         torch._C._swap_tensor_impl(tensor, distributed)
         tensor._local_tensor = memory
         if id(tensor) in padded:

@@ -19,7 +19,7 @@ import torch
 from .layout import Box, Window
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Placement
 
 
 class Cut(NamedTuple):
@@ -72,7 +72,14 @@ def local_tensor(tensor: DTensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=1024)  # the layers of a model are alike
-def _boxes(shape, sizes, strides, placements, mesh_shape, coordinate) -> tuple[Box, ...]:
+def _boxes(
+    shape: tuple[int, ...],
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    placements: tuple[Placement, ...],
+    mesh_shape: tuple[int, ...],
+    coordinate: tuple[int, ...],
+) -> tuple[Box, ...]:
     cuts_of_dims = _cuts(shape, placements, mesh_shape, coordinate)
     runs = []
     for size, local_size, cuts in zip(shape, sizes, cuts_of_dims, strict=True):
@@ -151,7 +158,12 @@ def _with_places(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
     return [(*run, sum(length for _, length in runs[:i])) for i, run in enumerate(runs)]
 
 
-def _cuts(shape, placements, mesh_shape, coordinate) -> list[list[Cut]]:
+def _cuts(
+    shape: tuple[int, ...],
+    placements: tuple[Placement, ...],
+    mesh_shape: tuple[int, ...],
+    coordinate: tuple[int, ...],
+) -> list[list[Cut]]:
     """For each dimension the cuts of the mesh axes that divide it, in the order of the axes."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard

@@ -133,7 +133,7 @@ def run_section(name: str, settings: Settings, results: dict[str, Any], path: Pa
     return f"exit status {status}, see standard error" if status else None
 
 
-def kill_session(process: subprocess.Popen) -> None:
+def kill_session(process: subprocess.Popen[str]) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

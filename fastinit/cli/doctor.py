@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def run_normal(tensor: torch.Tensor, isa: str) -> torch.Tensor:
     return tensor
 
 
-def check(name: str, fill, expected: torch.Tensor) -> dict[str, Any]:
+def check(name: str, fill: Callable[..., Any], expected: torch.Tensor) -> dict[str, Any]:
     try:
         equal = torch.equal(fill().cpu(), expected)
     except RuntimeError as error:

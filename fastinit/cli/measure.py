@@ -67,7 +67,8 @@ def timed_fill(fill: Running, device: torch.device) -> float:
             fill.run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / CALLS
+        seconds: float = start.elapsed_time(end) / 1e3
+        return seconds / CALLS
 
 
 def timed_creation(create: Creator, build: Build, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:

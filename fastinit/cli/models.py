@@ -84,7 +84,8 @@ class Decoder(nn.Module):
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
 
 class DecoderLayer(nn.Module):
@@ -100,7 +101,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
         hidden = self.hidden_norm(x)
-        return x + self.down(functional.silu(self.gate(hidden)) * self.up(hidden))
+        output: Tensor = x + self.down(functional.silu(self.gate(hidden)) * self.up(hidden))
+        return output
 
 
 class RotaryAttention(nn.Module):
@@ -131,7 +133,8 @@ class RotaryAttention(nn.Module):
         query, key = (rotated(each, angles.cos(), angles.sin()) for each in (query, key))
         shared = key.shape[1] < query.shape[1]
         attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared)
-        return self.output(attended.transpose(1, 2).flatten(2))
+        output: Tensor = self.output(attended.transpose(1, 2).flatten(2))
+        return output
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -157,7 +160,8 @@ class GPT2Medium(nn.Module):
         x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         for layer in self.layers:
             x = layer(x)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
 
 class GPT2Layer(nn.Module):
@@ -176,7 +180,8 @@ class GPT2Layer(nn.Module):
         query, key, value = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in projected)
         attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.output(attended.transpose(1, 2).flatten(2))
-        return x + self.down(functional.gelu(self.up(self.hidden_norm(x)), approximate="tanh"))
+        output: Tensor = x + self.down(functional.gelu(self.up(self.hidden_norm(x)), approximate="tanh"))
+        return output
 
 
 def training_step(model: nn.Module, vocabulary: int, device: torch.device) -> float:

@@ -190,7 +190,8 @@ def plot_creation(records: list[Record], axis: Axes) -> None:
 
 def milliseconds(record: Record) -> float:
     """Time of a creation, of the whole model if only a part was created."""
-    return statistics.median(record["seconds"]) * record.get("scale", 1.0) * 1e3
+    seconds: float = statistics.median(record["seconds"]) * record.get("scale", 1.0)
+    return seconds * 1e3
 
 
 def memory_of(record: Record) -> str:

@@ -179,7 +179,8 @@ def values_are_right(record: Record, name: str) -> bool:
     """Whether what a peer wrote has the mean and the standard deviation that were asked for, within 5 %."""
     wanted, values = FILLS[record["distribution"]], record["values"][name]
     tolerance = 0.05 * max(wanted.std, abs(wanted.mean))
-    return abs(values["mean"] - wanted.mean) < tolerance and abs(values["std"] - wanted.std) < tolerance
+    agrees: bool = abs(values["mean"] - wanted.mean) < tolerance and abs(values["std"] - wanted.std) < tolerance
+    return agrees
 
 
 def ratio_of(times: dict[str, list[float]], name: str, base: str = "fastinit") -> float | None:

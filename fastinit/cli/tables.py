@@ -84,7 +84,8 @@ def reason(record: Record) -> str | None:
     if "missing" in record:
         return f"{record['missing']} is not installed"
     if "unsupported" in record:
-        return record["unsupported"]
+        unsupported: str = record["unsupported"]
+        return unsupported
     if "error" in record:
         return f"failed: {record['error'].splitlines()[-1][:160]}"
     return None

@@ -65,4 +65,5 @@ def progress(items: Sequence[Item], description: str, unit: str) -> Iterable[Ite
         from tqdm import tqdm
     except ImportError:
         return items
-    return tqdm(items, desc=description, unit=unit, leave=False, disable=None)
+    shown: Iterable[Item] = tqdm(items, desc=description, unit=unit, leave=False, disable=None)
+    return shown

@@ -75,7 +75,8 @@ class Worker:
         reply, _ = self._process.communicate("create\n")
         with self._errors:
             if self._process.returncode == 0:
-                return json.loads(reply.splitlines()[-1])
+                created: dict[str, Any] = json.loads(reply.splitlines()[-1])
+                return created
             self._errors.seek(0)
             last_words = self._errors.read().strip()[-1500:] or f"exit status {self._process.returncode}"
         raise RuntimeError(f"{self._task}:\n{last_words}")

@@ -63,7 +63,8 @@ class TransformersModel:
         from transformers import AutoModelForCausalLM
 
         # A new configuration each time: creation writes the dtype into it.
-        return AutoModelForCausalLM.from_config(self.configure(), **options)
+        model: nn.Module = AutoModelForCausalLM.from_config(self.configure(), **options)
+        return model
 
 
 def llama(config: DecoderConfig, library: str) -> Callable[[], nn.Module]:
