@@ -159,7 +159,7 @@ class Zero3:
             if self.slice_device.type == "cuda":
                 reserve([each.size * each.dtype.itemsize for each in group], self.slice_device)
             for each in group:
-                each.memory = allocate(each.size, each.dtype, self.slice_device)
+                each.memory = allocate((each.size,), each.dtype, self.slice_device)
                 if self._init.pin_memory:
                     from deepspeed.accelerator import get_accelerator
 

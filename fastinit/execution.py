@@ -28,7 +28,7 @@ def can_fill(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def allocate(
-    shape: Any,
+    shape: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
     *,

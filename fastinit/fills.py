@@ -83,7 +83,7 @@ def empty(
         >>> fastinit.empty(2, 3, dtype=torch.bfloat16).shape
         torch.Size([2, 3])
     """
-    shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
+    shape: Sequence[Any] = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
     return allocate(
         shape,
         torch.get_default_dtype() if dtype is None else dtype,

@@ -536,6 +536,13 @@ class Recorder(TorchFunctionMode):
         if values.numel() == 0:
             return values.to(dtype)
         shadow = values.detach()
+        if not shadow.is_contiguous():
+            strides = shadow.stride()
+            in_memory = shadow.permute(sorted(range(shadow.dim()), key=lambda dim: -strides[dim]))
+            if in_memory.is_contiguous():
+                # As torch lays it out: a view of what lies there one after the other.
+                base = self.wrap(in_memory, dtype)
+                return self.view(self._by_id[id(base)][1], Region(0, tuple(shadow.shape), strides))
         if not shadow.is_contiguous() or shadow.untyped_storage().nbytes() != shadow.numel() * 4:
             shadow = shadow.clone(memory_format=torch.contiguous_format)
         tensor = self.placeholder(tuple(shadow.shape), dtype, shadow.device, None)

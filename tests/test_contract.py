@@ -542,6 +542,8 @@ NAMED = {
     "copied into another shape": lambda: torch.empty(6).view(2, 3).copy_(torch.full((2, 3), 0.1)),
     "eye in another shape": lambda: nn.init.eye_(torch.empty(12).view(4, 3)),
     "integers in the default dtype": lambda: torch.arange(5).to(torch.get_default_dtype()) * 0.3,
+    "computed of a transposed one": lambda: torch.arange(6.0).view(2, 3).t() / 3,
+    "copy of a transposed one": lambda: (torch.arange(24.0).view(2, 3, 4) / 7).permute(1, 2, 0).clone(),
     "integers copied": lambda: torch.ones(5).copy_(torch.arange(5)).mul_(0.1).add_(0.1),
     "integers copied to all rows": lambda: torch.ones(2, 6).view(4, 3).copy_(torch.arange(3)).mul_(0.1).add_(0.1),
     "integers as another": lambda: torch.arange(5).type_as(torch.ones(2)) / 3,
