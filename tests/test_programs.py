@@ -99,12 +99,11 @@ def check_in_half_precision(steps, dtype):
 
 
 def check_dtypes(steps, dtype):
-    """The dtypes, kinds and strides that torch gives, where its rounding decides nothing."""
+    """The dtypes and kinds that torch gives, where its rounding decides nothing."""
     steps = [step for step in steps if step[0] != "read_a_condition"]
     ours, theirs = inside(steps, dtype), eagerly(steps, DTYPES[dtype])
     assert kinds(ours) == kinds(theirs)
     assert ties(ours) == ties(theirs)
-    assert strides(ours) == strides(theirs)
     assert ours.facts == theirs.facts
 
 
