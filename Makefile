@@ -11,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+BUILD_TOOLS := $(VENV)/.build-tools
 BUILD_INPUTS := setup.py pyproject.toml requirements-dev.txt CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: demo test test-slow fuzz sanitize coverage bench build lint clean
@@ -29,7 +30,7 @@ fuzz: $(INSTALLED)
 
 # Python itself is not built with the sanitizers, hence the preloading, and what it keeps to the end counts as a leak.
 SANITIZED := build/sanitized
-sanitize: $(INSTALLED) $(VENV)/bin/ninja
+sanitize: $(INSTALLED) $(BUILD_TOOLS)
 	CXXFLAGS="-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined" FASTINIT_CUDA=0 \
 	    $(PY) setup.py -q build --debug --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	LD_PRELOAD="$$(for each in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$each.so; done)" \
@@ -44,7 +45,7 @@ bench: $(INSTALLED)
 	$(PY) -m fastinit bench --out bench-out $(ARGS)
 
 # The native module again, in place, only what changed: for work on csrc/.
-build: $(VENV)/bin/ninja
+build: $(BUILD_TOOLS)
 	$(PY) setup.py build_ext --inplace
 
 lint: $(INSTALLED)
@@ -58,8 +59,10 @@ $(INSTALLED): $(BUILD_INPUTS) | $(PY)
 	$(PY) -m pip install -r requirements-dev.txt -e ".[demo,test]"
 	touch $@
 
-$(VENV)/bin/ninja: | $(PY)
+# What setup.py needs to run outside of pip's isolation. A stamp and not the tools themselves, some of which come with others.
+$(BUILD_TOOLS): pyproject.toml requirements-dev.txt | $(PY)
 	$(PY) -m pip install -r requirements-dev.txt pybind11 cmake ninja
+	touch $@
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastinit needs Python >= 3.10, $(PYTHON) is " + sys.version)'

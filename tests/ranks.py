@@ -78,7 +78,10 @@ class Ranks:
             self._processes.append(process)
 
     def end(self):
+        for pipe in self._pipes:
+            pipe.close()
         for process in self._processes:
+            process.join(2)  # by itself, so that its coverage is kept, if it does not wait for another rank
             process.kill()
             process.join()
         self._processes, self._pipes = [], []

@@ -76,7 +76,10 @@ class Ranks:
             self.processes.append(process)
 
     def end(self):
+        for pipe in self.pipes:
+            pipe.close()
         for process in self.processes:
+            process.join(2)  # by itself, so that its coverage is kept, if it does not wait for another rank
             process.kill()
             process.join()
         self.processes, self.pipes = [], []
@@ -92,7 +95,10 @@ def _serve(rank, world, store, pipe):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     while True:
-        function, args = pipe.recv()
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
         try:
             pipe.send((None, function(*args)))
         except BaseException:

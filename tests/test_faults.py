@@ -165,6 +165,14 @@ def test_half_built_models_are_freed(intact):
 # Interruptions --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt; a shell's background jobs inherit that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class InterruptedHere(nn.Module):
     """Gets a Ctrl-C before its n-th layer."""
 
@@ -178,7 +186,7 @@ class InterruptedHere(nn.Module):
 
 @pytest.mark.parametrize("way", [{}, {"empty": True}, {"shard": True}], ids=str)
 @pytest.mark.parametrize("number", range(6))
-def test_an_interrupt_in_a_constructor_leaves_torch_as_it_was(intact, number, way):
+def test_an_interrupt_in_a_constructor_leaves_torch_as_it_was(intact, interruptible, number, way):
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         with fastinit.on("cpu", "bf16", seed=SEED, **way):
@@ -198,7 +206,7 @@ class InterruptedLater:
         self.done = True
 
 
-def test_an_interrupt_while_a_context_ends_waits_until_it_has_ended(intact):
+def test_an_interrupt_while_a_context_ends_waits_until_it_has_ended(intact, interruptible):
     engine = InterruptedLater()
     with pytest.raises(KeyboardInterrupt):
         with fastinit.on("cpu", "bf16", seed=SEED, shard=engine):
