@@ -1,5 +1,6 @@
 # make demo      the main job on whatever this machine has
 # make test      the test suite (also on a machine without a GPU)
+# make zoo       every architecture of transformers and module of torch.nn, by torch and by fastinit; writes docs/conformance.md
 # make fuzz      20,000 random programs against an eager reference; ARGS="--programs 1000 --seed 7"
 # make sanitize  the native module under AddressSanitizer and UBSan: its own tests, windows, the recorder, random programs
 # make coverage  the test suite, and which lines of the package it runs: at least 95 % of them
@@ -14,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 BUILD_TOOLS := $(VENV)/.build-tools
 BUILD_INPUTS := setup.py pyproject.toml requirements-dev.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-slow fuzz sanitize coverage bench build lint clean
+.PHONY: demo test test-slow zoo fuzz sanitize coverage bench build lint clean
 
 demo: $(INSTALLED)
 	$(PY) -m fastinit demo $(ARGS)
@@ -27,6 +28,9 @@ test-slow: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	$(PY) tests/fuzz.py $(ARGS)
+
+zoo: $(INSTALLED)
+	$(PY) tests/zoo $(ARGS)
 
 # Python itself is not built with the sanitizers, hence the preloading, and what it keeps to the end counts as a leak.
 SANITIZED := build/sanitized
