@@ -18,8 +18,8 @@ import transformers
 from torch import nn
 from transformers.models.auto import configuration_auto, modeling_auto
 
-MOST = 64_000_000
-FACTORS = (8, 16, 4, 2, 1)
+MOST = 32_000_000
+FACTORS = (16, 8, 4, 2, 1)
 LAYERS = 2
 
 # Of several models of one configuration the first of these, which has the base model inside; otherwise any.
