@@ -82,7 +82,9 @@ def load_inside(constructor):
 def _equal(left, right):
     if not isinstance(left, torch.Tensor):
         return left == right
-    return nn.parameter.is_lazy(left) == nn.parameter.is_lazy(right) and (nn.parameter.is_lazy(left) or same_bits(left, right))
+    if nn.parameter.is_lazy(left):
+        return nn.parameter.is_lazy(right)
+    return same_bits(left, right)
 
 
 MODES = {
