@@ -23,7 +23,7 @@ while [ $# -gt 0 ]; do
 done
 [ ${#steps[@]} -gt 0 ] || steps=(build test sanitize bench)
 mkdir -p "$out"
-tests=tests/cuda/test_native_cuda.py
+fills=tests/cuda/test_native_cuda.py
 
 build() {
     local archs=${FASTINIT_CUDA_ARCHS:-}
@@ -39,14 +39,15 @@ slow() { python3 -m pytest -q -p no:cacheprovider -m slow tests/cuda; }
 # torch's allocator hands out parts of large blocks, inside which memcheck sees nothing: hence one allocation a tensor.
 sanitizer() {
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
-        python3 -m pytest -q -p no:cacheprovider "$tests" -k "$2"
+        python3 -m pytest -q -p no:cacheprovider "${@:2}"
 }
 
 sanitize() {
     local failed=0
-    sanitizer memcheck 'alignment or boxes or many_fills' || failed=1
-    sanitizer racecheck 'whole_tensors and float16 and 4095' || failed=1
-    sanitizer initcheck 'whole_tensors and float16 and 4095' || failed=1
+    sanitizer memcheck $fills -k 'alignment or boxes or many_fills' || failed=1
+    sanitizer memcheck tests/cuda/test_{models,deferred,faults}_cuda.py || failed=1
+    sanitizer racecheck $fills -k 'whole_tensors and float16 and 4095' || failed=1
+    sanitizer initcheck $fills -k 'whole_tensors and float16 and 4095' || failed=1
     return $failed
 }
 

@@ -452,11 +452,14 @@ def _watch_no_more() -> None:
 def never_compiled(function: Callable[..., None]) -> Callable[..., None]:
     """Have torch.compile run a function of ours as it is, whether it traces the call or is handed its frame."""
     # What torch.compiler.disable amounts to here, without the import of torch._dynamo, which takes seconds.
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     frames = torch._C._dynamo.eval_frame
     if hasattr(frames, "set_code_exec_strategy"):
+        function._dynamo_marked_constant = True  # type: ignore[attr-defined]
         skip = frames._FrameAction.SKIP
         frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    else:  # torch 2.6, whose constant functions take no modules: its graph breaks here instead
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+        frames.skip_code(function.__code__)
     return function
 
 

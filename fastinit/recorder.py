@@ -751,7 +751,7 @@ class Recorder(TorchFunctionMode):
             self._untrack(entry)
 
     def settle_all(self) -> None:
-        """Give everything that is still alive its memory and values, in the order of creation."""
+        """Give everything that is still alive its memory and values, as a rule in the order of creation."""
         try:
             entries = native.waiting(self._by_id)
             self._settle_new([entry for entry in entries if not entry.resident])

@@ -98,6 +98,7 @@ def _serve(pipe):
         try:
             if joined:
                 dist.init_process_group(**group)
+                dist.barrier()  # a rank that is done early must not close connections that others still make
             result = function(*args) if joined else function(group, *args)
             pipe.send((None, result))
         except BaseException:

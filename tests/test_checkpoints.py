@@ -677,17 +677,17 @@ def test_distributed_checkpoints_load_into_the_state_dict(tmp_path, dtype, whole
     missing = () if whole else SOME
     for name in missing:
         del state[name]
-    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save(state, checkpoint_id=tmp_path)
 
     def in_place(model):
         wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in missing}
-        dcp.load(wanted, checkpoint_id=tmp_path, no_dist=True)
+        dcp.load(wanted, checkpoint_id=tmp_path)
 
     def with_helpers(model):
         wanted = get_model_state_dict(model)
         for name in missing:
             del wanted[name]
-        dcp.load(wanted, checkpoint_id=tmp_path, no_dist=True)
+        dcp.load(wanted, checkpoint_id=tmp_path)
         model.load_state_dict(wanted, strict=False)
         if whole:
             set_model_state_dict(model, wanted)

@@ -335,9 +335,9 @@ def _safetensors(lazy, state, path):
 def _distributed_checkpoint(lazy, state, path):
     import torch.distributed.checkpoint as dcp
 
-    dcp.save(state, checkpoint_id=path / "dcp", no_dist=True)
+    dcp.save(state, checkpoint_id=path / "dcp")
     target = lazy.state_dict()
-    dcp.load(target, checkpoint_id=path / "dcp", no_dist=True)
+    dcp.load(target, checkpoint_id=path / "dcp")
 
 
 def _each(write):
@@ -463,7 +463,7 @@ def test_compiled_models_are_checked_and_compiled_once(how):
     expected = built(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))(X)
     for _ in range(3):
         assert torch.equal(compiled(X), expected)
-    assert len(graphs) <= 2
+    assert len(graphs) <= 3
     nn.Identity()(X)
     torch._dynamo.reset()
 

@@ -633,7 +633,8 @@ bool plain_fill(PyObject* recipe, Values& values, uint64_t& stream) {
     return true;
 }
 
-// waiting(by_id) -> the entries that any living tensor stands for, in the order of creation.
+// waiting(by_id) -> the entries that any living tensor stands for, in the order of creation,
+// but that one whose tensor has the address of an earlier one that is dead stands in the place of that one.
 py::list waiting(const py::dict& by_id) {
     py::list entries;
     std::unordered_set<PyObject*> seen;

@@ -1,5 +1,6 @@
 """Tests that need a GPU: skipped as a whole where there is none, or where the native module was built without CUDA."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `referenc
 
 
 def pytest_collection_modifyitems(items):
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
+        for item in items:
+            if item.get_closest_marker("caching_allocator"):
+                item.add_marker(pytest.mark.skip(reason="needs torch's caching allocator"))
     if not native.build_info()["cuda"]:
         reason = "fastinit was built without CUDA"
     elif not torch.cuda.is_available():

@@ -64,6 +64,7 @@ def test_empty_is_noticed_and_initialised_with_the_same_bits(expected, empty):
     assert_same_bits(lazy, full)
 
 
+@pytest.mark.caching_allocator
 def test_a_first_forward_in_a_captured_graph_follows_one_that_was_checked():
     with fastinit.on("cuda", "fp32", seed=SEED, empty=True):
         lazy = nn.Linear(64, 64)

@@ -179,6 +179,7 @@ def test_a_gpu_that_does_not_exist_is_refused():
             raise AssertionError("the block must not run")
 
 
+@pytest.mark.caching_allocator
 def test_running_out_of_memory_leaves_nothing_behind():
     gc.collect()
     torch.cuda.empty_cache()
