@@ -37,7 +37,7 @@ SANITIZED := build/sanitized
 sanitize: $(INSTALLED) $(BUILD_TOOLS)
 	CXXFLAGS="-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined" FASTINIT_CUDA=0 \
 	    $(PY) setup.py -q build --debug --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	LD_PRELOAD="$$(for each in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$each.so; done)" \
+	LD_PRELOAD="$$(for each in asan ubsan stdc++; do printf '%s ' "$$($(CXX) -print-file-name=lib$$each.so)"; done)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib $(VENV)/bin/pytest -p no:cacheprovider \
 	    tests/test_native.py tests/test_windows.py tests/test_hot_path.py tests/test_programs.py $(ARGS)
 
