@@ -165,20 +165,22 @@ def test_a_batch_whose_fills_take_turns_gives_each_its_own_bits():
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shift", [0, 1, 16])
-def test_a_fill_larger_than_the_caches_has_the_bits_of_its_parts(isa, shift):
-    # Large fp32 tensors on cache lines are written past the caches; parts and shifted ones are not.
-    count, part = (1 << 22) + 4321, 1 << 19
-    out = storage(count + shift + 32, "float32")
-    start = -out.ctypes.data // out.itemsize % 16 + shift
+def test_a_fill_larger_than_the_caches_has_the_bits_of_its_parts(isa, dtype, shift):
+    # Large tensors are written past the caches where they lie on cache lines; parts and shifted ones are not.
+    itemsize = np.dtype(STORAGE[dtype]).itemsize
+    count, part, line = (16 << 20) // itemsize + 4321, 1 << 19, 64 // itemsize
+    out = storage(count + shift + 2 * line, dtype)
+    start = -out.ctypes.data // itemsize % line + shift
     batch = native.Batch()
-    batch.add(out.ctypes.data + start * out.itemsize, count, DTYPES["float32"], NORMAL, (0.0, 0.02), 5, 6)
+    batch.add(out.ctypes.data + start * itemsize, count, DTYPES[dtype], NORMAL, (0.0, 0.02), 5, 6)
     batch.run_cpu(2, isa)
-    untouched = storage(count, "float32")
+    untouched = storage(count, dtype)
     assert np.array_equal(out[:start], untouched[:start])
     assert np.array_equal(out[start + count :], untouched[: len(out) - start - count])
     for first in range(0, count, part):
-        expected = row(first, min(part, count - first), NORMAL, (0.0, 0.02), 5, 6)
+        expected = row(first, min(part, count - first), NORMAL, (0.0, 0.02), 5, 6, dtype=dtype)
         assert np.array_equal(out[start + first : start + first + len(expected)], expected)
 
 

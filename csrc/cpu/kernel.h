@@ -204,8 +204,8 @@ inline uint64_t least(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 constexpr uint64_t chunk_elements = 2048;  // 8 KiB of words
 
-// From here on an fp32 tensor is larger than the caches that one core has to itself: written past them, its lines need
-// not be read first. Halves have half the lines to write for the same arithmetic, and keep ordinary stores.
+// From here on a tensor is larger than the caches that one core has to itself: written past them, its lines need not be
+// read first.
 constexpr uint64_t streaming_bytes = uint64_t{16} << 20;
 
 template <class S, Transform T, bool with_steps, class Out>
@@ -217,7 +217,7 @@ void generate_values(const Fill& fill, uint64_t index, uint64_t count, Out* out)
     alignas(64) uint32_t words[chunk_elements + 2 * pair];
     Schedule schedule{};
     uint64_t scheduled = ~uint64_t{0};
-    const bool large = sizeof(Out) == sizeof(float) && fill.elements() >= streaming_bytes / sizeof(float);
+    const bool large = fill.elements() >= streaming_bytes / sizeof(Out);
     while (count > 0) {
         // A chunk ends where a block does, and before the block number's low word wraps.
         const uint64_t skip = index & 3, block = index >> 2;
@@ -230,12 +230,10 @@ void generate_values(const Fill& fill, uint64_t index, uint64_t count, Out* out)
         philox_words<S>(schedule, static_cast<uint32_t>(block), static_cast<uint32_t>((skip + n + 3) / 4), words);
         const uint32_t* const first = words + skip;
         uint64_t done = 0;
-        if constexpr (sizeof(Out) == sizeof(float)) {
-            if (large && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
-                for (; done + pair <= n; done += pair)
-                    transform_pair<S, T, with_steps, true>(constants, steps, first + done, out + done);
-            }  // the rest is less than a pair
-        }
+        if (large && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+            for (; done + pair <= n; done += pair)
+                transform_pair<S, T, with_steps, true>(constants, steps, first + done, out + done);
+        }  // the rest is less than a pair
         for (; done + pair <= n; done += pair)
             transform_pair<S, T, with_steps, false>(constants, steps, first + done, out + done);
         if (done < n) {

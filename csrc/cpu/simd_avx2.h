@@ -112,8 +112,11 @@ struct Avx2 {
     static void finish_streams() { _mm_sfence(); }
     template <class Out>
     static void store(Out* out, Float x, Float y) {
-        const Int both = round(x, y, Out{});
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), both);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), round(x, y, Out{}));
+    }
+    template <class Out>
+    static void stream(Out* out, Float x, Float y) {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(out), round(x, y, Out{}));
     }
     static Int round(Float x, Float y, Half) {
         return _mm256_set_m128i(_mm256_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),

@@ -142,13 +142,21 @@ struct Avx512 {
         _mm512_stream_ps(out + lanes, y);
     }
     static void finish_streams() { _mm_sfence(); }
+    static __m256i half(Float x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static void store(Half* out, Float x, Float y) {
-        constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(x, nearest));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + lanes), _mm512_cvtps_ph(y, nearest));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), half(x));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + lanes), half(y));
+    }
+    static void stream(Half* out, Float x, Float y) {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(out), half(x));
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(out + lanes), half(y));
+    }
+    static void store(BFloat* out, Float x, Float y) { _mm512_storeu_si512(out, bfloats(x, y)); }
+    static void stream(BFloat* out, Float x, Float y) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(out), bfloats(x, y));
     }
     // vcvtne2ps2bf16 would flush subnormals, so the rounding is done on integers; then the upper halves are collected.
-    static void store(BFloat* out, Float x, Float y) {
+    static Int bfloats(Float x, Float y) {
         const auto rounded = [](Float v) {
             const Int b = bits(v);
             const Mask odd = _mm512_test_epi32_mask(b, set(0x10000u));
@@ -158,7 +166,7 @@ struct Avx512 {
         alignas(64) static constexpr uint16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
                                                            23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
                                                            45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-        _mm512_storeu_si512(out, _mm512_permutex2var_epi16(rounded(x), _mm512_load_si512(upper), rounded(y)));
+        return _mm512_permutex2var_epi16(rounded(x), _mm512_load_si512(upper), rounded(y));
     }
 };
 

@@ -141,7 +141,10 @@ struct Portable {
     static void store(float* out, const Float& x, const Float& y) {
         for (int i = 0; i < lanes; ++i) out[i] = x.v[i], out[lanes + i] = y.v[i];
     }
-    static void stream(float* out, const Float& x, const Float& y) { store(out, x, y); }
+    template <class Out>
+    static void stream(Out* out, const Float& x, const Float& y) {
+        store(out, x, y);
+    }
     static void finish_streams() {}
     template <class Out>
     static void store(Out* out, const Float& x, const Float& y) {

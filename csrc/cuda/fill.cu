@@ -126,8 +126,8 @@ struct Entry {
     char* data;
     uint32_t block;   // of its first element, the low word
     uint32_t stream;  // the low word
-    uint32_t first_tile;
-    uint32_t size;  // in slots; the elements of fill_general's single run
+    uint32_t first_tile;  // until its group is launched: its slots
+    uint32_t size;        // in slots; the elements of fill_general's single run
 };
 
 struct Launch {
@@ -1018,7 +1018,17 @@ public:
         std::memset(&key_, 0, sizeof key_);
     }
 
+    // Most fills of a model are whole tensors that differ from an earlier one in address and stream alone. The device
+    // should not wait for the host: these are an entry of a table with hardly a look at them.
     void add(const Fill& fill) {
+        for (const Whole& whole : whole_) {
+            if (whole.box != fill.box || whole.values != fill.values) continue;
+            if (reinterpret_cast<uintptr_t>(fill.data) % 16 != 0 || fill.stream >> 32 != whole.stream_high) break;
+            const Entry& like = whole.entry;
+            push(*whole.group, Entry{static_cast<char*>(fill.data), like.block, static_cast<uint32_t>(fill.stream),
+                                     like.first_tile, like.size});
+            return;
+        }
         if (fill.box->dims == 0) return;
         Known& known = known_as(fill.values);
         if (!add_like_others(fill, known)) add_pieces(fill, known);
@@ -1029,13 +1039,22 @@ public:
     }
 
 private:
-    struct Group {
-        std::vector<Entry> entries;  // of which `count` are in use
-        uint32_t count = 0;
-        uint64_t slots = 0;    // of all entries
-        uint32_t largest = 0;  // of one
-    };
+    using Group = std::vector<Entry>;
     using KeyedGroup = std::pair<const Key, Group>;
+
+    // Values and a box whose aligned fills are an entry like this one each, in that group.
+    struct Whole {
+        const Values* values;
+        const Box* box;
+        KeyedGroup* group;
+        uint32_t stream_high;
+        Entry entry;
+    };
+
+    void remember(const Fill& fill, KeyedGroup& group, const Entry& entry) {
+        oldest_whole_ = (oldest_whole_ + 1) % std::size(whole_);
+        whole_[oldest_whole_] = Whole{fill.values, fill.box, &group, static_cast<uint32_t>(fill.stream >> 32), entry};
+    }
 
     // Values met before, what follows from them, and the group that their whole tensors are in, if any.
     struct Known {
@@ -1047,12 +1066,11 @@ private:
     Known& known_as(const Values* values) {
         for (Known& known : known_)
             if (known.values == values) return known;
-        oldest_ = (oldest_ + 1) % std::size(known_);
-        return known_[oldest_] = Known{values, style_of(*values), nullptr};
+        oldest_known_ = (oldest_known_ + 1) % std::size(known_);
+        return known_[oldest_known_] = Known{values, style_of(*values), nullptr};
     }
 
-    // Most fills of a model are whole tensors that differ from others in address, size and stream alone. is_aligned and
-    // add_piece, less what is known of them: the device should not wait for the host.
+    // Whole tensors of known values, of another size: is_aligned and add_piece, less what is known of them.
     bool add_like_others(const Fill& fill, const Known& known) {
         if (known.run == nullptr) return false;
         const Box& box = *fill.box;
@@ -1064,25 +1082,29 @@ private:
             reinterpret_cast<uintptr_t>(fill.data) % 16 != 0 || index % 4 != 0 || index >> 34 != origin.block_high ||
             (index + run - 1) >> 34 != origin.block_high || fill.stream >> 32 != origin.stream_high)
             return false;
-        push(*known.run, make_entry(fill, static_cast<char*>(fill.data), index, slots), slots);
+        const Entry entry = make_entry(fill, static_cast<char*>(fill.data), index, slots, slots);
+        remember(fill, *known.run, entry);
+        push(*known.run, entry);
         return true;
     }
 
-    static Entry make_entry(const Fill& fill, char* data, uint64_t index, uint64_t size) {
-        return Entry{data, static_cast<uint32_t>(index >> 2), static_cast<uint32_t>(fill.stream), 0,
-                     static_cast<uint32_t>(size)};
+    // An entry of `slots` slots: see Entry for its size.
+    static Entry make_entry(const Fill& fill, char* data, uint64_t index, uint64_t slots, uint64_t size) {
+        return Entry{data, static_cast<uint32_t>(index >> 2), static_cast<uint32_t>(fill.stream),
+                     static_cast<uint32_t>(slots), static_cast<uint32_t>(size)};
     }
 
     // Apart from add, which would set up a large frame for every fill.
     [[gnu::noinline]] void add_pieces(const Fill& fill, Known& known) {
+        const Style& style = known.style;
         const Dtype dtype = fill.values->dtype;
         std::vector<Piece>& pieces = pieces_;
         pieces.assign(1, Piece{static_cast<char*>(fill.data), *fill.box});
         while (!pieces.empty()) {
             const Piece piece = pieces.back();
             pieces.pop_back();
-            const bool aligned = known.style.plain && is_aligned(piece, dtype) &&
-                                 (known.style.form != Form::constant || piece.box.dims == 1);
+            const bool aligned = style.plain && is_aligned(piece, dtype) &&
+                                 (style.form != Form::constant || piece.box.dims == 1);
             const Shape shape = shape_of(piece, dtype, aligned);
             if (shape.slots > kMaxSlots) {
                 split(piece, dtype, pieces);
@@ -1093,8 +1115,8 @@ private:
     }
 
     void add_piece(const Fill& fill, Known& known, const Piece& piece, const Shape& shape, bool aligned) {
-        const Values& values = *fill.values;
         const Style& style = known.style;
+        const Values& values = *fill.values;
         const uint64_t item = item_size(values.dtype), lanes = 16 / item;
         const Box& box = piece.box;
         const uint64_t index = box.index_offset;
@@ -1102,7 +1124,8 @@ private:
                            (style.form == Form::uniform || style.form == Form::normal);
         const Path unaligned = plain ? Path::plain : Path::general;
         if (!aligned) {
-            add_entry(fill, style, unaligned, shape, index, make_entry(fill, piece.data, index, box.run()));
+            const uint64_t slots = shape.geometry.outer_dims != 0 ? shape.slots : unaligned_slots(box.run(), lanes);
+            add_entry(fill, style, unaligned, shape, index, make_entry(fill, piece.data, index, slots, box.run()));
             return;
         }
         // Only fill_run knows the symmetric form, and only it does not know the general truncated one.
@@ -1113,13 +1136,18 @@ private:
                           : values.steps.count == 0       ? Path::rows
                                                           : Path::affine_rows;
         const uint64_t body = box.dims == 1 ? box.run() / lanes * lanes : box.run();
-        KeyedGroup& group = add_entry(fill, style, path, shape, index,
-                                      make_entry(fill, piece.data, index, shape.slots));
+        const Entry entry = make_entry(fill, piece.data, index, shape.slots, shape.slots);
+        KeyedGroup& group = add_entry(fill, style, path, shape, index, entry);
         if (bare && values.steps.count == 0) known.run = &group;
-        if (body == box.run()) return;
+        if (shape.slots * lanes == fill.elements()) remember(fill, group, entry);
+        const uint64_t tail = box.run() - body;
+        if (tail == 0) return;
         add_entry(fill, style, unaligned, shape, index + body,
-                  make_entry(fill, piece.data + body * item, index + body, box.run() - body));
+                  make_entry(fill, piece.data + body * item, index + body, unaligned_slots(tail, lanes), tail));
     }
+
+    // Of a run that fill_general fills; the kernel knows this, too.
+    static uint64_t unaligned_slots(uint64_t run, uint64_t lanes) { return run / lanes + 2; }
 
     KeyedGroup& add_entry(const Fill& fill, const Style& style, Path path, const Shape& shape, uint64_t index,
                           const Entry& entry) {
@@ -1135,33 +1163,29 @@ private:
                              static_cast<uint32_t>(index & 3)};
         key_.geometry = shape.geometry;
         if (last_ == nullptr || !KeyEqual{}(last_->first, key_)) last_ = &*groups_.try_emplace(key_).first;
-        push(*last_, entry, slots_of(key_, entry));
+        push(*last_, entry);
         return *last_;
     }
 
     static bool is_unaligned(Path path) { return path == Path::plain || path == Path::general; }
 
-    static uint64_t slots_of(const Key& key, const Entry& entry) {
-        if (key.geometry.outer_dims != 0) return key.geometry.slots;
-        if (is_unaligned(key.path)) return entry.size / (key.dtype == Dtype::float32 ? 4 : 8) + 2;
-        return entry.size;
-    }
-
-    void push(KeyedGroup& keyed, const Entry& entry, uint64_t slots) {
-        Group& group = keyed.second;
-        if (group.count == group.entries.size())
-            group.entries.resize(std::min<size_t>(std::max<size_t>(2 * group.count, 16), kEntries));
-        group.entries[group.count++] = entry;
-        group.slots += slots;
-        group.largest = std::max(group.largest, static_cast<uint32_t>(slots));
-        if (group.count == kEntries) launch_group(keyed);
+    void push(KeyedGroup& group, const Entry& entry) {
+        group.second.emplace_back();  // and not push_back: see docs/performance.md
+        group.second.back() = entry;
+        if (group.second.size() == kEntries) launch_group(group);
     }
 
     // Launches the group's entries, at most kEntries, and leaves it empty.
     void launch_group(KeyedGroup& keyed) {
         const Key& key = keyed.first;
         Group& group = keyed.second;
-        if (group.count == 0) return;
+        if (group.empty()) return;
+        uint64_t slots = 0;
+        uint32_t largest = 0;
+        for (const Entry& entry : group) {
+            slots += entry.first_tile;
+            largest = std::max(largest, entry.first_tile);
+        }
         Launch& launch = launch_;
         Shared& shared = launch.shared;
         for (uint32_t round = 0; round < Philox::rounds; ++round) {
@@ -1176,27 +1200,26 @@ private:
         shared.geometry = key.geometry;
 
         const void* const kernel = reinterpret_cast<const void*>(kernel_for(key.form, key.dtype, key.path));
-        const uint32_t threads = prepare(kernel, group.largest);
+        const uint32_t threads = prepare(kernel, largest);
 
         // Tiles of whole passes of a block; eight or more for every resident block where there is work enough, so that
         // blocks end together.
         const uint32_t pass = is_unaligned(key.path) ? threads / kWarp * (kWarp - 1) : threads;
-        const uint64_t passes = group.slots / (uint64_t{8} * resident_) / pass;
+        const uint64_t passes = slots / (uint64_t{8} * resident_) / pass;
         launch.tile_slots = pass * static_cast<uint32_t>(std::min<uint64_t>(std::max<uint64_t>(passes, 1), kMaxTile));
         launch.group_log2 = 0;
         if (key.path == Path::rows || key.path == Path::affine_rows || key.path == Path::any)
-            set_row_step(key.geometry, group.slots / group.count, threads);
+            set_row_step(key.geometry, slots / group.size(), threads);
         const uint32_t group_slots = launch.tile_slots << launch.group_log2;
         launch.tiles = 0;
-        launch.count = group.count;
-        uint64_t slots = 0;
-        uint32_t tiles = 0;  // of an entry of so many slots
+        launch.count = static_cast<uint32_t>(group.size());
+        uint32_t last_slots = 0, tiles = 0;  // of the entry before: most are alike
         for (uint32_t i = 0; i < launch.count; ++i) {
-            launch.entries[i] = group.entries[i];
+            launch.entries[i] = group[i];
             launch.entries[i].first_tile = launch.tiles;
-            if (const uint64_t these = slots_of(key, group.entries[i]); these != slots) {
-                slots = these;
-                tiles = static_cast<uint32_t>((slots + group_slots - 1) / group_slots) << launch.group_log2;
+            if (group[i].first_tile != last_slots) {
+                last_slots = group[i].first_tile;
+                tiles = ((last_slots + group_slots - 1) / group_slots) << launch.group_log2;
             }
             launch.tiles += tiles;
         }
@@ -1205,9 +1228,7 @@ private:
         // device then hands them out as multiprocessors become free, and these do not all write equally fast.
         const bool tabulated = key.form != Form::constant && key.form != Form::uniform;
         start(kernel, tabulated ? std::min(launch.tiles, resident_) : launch.tiles, threads);
-        group.count = 0;
-        group.slots = 0;
-        group.largest = 0;
+        group.clear();
     }
 
     // Of a launch of fill_rows or fill_any, with entries of `slots` slots on average: group_log2 and RowStep.
@@ -1271,8 +1292,10 @@ private:
     uint32_t resident_ = 0;         // blocks of so many threads that the device runs at a time
     Key key_;
     std::unordered_map<Key, Group, KeyHash, KeyEqual> groups_;
+    Whole whole_[4] = {};
+    size_t oldest_whole_ = 0;
     Known known_[4] = {};
-    size_t oldest_ = 0;
+    size_t oldest_known_ = 0;
     KeyedGroup* last_ = nullptr;
     std::vector<Piece> pieces_;
     Launch launch_{};
