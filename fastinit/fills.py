@@ -92,7 +92,7 @@ def empty(
 
 
 def _one_per_tensor(name: str, value: Any, tensors: list[torch.Tensor]) -> list[Any]:
-    if not isinstance(value, Sequence):
+    if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * len(tensors)
     if len(value) != len(tensors):
         raise ValueError(f"fill_: {len(value)} values of {name} for {len(tensors)} tensors; give one, or one each")

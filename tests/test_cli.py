@@ -309,6 +309,19 @@ def test_full_suite_runs_sections_apart_and_saves_what_each_measured(capsys, mon
     assert "rectangle, rows of 1 KiB" in capsys.readouterr().out
 
 
+def test_the_committed_results_give_their_tables_and_plot_again(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    kept = ROOT / "benchmarks" / "results" / "h200" / "full-cuda.json"
+    file = tmp_path / kept.name
+    file.write_bytes(kept.read_bytes())
+    assert main(["bench", "--plot", str(file)]) == 0
+    output = capsys.readouterr().out
+    assert "Growth of a Llama-shaped model in bf16" in output and "10,000 fills of 4,096" in output
+    assert "NVIDIA H200" in file.with_suffix(".md").read_text()
+    pictures = {picture.name for picture in tmp_path.glob("*.png")}
+    assert "full-cuda.png" in pictures and all(f"Plot: {tmp_path / name}" in output for name in pictures)
+
+
 def test_full_suite_starts_no_section_after_its_time(tmp_path):
     results = {"sections": []}
     bench.run_apart([("layouts", QUICK)], results, tmp_path / "full.json", time_limit=0.0)
