@@ -459,7 +459,7 @@ def never_compiled(function: Callable[..., None]) -> Callable[..., None]:
         frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
     else:  # torch 2.6, whose constant functions take no modules: its graph breaks here instead
         function._torchdynamo_disable = True  # type: ignore[attr-defined]
-        frames.skip_code(function.__code__)
+        frames.skip_code(function.__code__)  # type: ignore[attr-defined,unused-ignore]
     return function
 
 
