@@ -3,6 +3,8 @@
 // Fills that agree in kind, dtype, distribution, steps, seed and geometry share a launch, whose parameters carry the
 // whole table of them: nothing is allocated or copied, so a launch is asynchronous and can be captured. A slot is one
 // 16-byte store; each entry of the table is cut into tiles of so many slots, and the blocks of a grid walk the tiles.
+// Entries of one extent, as the tensors of a model's layers are, stand together in a section, which says it once: the
+// driver's copy of the table is most of what small fills take.
 //
 // Four kernels:
 //   fill_run      whole 16-byte-aligned runs that begin on a Philox block, without steps: nearly everything in a model.
@@ -60,8 +62,10 @@ constexpr uint64_t kMaxSlots = uint64_t{1} << 27;
 // threads at a time: small fills are a block's work each.
 #if CUDART_VERSION >= 12010
 constexpr int kEntries = 512;
+constexpr uint32_t kSections = 32;
 #else
-constexpr int kEntries = 120;
+constexpr int kEntries = 144;
+constexpr uint32_t kSections = 24;
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -122,23 +126,35 @@ struct RowStep {
     uint32_t at;
 };
 
-struct Entry {
-    char* data;
-    uint32_t block;   // of its first element, the low word
-    uint32_t stream;  // the low word
-    uint32_t first_tile;  // until its group is launched: its slots
-    uint32_t size;        // in slots; the elements of fill_general's single run
+// Where in its stream an entry begins, and how much there is of it.
+struct Extent {
+    uint32_t block;  // of its first element, the low word
+    uint32_t slots;
+    uint32_t size;   // in slots; the elements of fill_general's single run
+};
+
+// Entries of one extent.
+struct Section {
+    Extent extent;
+    Divider tiles;  // of each entry
+    uint32_t first_entry;
+    uint32_t first_tile;
 };
 
 struct Launch {
     Shared shared;
     uint32_t tile_slots;
     uint32_t tiles;
-    uint32_t count;
     uint32_t group_log2;  // fill_rows and fill_any: the tiles that take turns
     RowStep step;
-    Entry entries[kEntries + 1];  // the one behind the last says where the last one's tiles end
+    Section sections[kSections + 1];  // the one behind the last says where the last one's tiles end
+    char* data[kEntries];
+    uint32_t stream[kEntries];  // the low word
 };
+
+#if CUDART_VERSION < 12010
+static_assert(sizeof(Launch) <= 4096, "kernel parameters");
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Device code
@@ -445,20 +461,29 @@ __device__ __forceinline__ void end_launch() {
 #endif
 }
 
-// Which table entry a tile belongs to: the last one that begins at or before it. Tiles come in rising order: it is the
-// entry of the tile before, or a later one.
-__device__ __forceinline__ uint32_t find_entry(const Launch& launch, uint32_t tile, uint32_t from) {
-    if (tile < launch.entries[from + 1].first_tile) return from;
-    uint32_t below = launch.count;
-    while (below - from > 1) {
-        const uint32_t middle = (from + below) / 2;
-        if (launch.entries[middle].first_tile <= tile) {
-            from = middle;
-        } else {
-            below = middle;
-        }
-    }
-    return from;
+__device__ __forceinline__ uint32_t divide(uint32_t n, const Divider& by) {
+    return (__umulhi(n, by.magic) + n) >> by.shift;
+}
+
+// A tile's entry, which of its tiles it is, and how many it has.
+struct Work {
+    uint32_t entry;
+    uint32_t stream;
+    uint32_t block;
+    uint32_t size;
+    uint32_t tile;
+    uint32_t tiles;
+};
+
+// Tiles come in rising order: the tile's section is the one of the tile before, or a later one.
+__device__ __forceinline__ Work find_work(const Launch& launch, uint32_t tile, uint32_t& section) {
+    while (tile >= launch.sections[section + 1].first_tile) ++section;
+    const Section& s = launch.sections[section];
+    const uint32_t at = tile - s.first_tile;
+    const uint32_t number = divide(at, s.tiles);
+    const uint32_t entry = s.first_entry + number;
+    return Work{entry, launch.stream[entry], s.extent.block, s.extent.size, at - number * s.tiles.divisor,
+                s.tiles.divisor};
 }
 
 // The slots of a tile: from `begin`, pass after pass, `stride` apart, to `end`. Neighbouring tiles of an entry take
@@ -468,25 +493,19 @@ struct Tile {
 };
 
 // Up to kGroup tiles take turns.
-__device__ __forceinline__ Tile tile_of_run(const Launch& launch, uint32_t entry, uint32_t tile) {
-    const uint32_t first = launch.entries[entry].first_tile;
-    const uint32_t group = (tile - first) / kGroup * kGroup;
-    const uint32_t tiles = min(kGroup, launch.entries[entry + 1].first_tile - first - group);
+__device__ __forceinline__ Tile tile_of_run(const Launch& launch, const Work& work) {
+    const uint32_t group = work.tile / kGroup * kGroup;
+    const uint32_t tiles = min(kGroup, work.tiles - group);
     const uint32_t begin = group * launch.tile_slots;
-    return Tile{begin + (tile - first - group) * blockDim.x, tiles * blockDim.x,
-                min(begin + tiles * launch.tile_slots, launch.entries[entry].size)};
+    return Tile{begin + (work.tile - group) * blockDim.x, tiles * blockDim.x,
+                min(begin + tiles * launch.tile_slots, work.size)};
 }
 
 // As many as the launch says, for one stride in all entries; the last tiles may find nothing to do.
-__device__ __forceinline__ Tile tile_of_rows(const Launch& launch, uint32_t entry, uint32_t tile) {
-    const uint32_t at = tile - launch.entries[entry].first_tile;
-    const uint32_t group = at >> launch.group_log2, groups = launch.tile_slots << launch.group_log2;
-    return Tile{group * groups + (at - (group << launch.group_log2)) * blockDim.x, launch.step.stride,
-                min((group + 1) * groups, launch.entries[entry].size)};
-}
-
-__device__ __forceinline__ uint32_t divide(uint32_t n, const Divider& by) {
-    return (__umulhi(n, by.magic) + n) >> by.shift;
+__device__ __forceinline__ Tile tile_of_rows(const Launch& launch, const Work& work) {
+    const uint32_t group = work.tile >> launch.group_log2, groups = launch.tile_slots << launch.group_log2;
+    return Tile{group * groups + (work.tile - (group << launch.group_log2)) * blockDim.x, launch.step.stride,
+                min((group + 1) * groups, work.size)};
 }
 
 // Where an aligned slot lies: its first Philox block and its address, as distances from the entry's.
@@ -524,16 +543,15 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
     S out;
     if constexpr (kForm == Form::constant) out.set_constant(shared);
 
-    uint32_t entry = 0;
+    uint32_t section = 0;
     for (uint32_t tile = blockIdx.x; tile < launch.tiles; tile += gridDim.x) {
-        entry = find_entry(launch, tile, entry);
-        const Entry& e = launch.entries[entry];
-        PhiloxRun run = philox_run(shared, e.stream);
+        const Work work = find_work(launch, tile, section);
+        PhiloxRun run = philox_run(shared, work.stream);
         // Keeps the compiler from doing it again for every slot, to save registers that only the truncated form lacks.
         if constexpr (kPath != Path::run && kForm != Form::truncated)
             asm volatile("" : "+r"(run.x), "+r"(run.z), "+r"(run.w), "+r"(run.z_first));
-        const Tile t = kPath == Path::run ? tile_of_run(launch, entry, tile) : tile_of_rows(launch, entry, tile);
-        uint32_t slot = t.begin + threadIdx.x, stride = t.stride, end = t.end, block = e.block;
+        const Tile t = kPath == Path::run ? tile_of_run(launch, work) : tile_of_rows(launch, work);
+        uint32_t slot = t.begin + threadIdx.x, stride = t.stride, end = t.end, block = work.block;
         // These, too, would be computed anew for every slot.
         if constexpr (kPath == Path::run) asm volatile("" : "+r"(stride), "+r"(end), "+r"(block));
         uint32_t row = 0, at = slot;
@@ -558,7 +576,7 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
                 if constexpr (kPath == Path::any) apply_steps(shared.steps, x);
                 out.set(x);
             }
-            out.store(e.data + uint64_t{spot.slot} * 16);
+            out.store(launch.data[work.entry] + uint64_t{spot.slot} * 16);
             if constexpr (kRows) {
                 row += launch.step.rows;
                 at += launch.step.at;
@@ -595,9 +613,9 @@ struct Place {
     uint32_t slot;
 };
 
-__device__ __forceinline__ Place locate(const Shared& shared, const Entry& e, uint32_t slot) {
+__device__ __forceinline__ Place locate(const Shared& shared, char* data, uint32_t slot) {
     const Geometry& g = shared.geometry;
-    Place p{shared.origin.phase, e.data, slot};
+    Place p{shared.origin.phase, data, slot};
     if (g.outer_dims == 0) return p;
     uint32_t rest = divide(slot, g.slots_per_run);
     p.slot = slot - rest * g.slots_per_run.divisor;
@@ -638,19 +656,18 @@ __global__ void __launch_bounds__(kThreads, kPlain ? kPlainBlocks : kGeneralBloc
     S out;
     if constexpr (kForm == Form::constant) out.set_constant(shared);
 
-    uint32_t entry = 0;
+    uint32_t section = 0;
     for (uint32_t tile = blockIdx.x; tile < launch.tiles; tile += gridDim.x) {
-        entry = find_entry(launch, tile, entry);
-        const Entry& e = launch.entries[entry];
-        const PhiloxRun run = philox_run(shared, e.stream);
-        const uint32_t begin = (tile - e.first_tile) * launch.tile_slots;
+        const Work work = find_work(launch, tile, section);
+        const PhiloxRun run = philox_run(shared, work.stream);
+        const uint32_t begin = work.tile * launch.tile_slots;
         // Of a single run, a bound will do: `existing` finds the end.
-        const uint32_t end = min(begin + launch.tile_slots, g.outer_dims == 0 ? e.size / S::kLanes + 2 : g.slots);
-        const auto elements = static_cast<int32_t>(g.outer_dims == 0 ? e.size : g.run);
+        const uint32_t end = min(begin + launch.tile_slots, g.outer_dims == 0 ? work.size / S::kLanes + 2 : g.slots);
+        const auto elements = static_cast<int32_t>(g.outer_dims == 0 ? work.size : g.run);
         // The condition is the same for a whole warp: its threads have to meet in Slot::shift.
         for (uint32_t from = begin + threadIdx.x / kWarp * (kWarp - 1); from < end; from += step) {
             const uint32_t slot = from + lane;
-            const Place place = locate(shared, e, slot);
+            const Place place = locate(shared, launch.data[work.entry], slot);
             // A run's first slot begins up to kLanes - 1 elements before the run: at a 16-byte boundary, or, where
             // elements are stored one by one anyway, at a Philox block.
             const uint32_t misaligned = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(place.memory)) & 15u;
@@ -666,13 +683,13 @@ __global__ void __launch_bounds__(kThreads, kPlain ? kPlainBlocks : kGeneralBloc
                 for (int b = 0; b < S::kBlocks; ++b) {
                     uint32_t w[4];
                     if constexpr (kPlain) {
-                        philox_block(shared, run, e.block + static_cast<uint32_t>(index >> 2) + b, w);
+                        philox_block(shared, run, work.block + static_cast<uint32_t>(index >> 2) + b, w);
                     } else {
-                        const uint64_t origin = uint64_t{shared.origin.block_high} << 32 | e.block;
+                        const uint64_t origin = uint64_t{shared.origin.block_high} << 32 | work.block;
                         const uint64_t block = origin + static_cast<uint64_t>((index >> 2) + b);
                         w[0] = static_cast<uint32_t>(block);
                         w[1] = static_cast<uint32_t>(block >> 32);
-                        w[2] = e.stream;
+                        w[2] = work.stream;
                         w[3] = shared.origin.stream_high;
                         philox_rounds(shared, 0, w);
                     }
@@ -1024,9 +1041,7 @@ public:
         for (const Whole& whole : whole_) {
             if (whole.box != fill.box || whole.values != fill.values) continue;
             if (reinterpret_cast<uintptr_t>(fill.data) % 16 != 0 || fill.stream >> 32 != whole.stream_high) break;
-            const Entry& like = whole.entry;
-            push(*whole.group, Entry{static_cast<char*>(fill.data), like.block, static_cast<uint32_t>(fill.stream),
-                                     like.first_tile, like.size});
+            push(*whole.group, fill, static_cast<char*>(fill.data), whole.extent);
             return;
         }
         if (fill.box->dims == 0) return;
@@ -1039,21 +1054,31 @@ public:
     }
 
 private:
-    using Group = std::vector<Entry>;
+    struct Entry {
+        char* data;
+        uint32_t stream;
+        uint32_t extent;  // which of its group's
+    };
+
+    // Fills that wait for their launch.
+    struct Group {
+        std::vector<Entry> entries;
+        std::vector<Extent> extents;  // at most kSections; also those of earlier launches
+    };
     using KeyedGroup = std::pair<const Key, Group>;
 
-    // Values and a box whose aligned fills are an entry like this one each, in that group.
+    // Values and a box whose aligned fills are an entry of this extent each, in that group.
     struct Whole {
         const Values* values;
         const Box* box;
         KeyedGroup* group;
         uint32_t stream_high;
-        Entry entry;
+        uint32_t extent;
     };
 
-    void remember(const Fill& fill, KeyedGroup& group, const Entry& entry) {
+    void remember(const Fill& fill, KeyedGroup& group, uint32_t extent) {
         oldest_whole_ = (oldest_whole_ + 1) % std::size(whole_);
-        whole_[oldest_whole_] = Whole{fill.values, fill.box, &group, static_cast<uint32_t>(fill.stream >> 32), entry};
+        whole_[oldest_whole_] = Whole{fill.values, fill.box, &group, static_cast<uint32_t>(fill.stream >> 32), extent};
     }
 
     // Values met before, what follows from them, and the group that their whole tensors are in, if any.
@@ -1082,16 +1107,27 @@ private:
             reinterpret_cast<uintptr_t>(fill.data) % 16 != 0 || index % 4 != 0 || index >> 34 != origin.block_high ||
             (index + run - 1) >> 34 != origin.block_high || fill.stream >> 32 != origin.stream_high)
             return false;
-        const Entry entry = make_entry(fill, static_cast<char*>(fill.data), index, slots, slots);
-        remember(fill, *known.run, entry);
-        push(*known.run, entry);
+        const uint32_t extent = extent_in(*known.run, index, slots, slots);
+        remember(fill, *known.run, extent);
+        push(*known.run, fill, static_cast<char*>(fill.data), extent);
         return true;
     }
 
-    // An entry of `slots` slots: see Entry for its size.
-    static Entry make_entry(const Fill& fill, char* data, uint64_t index, uint64_t slots, uint64_t size) {
-        return Entry{data, static_cast<uint32_t>(index >> 2), static_cast<uint32_t>(fill.stream),
-                     static_cast<uint32_t>(slots), static_cast<uint32_t>(size)};
+    // The number of an extent among the group's: see Extent for its size. May launch what the group has.
+    uint32_t extent_in(KeyedGroup& keyed, uint64_t index, uint64_t slots, uint64_t size) {
+        const Extent extent{static_cast<uint32_t>(index >> 2), static_cast<uint32_t>(slots),
+                            static_cast<uint32_t>(size)};
+        std::vector<Extent>& extents = keyed.second.extents;
+        for (uint32_t i = 0; i < extents.size(); ++i)
+            if (std::memcmp(&extents[i], &extent, sizeof extent) == 0) return i;
+        if (extents.size() == kSections) {
+            launch_group(keyed);
+            extents.clear();
+            for (Whole& whole : whole_)
+                if (whole.group == &keyed) whole = Whole{};
+        }
+        extents.push_back(extent);
+        return static_cast<uint32_t>(extents.size() - 1);
     }
 
     // Apart from add, which would set up a large frame for every fill.
@@ -1125,7 +1161,8 @@ private:
         const Path unaligned = plain ? Path::plain : Path::general;
         if (!aligned) {
             const uint64_t slots = shape.geometry.outer_dims != 0 ? shape.slots : unaligned_slots(box.run(), lanes);
-            add_entry(fill, style, unaligned, shape, index, make_entry(fill, piece.data, index, slots, box.run()));
+            KeyedGroup& group = group_for(fill, style, unaligned, shape, index);
+            push(group, fill, piece.data, extent_in(group, index, slots, box.run()));
             return;
         }
         // Only fill_run knows the symmetric form, and only it does not know the general truncated one.
@@ -1136,21 +1173,22 @@ private:
                           : values.steps.count == 0       ? Path::rows
                                                           : Path::affine_rows;
         const uint64_t body = box.dims == 1 ? box.run() / lanes * lanes : box.run();
-        const Entry entry = make_entry(fill, piece.data, index, shape.slots, shape.slots);
-        KeyedGroup& group = add_entry(fill, style, path, shape, index, entry);
+        KeyedGroup& group = group_for(fill, style, path, shape, index);
+        const uint32_t extent = extent_in(group, index, shape.slots, shape.slots);
         if (bare && values.steps.count == 0) known.run = &group;
-        if (shape.slots * lanes == fill.elements()) remember(fill, group, entry);
+        if (shape.slots * lanes == fill.elements()) remember(fill, group, extent);
+        push(group, fill, piece.data, extent);
         const uint64_t tail = box.run() - body;
         if (tail == 0) return;
-        add_entry(fill, style, unaligned, shape, index + body,
-                  make_entry(fill, piece.data + body * item, index + body, unaligned_slots(tail, lanes), tail));
+        KeyedGroup& tails = group_for(fill, style, unaligned, shape, index + body);
+        push(tails, fill, piece.data + body * item,
+             extent_in(tails, index + body, unaligned_slots(tail, lanes), tail));
     }
 
     // Of a run that fill_general fills; the kernel knows this, too.
     static uint64_t unaligned_slots(uint64_t run, uint64_t lanes) { return run / lanes + 2; }
 
-    KeyedGroup& add_entry(const Fill& fill, const Style& style, Path path, const Shape& shape, uint64_t index,
-                          const Entry& entry) {
+    KeyedGroup& group_for(const Fill& fill, const Style& style, Path path, const Shape& shape, uint64_t index) {
         const Values& values = *fill.values;
         const bool truncated = style.form == Form::symmetric && path != Path::run;
         key_.form = truncated ? Form::truncated : style.form;
@@ -1163,28 +1201,36 @@ private:
                              static_cast<uint32_t>(index & 3)};
         key_.geometry = shape.geometry;
         if (last_ == nullptr || !KeyEqual{}(last_->first, key_)) last_ = &*groups_.try_emplace(key_).first;
-        push(*last_, entry);
         return *last_;
     }
 
     static bool is_unaligned(Path path) { return path == Path::plain || path == Path::general; }
 
-    void push(KeyedGroup& group, const Entry& entry) {
-        group.second.emplace_back();  // and not push_back: see docs/performance.md
-        group.second.back() = entry;
-        if (group.second.size() == kEntries) launch_group(group);
+    void push(KeyedGroup& keyed, const Fill& fill, char* data, uint32_t extent) {
+        std::vector<Entry>& entries = keyed.second.entries;
+        entries.emplace_back();  // and not push_back: see docs/performance.md
+        entries.back() = Entry{data, static_cast<uint32_t>(fill.stream), extent};
+        if (entries.size() == kEntries) launch_group(keyed);
     }
 
-    // Launches the group's entries, at most kEntries, and leaves it empty.
+    // Launches the group's entries, at most kEntries, and leaves none.
     void launch_group(KeyedGroup& keyed) {
         const Key& key = keyed.first;
-        Group& group = keyed.second;
-        if (group.empty()) return;
+        std::vector<Entry>& entries = keyed.second.entries;
+        const std::vector<Extent>& extents = keyed.second.extents;
+        if (entries.empty()) return;
+        uint32_t counts[kSections] = {};
+        if (extents.size() == 1) {
+            counts[0] = static_cast<uint32_t>(entries.size());
+        } else {
+            for (const Entry& entry : entries) ++counts[entry.extent];
+        }
         uint64_t slots = 0;
         uint32_t largest = 0;
-        for (const Entry& entry : group) {
-            slots += entry.first_tile;
-            largest = std::max(largest, entry.first_tile);
+        for (size_t i = 0; i < extents.size(); ++i) {
+            if (counts[i] == 0) continue;
+            slots += uint64_t{counts[i]} * extents[i].slots;
+            largest = std::max(largest, extents[i].slots);
         }
         Launch& launch = launch_;
         Shared& shared = launch.shared;
@@ -1209,26 +1255,37 @@ private:
         launch.tile_slots = pass * static_cast<uint32_t>(std::min<uint64_t>(std::max<uint64_t>(passes, 1), kMaxTile));
         launch.group_log2 = 0;
         if (key.path == Path::rows || key.path == Path::affine_rows || key.path == Path::any)
-            set_row_step(key.geometry, slots / group.size(), threads);
+            set_row_step(key.geometry, slots / entries.size(), threads);
         const uint32_t group_slots = launch.tile_slots << launch.group_log2;
         launch.tiles = 0;
-        launch.count = static_cast<uint32_t>(group.size());
-        uint32_t last_slots = 0, tiles = 0;  // of the entry before: most are alike
-        for (uint32_t i = 0; i < launch.count; ++i) {
-            launch.entries[i] = group[i];
-            launch.entries[i].first_tile = launch.tiles;
-            if (group[i].first_tile != last_slots) {
-                last_slots = group[i].first_tile;
-                tiles = ((last_slots + group_slots - 1) / group_slots) << launch.group_log2;
-            }
-            launch.tiles += tiles;
+        uint32_t next[kSections];  // the place of the section's next entry
+        uint32_t first_entry = 0;
+        Section* section = launch.sections;
+        for (size_t i = 0; i < extents.size(); ++i) {
+            if (counts[i] == 0) continue;
+            const uint32_t tiles = ((extents[i].slots + group_slots - 1) / group_slots) << launch.group_log2;
+            *section++ = Section{extents[i], make_divider(tiles), first_entry, launch.tiles};
+            next[i] = first_entry;
+            first_entry += counts[i];
+            launch.tiles += counts[i] * tiles;
         }
-        launch.entries[launch.count].first_tile = launch.tiles;
+        section->first_tile = launch.tiles;
+        // Most entries are of the extent of the one before: its next place stays in a register.
+        uint32_t extent = entries[0].extent, at = next[extent];
+        for (const Entry& entry : entries) {
+            if (entry.extent != extent) {
+                next[extent] = at;
+                extent = entry.extent;
+                at = next[extent];
+            }
+            launch.data[at] = entry.data;
+            launch.stream[at++] = entry.stream;
+        }
         // As many blocks as run at a time, where each has a table to load. Without one, a block for each tile: the
         // device then hands them out as multiprocessors become free, and these do not all write equally fast.
         const bool tabulated = key.form != Form::constant && key.form != Form::uniform;
         start(kernel, tabulated ? std::min(launch.tiles, resident_) : launch.tiles, threads);
-        group.clear();
+        entries.clear();
     }
 
     // Of a launch of fill_rows or fill_any, with entries of `slots` slots on average: group_log2 and RowStep.

@@ -350,7 +350,7 @@ def test_more_than_2_32_elements():
 
 
 def test_a_batch_of_many_fills_has_the_cpus_bits():
-    """Thousands of fills: several full tables of one launch, and launches of one entry."""
+    """Thousands of fills of thousands of sizes, aligned and not."""
     random = np.random.default_rng(0)
     fills, at = [], 0
     for stream in range(3000):
@@ -363,6 +363,28 @@ def test_a_batch_of_many_fills_has_the_cpus_bits():
     def add(batch, address):
         for offset, count, dtype, (kind, parameters, steps), stream in fills:
             batch.add(address + offset, count, DTYPES[dtype], kind, parameters, 3, stream, steps)
+
+    expected, actual = cpu_and_cuda(at + 64, add)
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fills_of_few_sizes_in_turn_have_the_cpus_bits(dtype):
+    """Full tables, whose entries are sorted by size and place in the stream, and more of these than a table holds."""
+    kind, parameters, steps = DISTRIBUTIONS["normal"]
+    fills, at = [], 0
+    for stream in range(4000):
+        count = (64, 4096, 512)[stream % 3]
+        if 1500 <= stream < 1900 and stream % 4 == 0:
+            count = 4 * stream
+        index = 1024 * (stream % 5) if stream >= 2500 else 0
+        fills.append((at, index, count, stream))
+        at += count * itemsize(dtype)
+
+    def add(batch, address):
+        for offset, index, count, stream in fills:
+            box = index, (count,), (1,), (1,)
+            batch.add_region(address + offset, DTYPES[dtype], kind, parameters, 3, stream, steps, *box)
 
     expected, actual = cpu_and_cuda(at + 64, add)
     np.testing.assert_array_equal(actual, expected)
