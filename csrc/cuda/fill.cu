@@ -58,13 +58,15 @@ constexpr uint32_t kMaxTile = 16;
 constexpr uint32_t kGroup = 64;
 // Slots in a table entry, at most. Keeps slot and tile numbers of a launch and the elements of a run within 32 bits.
 constexpr uint64_t kMaxSlots = uint64_t{1} << 27;
-// Kernel parameters may take 32,764 bytes from CUDA 12.1, 4 KB before. No more entries than an H200 runs blocks of 512
-// threads at a time: small fills are a block's work each.
+// Kernel parameters may take 32,764 bytes from CUDA 12.1, 4 KB before. A launch of one fill carries the whole table, too:
+// it should not grow to all that it may.
 #if CUDART_VERSION >= 12010
-constexpr int kEntries = 512;
+constexpr size_t kMaxParameters = 32764;
+constexpr uint32_t kEntries = 1024;
 constexpr uint32_t kSections = 32;
 #else
-constexpr int kEntries = 144;
+constexpr size_t kMaxParameters = 4096;
+constexpr uint32_t kEntries = 144;
 constexpr uint32_t kSections = 24;
 #endif
 
@@ -152,9 +154,7 @@ struct Launch {
     uint32_t stream[kEntries];  // the low word
 };
 
-#if CUDART_VERSION < 12010
-static_assert(sizeof(Launch) <= 4096, "kernel parameters");
-#endif
+static_assert(sizeof(Launch) <= kMaxParameters);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Device code
