@@ -136,6 +136,9 @@ def connect(
 def forget_classes() -> None:
     """Keep no references to classes of modules any longer."""
 
+def set_method(cls: type, name: str, method: Any) -> None:
+    """``setattr(cls, name, method)``, quick for a class of many subclasses that has such a method already."""
+
 def record(tensor: torch.Tensor, kind: int, *parameters: float) -> bool:
     """Record a fill of a tensor that is a whole entry without memory. False, and nothing done, for any other one."""
 

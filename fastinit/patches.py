@@ -39,7 +39,7 @@ from .interception import (
     load_from_state_dict,
     set_memory,
 )
-from .native import forget_classes
+from .native import forget_classes, set_method
 from .recorder import _modes_off, _thread, concrete, module_methods, new_parameter
 
 # Python objects made between two runs of the garbage collector while a model is created.
@@ -149,7 +149,8 @@ def _install() -> None:
     _replace(torch.nn.Parameter, "__new__", staticmethod(replacement), staticmethod(original))
     for name, method in module_methods.items():
         if getattr(torch.nn.Module, name) is _torch_methods.get(name):
-            _replace(torch.nn.Module, name, method, _torch_methods[name])
+            set_method(torch.nn.Module, name, method)
+            _restore.append(functools.partial(set_method, torch.nn.Module, name, _torch_methods[name]))
     for name, handler in INIT_REPLACEMENTS.items():
         function = getattr(init, name)
         new = _straight_to(handler, function)

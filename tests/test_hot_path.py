@@ -384,3 +384,42 @@ def test_an_entry_begins_without_values_or_memory():
     assert not (entry.again or entry.resident or entry.filled or entry.deferred)
     with pytest.raises(TypeError):
         native.Entry((2,))
+
+
+# --- methods of classes ---
+
+
+def test_a_method_that_is_set_is_found_by_instances_subclasses_and_slots():
+    class Base:
+        __setattr__ = object.__setattr__
+
+        def __getattr__(self, name):
+            return "before", name
+
+    class Derived(Base):
+        pass
+
+    def read(module):
+        # Often enough for the interpreter to remember where it found it.
+        return [module.missing for _ in range(100)][-1]
+
+    old = Base.__getattr__
+    module = Derived()
+    assert read(module) == ("before", "missing")
+    for method, answer in ((lambda self, name: ("after", name), "after"), (old, "before")):
+        native.set_method(Base, "__getattr__", method)
+        assert Base.__dict__["__getattr__"] is method
+        assert read(module) == (answer, "missing")
+        assert read(type("Later", (Derived,), {})()) == (answer, "missing")
+
+    # What slots know by themselves, and what the class has not had.
+    native.set_method(Base, "__setattr__", lambda self, name, value: self.__dict__.update({name: -value}))
+    module.value = 1
+    assert module.value == -1
+    native.set_method(Base, "__setattr__", object.__setattr__)
+    module.value = 1
+    assert module.value == 1
+    native.set_method(Base, "__len__", lambda self: 3)
+    assert len(module) == 3
+    with pytest.raises(TypeError, match="immutable"):
+        native.set_method(dict, "__len__", lambda self: 3)
