@@ -779,8 +779,8 @@ py::tuple connect(const py::object& recorder_class, const py::object& entry_clas
 
 // Sets a method of a class as setattr does, without its search for what that means to the slots of every subclass: it
 // takes 0.17 ms for __setattr__ or __getattr__ of torch.nn.Module, and means nothing where the class has the method
-// already and slots call both by name, looking them up in the class's dictionary each time. Only a slot wrapper, such as
-// object.__setattr__, is known to slots by itself.
+// already and slots call both by name, looking them up in the class's dictionary each time. Only a slot wrapper, as
+// object.__setattr__ is one, is known to slots by itself.
 void set_method(const py::type& type, const py::str& name, const py::object& method) {
 #ifndef Py_GIL_DISABLED
     auto* const cls = reinterpret_cast<PyTypeObject*>(type.ptr());
