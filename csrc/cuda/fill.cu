@@ -3,8 +3,8 @@
 // Fills that agree in kind, dtype, distribution, steps, seed and geometry share a launch, whose parameters carry the
 // whole table of them: nothing is allocated or copied, so a launch is asynchronous and can be captured. A slot is one
 // 16-byte store; each entry of the table is cut into tiles of so many slots, and the blocks of a grid walk the tiles.
-// Entries of one extent, as the tensors of a model's layers are, stand together in a section, which says it once: the
-// driver's copy of the table is most of what small fills take.
+// Entries of one extent, as the tensors of a model's layers are, stand together in a section, which says it once: it is
+// half as much to copy at each launch, which is what many small fills wait for.
 //
 // Four kernels:
 //   fill_run      whole 16-byte-aligned runs that begin on a Philox block, without steps: nearly everything in a model.
