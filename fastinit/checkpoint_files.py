@@ -15,6 +15,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from enum import EnumMeta
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -230,7 +231,25 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if (module, name) in self._KNOWN:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         raise pickle.UnpicklingError(f"its metadata wants {module}.{name}, which torch does not write there")
+
+
+def _enum_member(owner: Any, name: Any) -> Any:
+    """What stands for `getattr` in the metadata.
+
+    Early releases of Python 3.11, such as Debian 12's, pickle a member of an enum as `getattr(enum, name)`. So the
+    members of the known enums are what is found here, and not by `getattr`, which would find methods, too.
+    """
+    if isinstance(owner, EnumMeta) and (owner.__module__, owner.__qualname__) in _MetadataUnpickler._KNOWN:
+        member = owner.__members__.get(name) if isinstance(name, str) else None
+        if isinstance(member, owner):
+            return member
+    # Not the repr of an object that the file describes: it may be half built.
+    of = f"{owner.__module__}.{owner.__qualname__}" if isinstance(owner, type) else f"a {type(owner).__name__}"
+    wanted = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
+    raise pickle.UnpicklingError(f"its metadata wants getattr({of}, {wanted}), which torch does not write there")
 
 
 def _check_inside(names: Iterable[str]) -> None:

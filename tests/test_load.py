@@ -1,6 +1,8 @@
 """`fastinit.load`: real files of every format, what it refuses and when, and what it costs in memory."""
 
+import enum
 import functools
+import io
 import json
 import os
 import pickle
@@ -27,12 +29,14 @@ from models import (
 )
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
+from torch.distributed._shard.sharded_tensor.metadata import MEM_FORMAT_ENCODING
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorProperties
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrizations
 
 import fastinit
-from fastinit import CheckpointError, LoadReport, deferred, load
+from fastinit import CheckpointError, LoadReport, checkpoint_files, deferred, load
 
 ROOT = Path(__file__).parents[1]
 X = torch.arange(6).reshape(2, 3)
@@ -750,11 +754,70 @@ def test_metadata_names_classes_by_no_way_round(tmp_path):
         ("torch", "float32.__class__"),
         ("torch", "load"),
         ("pathlib", "os"),
-        ("builtins", "getattr"),
+        ("builtins", "eval"),
+        ("builtins", "getattr.__call__"),
     ]:
         names = [pickle.SHORT_BINUNICODE + bytes([len(part)]) + part.encode() for part in (module, name)]
         (path / ".metadata").write_bytes(pickle.PROTO + b"\x04" + b"".join(names) + pickle.STACK_GLOBAL + pickle.STOP)
         refused(built(Net), path, f"its metadata wants {module}.{name}, which")
+
+
+class ByGetattr(pickle.Pickler):
+    """Pickles members of enums as early releases of Python 3.11 do, Debian 12's among them, on any release."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def pickled_by_getattr(value):
+    file = io.BytesIO()
+    ByGetattr(file).dump(value)
+    return file.getvalue()
+
+
+def test_a_distributed_checkpoint_that_names_members_of_enums_by_getattr_is_read(tmp_path):
+    source = trained()
+    path = written(tmp_path, "dcp", source)
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    # All members, and those of the enum that torch wrote before 2.3, under a name that no tensor has.
+    metadata.planner_data["x"] = [*_MEM_FORMAT_ENCODING, *MEM_FORMAT_ENCODING]
+    content = pickled_by_getattr(metadata)
+    assert b"getattr" in content and pickle.loads(content) == metadata
+    (path / ".metadata").write_bytes(content)
+    with (path / ".metadata").open("rb") as file:
+        assert checkpoint_files._MetadataUnpickler(file).load() == metadata
+    assert_loaded(quiet_load(Net, path), source)
+
+
+@pytest.mark.parametrize(
+    "owner, name, shown",
+    [
+        (_MEM_FORMAT_ENCODING, "__class__", "_MEM_FORMAT_ENCODING, '__class__'"),
+        (_MEM_FORMAT_ENCODING, "__init__", "_MEM_FORMAT_ENCODING, '__init__'"),
+        (_MEM_FORMAT_ENCODING, "_member_map_", "_MEM_FORMAT_ENCODING, '_member_map_'"),
+        (_MEM_FORMAT_ENCODING, "mro", "_MEM_FORMAT_ENCODING, 'mro'"),
+        (_MEM_FORMAT_ENCODING, "TORCH_OTHER_FORMAT", "_MEM_FORMAT_ENCODING, 'TORCH_OTHER_FORMAT'"),
+        (_MEM_FORMAT_ENCODING, ["TORCH_CHANNELS_LAST"], "_MEM_FORMAT_ENCODING, a list"),
+        (_MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST, "name", "a _MEM_FORMAT_ENCODING, 'name'"),
+        (TensorProperties, "create_from_tensor", "TensorProperties, 'create_from_tensor'"),
+        (TensorProperties, "__init__", "TensorProperties, '__init__'"),
+        (torch.Size, "numel", "torch.Size, 'numel'"),
+        (Path(), "mkdir", "a Pure.*Path, 'mkdir'"),
+        ("text", "join", "a str, 'join'"),
+        (getattr, "__self__", "a function, '__self__'"),
+    ],
+)
+def test_getattr_finds_nothing_but_members_of_enums_in_metadata(tmp_path, owner, name, shown):
+    path = written(tmp_path, "dcp", trained())
+    (path / ".metadata").write_bytes(pickled_by_getattr(Run(getattr, owner, name)))
+    refused(built(Net), path, rf"could run code.*its metadata wants getattr\(.*{shown}\), which torch does not write")
+
+
+def test_getattr_finds_no_members_of_an_enum_that_torch_does_not_write():
+    # No file gets at another enum, since naming it is refused already: hence without one.
+    unknown = enum.Enum("Unknown", "ONE")
+    with pytest.raises(pickle.UnpicklingError, match=r"its metadata wants getattr\(.*Unknown, 'ONE'\)"):
+        checkpoint_files._enum_member(unknown, "ONE")
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
