@@ -98,6 +98,16 @@ double apply_steps_to(double value, const PythonSteps& steps) {
     return fastinit::apply_steps(make_steps(steps), static_cast<float>(value));
 }
 
+void erfinv_in_place(const py::int_& data_ptr, int64_t numel) {
+    if (numel < 0) detail::refuse("numel", std::to_string(numel), "it must not be negative");
+    void* const data = reinterpret_cast<void*>(static_cast<uintptr_t>(unsigned64("data_ptr", data_ptr)));
+    check_data(data, Dtype::float32, static_cast<uint64_t>(numel));
+    const Kernel& kernel = default_kernel();
+    const py::gil_scoped_release release;
+    const FloatEnvironment environment;
+    kernel.erfinv(data, static_cast<uint64_t>(numel));
+}
+
 bool advise_huge_pages([[maybe_unused]] const py::int_& data_ptr, [[maybe_unused]] int64_t nbytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uint64_t huge = uint64_t{2} << 20;
@@ -156,6 +166,7 @@ PYBIND11_MODULE(_native, m) {
         .def("run_cuda", &run_cuda, py::arg("device"), py::arg("stream"));
 
     m.def("apply_steps", &apply_steps_to, py::arg("value"), py::arg("steps"));
+    m.def("erfinv", &erfinv_in_place, py::arg("data_ptr"), py::arg("numel"));
     m.def("advise_huge_pages", &advise_huge_pages, py::arg("data_ptr"), py::arg("nbytes"));
     m.def("cpu_isa", [] { return std::string(default_kernel().isa); });
     m.def("cpu_isas", &cpu_isas);

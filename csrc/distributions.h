@@ -20,9 +20,9 @@ namespace fastinit {
 
 enum class Dtype : uint8_t { float32 = 0, float16 = 1, bfloat16 = 2 };
 enum class Kind : uint8_t { constant = 0, uniform = 1, normal = 2, truncated_normal = 3 };
-enum class StepOp : uint8_t { multiply = 0, add = 1, divide = 2, clamp = 3 };
+enum class StepOp : uint8_t { multiply = 0, add = 1, divide = 2, clamp = 3, erfinv = 4 };
 
-// x * a, x + a, x / a, or x clamped to [a, b].
+// x * a, x + a, x / a, x clamped to [a, b], or the inverse error function of x, whose operands are 0.
 struct Step {
     StepOp op;
     float a;
@@ -30,7 +30,7 @@ struct Step {
 };
 
 struct Steps {
-    static constexpr int capacity = 4;
+    static constexpr int capacity = 6;
     int count;
     Step items[capacity];
 };
@@ -181,6 +181,44 @@ FASTINIT_HOST_DEVICE float distribution_value(const Distribution& d, uint32_t w,
     }
 }
 
+// The polynomials of erfinv, lowest coefficient first. Part of the frozen stream: docs/stream-v1.md says what they are.
+struct ErfinvPolynomials {
+    float log2[8];   // -log2(1 + f) / f
+    float near[10];  // erfinv(x) / x in v = -log2(1 - x^2), below 7
+    float far[11];   // the same in v - 12, from 7 on
+};
+
+FASTINIT_HOST_DEVICE constexpr ErfinvPolynomials erfinv_polynomials() {
+    return {{-0x1.715472p+0f, 0x1.7155b8p-1f, -0x1.ec7b3ep-2f, 0x1.70baf4p-2f, -0x1.25992ap-2f, 0x1.0011f8p-2f,
+             -0x1.e50a8p-3f, 0x1.2a5e4p-3f},
+            {0x1.c5bf8ap-1f, 0x1.495baap-3f, 0x1.6bb404p-8f, -0x1.9851fep-11f, -0x1.dd04acp-16f, 0x1.c3c5dep-18f,
+             0x1.204b44p-21f, -0x1.6303d6p-23f, 0x1.b7b3ccp-27f, -0x1.88b8d8p-32f},
+            {0x1.5bc5e2p+1f, 0x1.ebc998p-4f, -0x1.2ff98ap-9f, 0x1.46a4eap-14f, -0x1.23dc8ap-19f, -0x1.30d19ep-25f,
+             0x1.b77ep-27f, -0x1.6166b4p-30f, 0x1.8454aap-34f, -0x1.18b7bcp-38f, 0x1.7dd168p-44f}};
+}
+
+template <int count>
+FASTINIT_HOST_DEVICE float horner(const float (&c)[count], float x) {
+    float y = c[count - 1];
+    FASTINIT_UNROLL
+    for (int i = count - 2; i >= 0; --i) y = fused_multiply_add(y, x, c[i]);
+    return y;
+}
+
+// Inverse error function, odd; +-1 give +-infinity, and what is beyond them NaN. Largest error: 1.99 ulp.
+// 1 - x^2 = 2^e m with m in [sqrt(1/2), sqrt(2)); v is minus its binary logarithm, and erfinv(x) / x a function of v.
+FASTINIT_HOST_DEVICE float erfinv(float x) {
+    constexpr ErfinvPolynomials p = erfinv_polynomials();
+    const float magnitude = float_of(bits_of(x) & ~sign_bit);
+    const uint32_t square = bits_of(fused_multiply_add(-magnitude, magnitude, 1.0f));
+    const uint32_t exponent = (square - 0x3F3504F3u) & 0xFF800000u;  // e 2^23
+    const float f = add(float_of(square - exponent), -1.0f);
+    const float v = fused_multiply_add(f, horner(p.log2, f), multiply(float_of_signed(exponent), -0x1p-23f));
+    const float ratio = v < 7.0f ? horner(p.near, v) : horner(p.far, add(v, -12.0f));
+    const float edge = float_of(magnitude == 1.0f ? 0x7F800000u : quiet_nan);
+    return multiply(magnitude < 1.0f ? ratio : edge, x);
+}
+
 FASTINIT_HOST_DEVICE float apply_step(const Step& step, float x) {
     switch (step.op) {
         case StepOp::multiply:
@@ -189,6 +227,8 @@ FASTINIT_HOST_DEVICE float apply_step(const Step& step, float x) {
             return add(x, step.a);
         case StepOp::divide:
             return divide(x, step.a);
+        case StepOp::erfinv:
+            return erfinv(x);
         default:
             return at_most(at_least(x, step.a), step.b);
     }

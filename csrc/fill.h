@@ -48,7 +48,7 @@ struct Values {
     uint64_t seed;
 };
 
-// Values and boxes are shared between the fills of a batch. A fill that repeated them would take 344 bytes, and a batch
+// Values and boxes are shared between the fills of a batch. A fill that repeated them would take 368 bytes, and a batch
 // of thousands of small ones would wait for memory instead of the device.
 struct Fill {
     void* data;
@@ -234,8 +234,10 @@ inline Distribution make_distribution(int64_t kind, const std::vector<double>& p
 }
 
 inline Step make_step(int64_t op, double a, double b) {
-    if (op < 0 || op > 3)
-        detail::refuse("step", std::to_string(op), "choose 0 (multiply), 1 (add), 2 (divide) or 3 (clamp)");
+    if (op < 0 || op > 4)
+        detail::refuse("step", std::to_string(op),
+                       "choose 0 (multiply), 1 (add), 2 (divide), 3 (clamp) or 4 (erfinv)");
+    if (static_cast<StepOp>(op) == StepOp::erfinv) return Step{StepOp::erfinv, 0.0f, 0.0f};
     const bool clamp = static_cast<StepOp>(op) == StepOp::clamp;
     return Step{static_cast<StepOp>(op), detail::not_nan("step operand", a),
                 clamp ? detail::not_nan("step operand", b) : 0.0f};

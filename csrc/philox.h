@@ -15,8 +15,10 @@
 // put AVX-512 code on the portable path.
 #if defined(__CUDACC__)
 #define FASTINIT_HOST_DEVICE static __host__ __device__ __forceinline__
+#define FASTINIT_UNROLL _Pragma("unroll")
 #else
 #define FASTINIT_HOST_DEVICE static inline
+#define FASTINIT_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace fastinit {

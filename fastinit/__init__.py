@@ -8,6 +8,7 @@ from .context import Report, on
 from .deferred import initialize, uninitialized
 from .fills import empty, fill_
 from .layout import Window
+from .record.guest import uninstall
 from .recipe import Constant, Normal, TruncatedNormal, Uniform
 from .sharded import materialize, param_init_fn
 
@@ -30,4 +31,5 @@ __all__ = [
     "on",
     "param_init_fn",
     "uninitialized",
+    "uninstall",
 ]

@@ -75,6 +75,9 @@ class Batch:
 def apply_steps(value: float, steps: Sequence[_Step]) -> float:
     """``value`` rounded to float32 and taken through the steps, exactly as a fill computes it."""
 
+def erfinv(data_ptr: int, numel: int) -> None:
+    """Take ``numel`` floats in host memory through the step of that name, in place and without the GIL."""
+
 def advise_huge_pages(data_ptr: int, nbytes: int) -> bool:
     """Ask the system to back the 2 MiB-aligned inside of the range with huge pages. False where it does not."""
 

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_map
 from .checkpoint_files import Checkpoint, CheckpointError
 from .context import _readable, on
 from .deferred import forget, initialize, uninitialized
-from .recorder import _modes_off
+from .record.tensors import modes_off
 from .sharding import is_dtensor
 
 # Elements that are compared or searched at a time.
@@ -500,7 +500,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 def _extent(tensor: torch.Tensor) -> tuple[Any, int, int]:
     """Which memory a tensor lies in, and from which to which byte."""
-    with _modes_off():
+    with modes_off():
         if not _is_plain(tensor) or not tensor.numel():
             return (id(tensor),), 0, 0
         size = tensor.element_size()

@@ -9,18 +9,22 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ContextDecorator, contextmanager
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
-from types import FrameType, TracebackType
-from typing import Any, Literal, Protocol
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import native, patches
+from . import native
 from .deferred import Deferred
 from .distributed import from_rank_0, is_distributed
 from .execution import refuse_capture
-from .recorder import Empty, Recorder, ShardRecorder, _modes_off, concrete
+from .record import guest, pending
+from .record.block import Block, Empty, current
+from .record.mode import Mode
+from .record.tensors import concrete, modes_off
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -36,10 +40,6 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16-true": torch.bfloat16,
 }
-
-# torch's own, taken before any context can have replaced them.
-_get_default_dtype = torch.get_default_dtype
-_set_default_dtype = torch.set_default_dtype
 
 
 class Partitioner(Protocol):
@@ -111,19 +111,29 @@ class Report:
         self._memory = _allocated_bytes(self.device)
         self._started = time.perf_counter()
 
-    def _count(self, recorder: Recorder) -> None:
-        with _modes_off():
-            self.parameters, self.bytes = native.tally(recorder.module_parameters)
-
-    def _finish(self, recorder: Recorder) -> None:
+    def _finish(self, block: Block) -> None:
         self.seconds = time.perf_counter() - self._started
-        self.seconds_allocation = recorder.allocation_seconds
-        self.seconds_python = self.seconds - recorder.allocation_seconds - recorder.run_seconds
-        self._run_seconds, self._fill_events = recorder.run_seconds, recorder.fill_events
+        self.seconds_allocation = block.allocation_seconds
+        self.seconds_python = self.seconds - block.allocation_seconds - block.run_seconds
+        self._run_seconds, self._fill_events = block.run_seconds, block.fill_events
         self.peak_memory = max(_peak_bytes(self.device) - self._memory, 0)
-        self.fills_executed = recorder.executed
-        self.fills_dropped = recorder.dropped
-        self.fills_deferred = recorder.deferred
+        self.fills_executed = block.executed
+        self.fills_dropped = block.dropped
+        self.fills_deferred = block.deferred
+
+
+class _Entered(NamedTuple):
+    """A block that a thread or coroutine is in."""
+
+    context: on
+    block: Block
+    mode: Mode
+    report: Report
+    token: Token[Block | None]
+
+
+# Not on the context object, which several threads may enter.
+_entered: ContextVar[tuple[_Entered, ...]] = ContextVar("fastinit_entered", default=())
 
 
 class on(ContextDecorator):
@@ -180,76 +190,88 @@ class on(ContextDecorator):
         self._seed = _parse_seed(seed)
         self._empty = _parse_empty(empty)
         self._shard = _parse_shard(shard, self._empty)
-        self._entered: list[tuple[Recorder, Report, torch.dtype]] = []
 
     def _recreate_cm(self) -> on:
         # A decorated function may call itself or run in several threads: each call gets a context of its own.
         return on(self._device, self._dtype, seed=self._seed, empty=self._empty or False, shard=self._shard)
 
     def __enter__(self) -> Report:
-        depth = len(self._entered)
+        before = _entered.get()
         try:
             with _interrupts_later():
-                return self._enter(sys._getframe(1))
+                return self._enter()
         except BaseException:
-            if len(self._entered) > depth:  # interrupted once all was in place: nobody else will leave
+            if _entered.get() is not before:  # interrupted once all was in place: nobody else will leave
                 self._exit(*sys.exc_info())
             raise
 
-    def _enter(self, caller: FrameType) -> Report:
-        with _modes_off():
+    def _enter(self) -> Report:
+        with modes_off():
             device = _available_device(self._device)
             refuse_capture(device)
-            process_default = _get_default_dtype()
         dtype = self._dtype or _supported_default(torch.get_default_dtype())
         seed, agreed = (_draw_seed(), False) if self._seed is None else (self._seed, True)
         if self._shard is not False and not agreed and is_distributed():
             (seed,), agreed = from_rank_0([seed], device), True
-        shard = self._shard is not False
-        recorder = (ShardRecorder if shard else Recorder)(device, dtype, seed, self._empty, shard)
-        recorder.seed_agreed = agreed
-        recorder.entered_from = id(caller)
+        outer = current.get()
+        if outer is not None:
+            outer.settle()  # what it has pending may be read in here
+        block = Block(device, dtype, seed, self._empty, self._shard is not False)
+        block.seed_agreed = agreed
         report = Report(device, dtype, seed)
         report._start()
-        patches.install()
+        guest.install()
         try:
-            recorder.__enter__()
-            if process_default != torch.float32:
-                # The default dtype belongs to the process. fp32 is what constructors have to compute in.
-                _set_default_dtype(torch.float32)
+            block.generator.enter()
+            mode = Mode(block)
+            mode.__enter__()
         except BaseException:
-            patches.remove()
+            block.generator.leave()
+            guest.remove()
             raise
-        self._entered.append((recorder, report, process_default))
+        _entered.set((*_entered.get(), _Entered(self, block, mode, report, current.set(block))))
         return report
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        depth = len(self._entered)
+        before = _entered.get()
         try:
             with _interrupts_later():
                 self._exit(exc_type, exc_value, traceback)
         except BaseException:
-            if len(self._entered) == depth:  # interrupted before it began
+            if _entered.get() is before and before and before[-1].context is self:  # interrupted before it began
                 self._exit(exc_type, exc_value, traceback)
             raise
 
     def _exit(
         self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        recorder, report, process_default = self._entered.pop()
+        entered = _entered.get()
+        if not entered or entered[-1].context is not self:
+            raise RuntimeError(
+                "fastinit.on: left where it was not entered, or before a block inside of it; use it in a with statement, "
+                "in the thread and coroutine that enter it"
+            )
+        _, block, mode, report, token = entered[-1]
+        _entered.set(entered[:-1])
+        mode.__exit__()
+        current.reset(token)
         try:
-            recorder.__exit__(exc_type, exc_value, traceback)
-            report._count(recorder)  # before an engine takes the parameters over
+            report.parameters, report.bytes = block.parameters()  # before an engine takes the parameters over
+            # Also after an exception: what the code in the block has handed out is to have its values.
+            if block.shard:
+                pending.defer_to_shards(block)
+            elif block.empty:
+                pending.defer(block)
+            block.settle()
             if exc_type is None and not isinstance(self._shard, bool):
-                with _modes_off():
-                    self._shard.place(list(recorder.parameters()))
+                with modes_off():
+                    self._shard.place(list(pending.parameters(block)))
         finally:
-            if process_default != torch.float32:
-                _set_default_dtype(process_default)
-            patches.remove()
-            report._finish(recorder)
+            block.generator.leave()
+            guest.remove()
+            report._finish(block)
 
 
 @contextmanager
@@ -332,7 +354,7 @@ def _parse_shard(shard: Any, empty: Empty | None) -> bool | Partitioner:
 
 
 def _draw_seed() -> int:
-    with _modes_off(), _disable_current_modes():  # a fake tensor has no value to draw
+    with modes_off(), _disable_current_modes():  # a fake tensor has no value to draw
         return int(torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None).item()) % 2**64
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import native
 from .layout import Box, compose, contiguous_strides, nested_parts, with_dims
-from .native import CONSTANT, NORMAL, TRUNCATED_NORMAL
-from .recipe import ORTHOGONAL, Region, Write, canonical
+from .native import CONSTANT, TRUNCATED_NORMAL
+from .recipe import CALLED, Region, Write, canonical
 
 if TYPE_CHECKING:
     import weakref
@@ -100,8 +99,9 @@ class Fills:
     The fills of one batch run in no particular order, so the second write of a tensor waits in a second batch.
     """
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int, device: torch.device, results: dict[int, list[torch.Tensor]] | None = None) -> None:
         self._seed = seed
+        self._results = results
         self.device = device
         self._batches: list[native.Batch] = []
         self.count = 0
@@ -111,10 +111,11 @@ class Fills:
         order = 0
         for write in recipe:
             if write.region is None:
-                kind, parameters, stream, steps, _ = write
-                if steps or kind == TRUNCATED_NORMAL:
+                kind, parameters, stream, steps, _, key = write
+                if kind == TRUNCATED_NORMAL:
                     kind, parameters, steps = canonical(kind, parameters, steps)
-                self._batch(order).add(data_ptr, numel, DTYPES[dtype], kind, parameters, self._seed, stream, steps)
+                seed = self._seed if key is None else key
+                self._batch(order).add(data_ptr, numel, DTYPES[dtype], kind, parameters, seed, stream, steps)
                 order += 1
             else:
                 for part in nested_parts(_region_box(write.region)):
@@ -173,11 +174,11 @@ class Fills:
                 in their order. Elements outside of the boxes keep what they have.
             zeros: put them where the recipe leaves anything out.
         """
-        whole = recipe[:1] if recipe and recipe[0].kind == ORTHOGONAL else ()
-        if whole:
-            shape = whole[0].parameters[1:]
-            values = orthogonal(tuple(map(int, shape)), whole[0].parameters[0], self._seed, whole[0].stream)
-            _copy(values, memory, boxes)
+        if recipe and recipe[0].kind == CALLED:
+            call, index, strides = recipe[0].parameters
+            # Calls share operands within a recipe; whole tensors are not kept for longer.
+            results = call.results(self._seed, {} if self._results is None else self._results)
+            _copy(_in_storage_order(results[index], strides), memory, boxes)
             self.count += 1
             recipe, zeros = recipe[1:], False
         if boxes is not None:
@@ -230,7 +231,7 @@ class Fills:
                     DTYPES[dtype],
                     kind,
                     parameters,
-                    self._seed,
+                    self._seed if write.key is None else write.key,
                     write.stream,
                     steps,
                     index_offset,
@@ -270,22 +271,12 @@ def _region_box(region: Region) -> Box:
     return Box(0, sizes, contiguous_strides(sizes), offset, strides)
 
 
-def orthogonal(shape: tuple[int, ...], gain: float, seed: int, stream: int) -> torch.Tensor:
-    """The fp32 values of ``torch.nn.init.orthogonal_``, on the CPU whatever they are for.
-
-    By QR of a normal matrix, columns times the sign of R's diagonal (Saxe et al. 2013; Mezzadri, "How to generate
-    random matrices from the classical compact groups", 2007), as torch does it. The factorisations of LAPACK and
-    cuSOLVER differ in their last bits.
-    """
-    rows, columns = shape[0], prod(shape[1:])
-    normal = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
-    fills = Fills(seed, normal.device)
-    fills.add(normal.data_ptr(), normal.numel(), normal.dtype, (Write(NORMAL, (0.0, 1.0), stream),))
-    fills.run()
-    q, r = torch.linalg.qr(normal.t() if rows < columns else normal)
-    q *= r.diagonal().sign()
-    values: torch.Tensor = (q.t() if rows < columns else q).reshape(shape).mul_(gain)
-    return values
+def _in_storage_order(values: torch.Tensor, strides: Sequence[int] | None) -> torch.Tensor:
+    """The elements as they lie in a storage of these strides; None: in their own order."""
+    if strides is None:
+        return values
+    laid_out = torch.empty_strided(values.shape, strides, dtype=values.dtype).copy_(values)
+    return laid_out.as_strided((values.numel(),), (1,))
 
 
 def _copy(values: torch.Tensor, memory: torch.Tensor, boxes: Sequence[Box] | None) -> None:

@@ -30,6 +30,7 @@ from torch import nn
 
 from .context import _draw_seed, on
 from .deepspeed import zero3
+from .record.block import current
 from .deferred import deferred_tensors, initialize, is_on_meta, kept_for, once, uninitialized
 from .distributed import from_rank_0, is_distributed
 from .sharded import _with_agreed_seeds, materialize, param_init_fn
@@ -289,11 +290,11 @@ def _modules(strategy: Any, plugin: Any, empty: bool) -> AbstractContextManager[
 @contextmanager
 def _empty(context: on) -> Iterator[None]:
     with context:
-        ((recorder, *_),) = context._entered
+        block = current.get()
         yield
     # The Trainer does not call a LightningModule, it calls training_step: nothing would notice that what the module
     # itself owns is unwritten.
-    for module in recorder.seen_modules():
+    for module in block.seen_modules():
         if any(cls.__name__ == "LightningModule" and _is_lightnings(cls) for cls in type(module).__mro__):
             initialize(module, [name for name in uninitialized(module) if "." not in name])
 

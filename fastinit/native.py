@@ -18,6 +18,7 @@ try:
         connect,
         cpu_isa,
         cpu_isas,
+        erfinv,
         forget_classes,
         pending_shape,
         record,
@@ -38,6 +39,7 @@ __all__ = [
     "CLAMP",
     "CONSTANT",
     "DIVIDE",
+    "ERFINV",
     "FLOAT16",
     "FLOAT32",
     "MAX_DIMS",
@@ -54,6 +56,7 @@ __all__ = [
     "connect",
     "cpu_isa",
     "cpu_isas",
+    "erfinv",
     "forget_classes",
     "pending_shape",
     "record",
@@ -70,8 +73,8 @@ CONSTANT = 0  # (value,)
 UNIFORM = 1  # (low, high)
 NORMAL = 2  # (mean, std)
 TRUNCATED_NORMAL = 3  # (mean, std, threshold, *(offset, scale, low, high) of the negative, then of the positive side)
-# steps, as (op, a, b)
-MULTIPLY, ADD, DIVIDE, CLAMP = range(4)
+# steps, as (op, a, b); erfinv takes no operands and ignores them
+MULTIPLY, ADD, DIVIDE, CLAMP, ERFINV = range(5)
 
-MAX_STEPS = 4
+MAX_STEPS = 6
 MAX_DIMS = 8

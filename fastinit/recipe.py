@@ -13,21 +13,14 @@ from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from functools import lru_cache
-from statistics import NormalDist
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from .native import ADD, CLAMP, CONSTANT, MAX_STEPS, MULTIPLY, NORMAL, TRUNCATED_NORMAL, UNIFORM
+from .native import CONSTANT, MAX_STEPS, NORMAL, TRUNCATED_NORMAL, UNIFORM
+from .native import ERFINV as ERFINV
 
-# A step of recipes only: it never reaches a kernel, because `canonical` turns the chain that it begins into a
-# truncated normal.
-ERFINV = 4
-
-# A kind of recipes only, with the parameters (gain, *shape): an initialisation that needs the whole tensor. It comes
-# first in its recipe, covers the whole and takes no steps.
-ORTHOGONAL = 4
-
-
-_Steps = tuple[tuple[int, float, float], ...]
+# A kind of recipes only: an operator's result, which needs the whole tensor (fastinit.record.calls). It comes first in
+# its recipe, covers the whole and takes no steps.
+CALLED = 4
 
 
 class Region(NamedTuple):
@@ -41,14 +34,16 @@ class Region(NamedTuple):
 class Write(NamedTuple):
     """One fill: a distribution on its stream, the steps that follow it, and the rectangle that it covers.
 
-    Element k of a region, in the region's own row-major order, is element k of the stream.
+    Element k of a region, in the region's own row-major order, is element k of the stream. The key is that of whoever
+    carries out the recipe, unless the write names one.
     """
 
     kind: int
-    parameters: tuple[float, ...]
+    parameters: tuple[Any, ...]
     stream: int = 0
     steps: tuple[tuple[int, float, float], ...] = ()
     region: Region | None = None
+    key: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,66 +157,20 @@ def _require_finite(owner: str, **values: float) -> None:
             raise ValueError(f"{owner}: {name}={value} must be a finite number")
 
 
-def with_step(recipe: tuple[Write, ...], op: int, a: float, b: float = 0.0) -> tuple[Write, ...] | None:
+def with_step(recipe: tuple[Write, ...], op: int, a: float = 0.0, b: float = 0.0) -> tuple[Write, ...] | None:
     """The recipe followed by one step on every element, or None if a fill cannot carry that step."""
-    if not recipe or recipe[0].kind == ORTHOGONAL:
+    if not recipe or recipe[0].kind == CALLED or any(len(write.steps) >= MAX_STEPS for write in recipe):
         return None
-    result = []
-    for write in recipe:
-        if op == ERFINV:
-            # Only a uniform on a part of (-1, 1) becomes a truncated normal under erfinv.
-            low, high = _uniform_range(write)
-            if not -1.0 <= low < high <= 1.0:
-                return None
-            write = write._replace(parameters=(low, high), steps=())
-        # erfinv is folded away, with up to three steps behind it, when the recipe is carried out.
-        elif len(write.steps) >= MAX_STEPS:
-            return None
-        result.append(write._replace(steps=(*write.steps, (op, a, b))))
-    return tuple(result)
+    return tuple(write._replace(steps=(*write.steps, (op, a, b))) for write in recipe)
 
 
 def canonical(
     kind: int, parameters: tuple[float, ...], steps: tuple[tuple[int, float, float], ...]
 ) -> tuple[int, tuple[float, ...], tuple[tuple[int, float, float], ...]]:
-    """The form that a kernel takes: the chain uniform, erfinv, mul, add, clamp becomes a truncated normal.
-
-    Libraries write truncated normals out by hand in this form: u uniform on (2 cdf(alpha) - 1, 2 cdf(beta) - 1), then
-    mean + std * sqrt(2) * erfinv(u), then a clamp to [mean + std * alpha, mean + std * beta].
-    """
-    if kind == UNIFORM and steps and steps[0][0] == ERFINV:
-        parameters, steps = _from_erfinv_chain(parameters, steps[1:])
-        kind = TRUNCATED_NORMAL
+    """The form that a kernel takes: of truncated normals, with the parameters that it computes with."""
     if kind == TRUNCATED_NORMAL:
         parameters = truncated_normal_parameters(*parameters)
     return kind, parameters, steps
-
-
-# Only what is costly is cached: a cache takes 0.0 and -0.0 for one key, which are two constants.
-@lru_cache(maxsize=256)
-def _from_erfinv_chain(uniform: tuple[float, ...], steps: _Steps) -> tuple[tuple[float, ...], _Steps]:
-    standard = NormalDist()
-    cdf_low, cdf_high = ((bound + 1.0) / 2.0 for bound in uniform)
-    alpha = standard.inv_cdf(cdf_low) if cdf_low > 0.0 else -math.inf
-    beta = standard.inv_cdf(cdf_high) if cdf_high < 1.0 else math.inf
-    std, mean = math.sqrt(0.5), 0.0
-    rest = list(steps)
-    if rest and rest[0][0] == MULTIPLY and rest[0][1] > 0.0:
-        std *= rest.pop(0)[1]
-    if rest and rest[0][0] == ADD:
-        mean = rest.pop(0)[1]
-    low, high = mean + std * alpha, mean + std * beta
-    if rest and rest[0][0] == CLAMP and rest[0][1] < rest[0][2]:
-        a, b = rest[0][1:]
-        # The uniform's ends were computed from these bounds, so the bounds are the exact ones to truncate at. Where
-        # they disagree, the clamp is a step of its own.
-        if (
-            abs(standard.cdf((a - mean) / std) - cdf_low) < 1e-6
-            and abs(standard.cdf((b - mean) / std) - cdf_high) < 1e-6
-        ):
-            low, high = a, b
-            rest.pop(0)
-    return (mean, std, low, high), tuple(rest)
 
 
 # --- Truncated normal: from (mean, std, low, high) to what the kernel uses; docs/stream-v1.md derives the formulas ---
@@ -229,21 +178,6 @@ def _from_erfinv_chain(uniform: tuple[float, ...], steps: _Steps) -> tuple[tuple
 _TWO_31 = Decimal(2**31)
 _TWO_32 = Decimal(2**32)
 _SQRT_TWO_PI = (2 * Decimal("3.14159265358979323846264338327950288419716939937510582")).sqrt()
-
-
-def _uniform_range(write: Write) -> tuple[float, float]:
-    """The range of a uniform that was scaled and shifted since, or an empty one for anything else."""
-    if write.kind != UNIFORM:
-        return math.inf, -math.inf
-    low, high = write.parameters
-    for op, a, _ in write.steps:
-        if op == MULTIPLY and a > 0.0:
-            low, high = low * a, high * a
-        elif op == ADD:
-            low, high = low + a, high + a
-        else:
-            return math.inf, -math.inf
-    return low, high
 
 
 @lru_cache(maxsize=256)

@@ -19,7 +19,7 @@ KNOWN_ANSWERS = HERE / "known_answers.json"
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 STORAGE = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
 CONSTANT, UNIFORM, NORMAL, TRUNCATED_NORMAL = range(4)
-MULTIPLY, ADD, DIVIDE, CLAMP = range(4)
+MULTIPLY, ADD, DIVIDE, CLAMP, ERFINV = range(5)
 
 MASK32 = np.uint64(0xFFFFFFFF)
 
@@ -112,6 +112,45 @@ def values(kind, parameters, w, steps=()):
     return apply_steps(x, steps)
 
 
+def _coefficients(text):
+    return [np.float32(float.fromhex(c)) for c in text.split()]
+
+
+# Lowest first: -log2(1 + f) / f, and erfinv(x) / x in v = -log2(1 - x^2) and in v - 12.
+LOG2 = _coefficients(
+    "-0x1.715472p+0 0x1.7155b8p-1 -0x1.ec7b3ep-2 0x1.70baf4p-2 -0x1.25992ap-2 0x1.0011f8p-2 -0x1.e50a80p-3"
+    " 0x1.2a5e40p-3"
+)
+NEAR = _coefficients(
+    "0x1.c5bf8ap-1 0x1.495baap-3 0x1.6bb404p-8 -0x1.9851fep-11 -0x1.dd04acp-16 0x1.c3c5dep-18 0x1.204b44p-21"
+    " -0x1.6303d6p-23 0x1.b7b3ccp-27 -0x1.88b8d8p-32"
+)
+FAR = _coefficients(
+    "0x1.5bc5e2p+1 0x1.ebc998p-4 -0x1.2ff98ap-9 0x1.46a4eap-14 -0x1.23dc8ap-19 -0x1.30d19ep-25 0x1.b77e00p-27"
+    " -0x1.6166b4p-30 0x1.8454aap-34 -0x1.18b7bcp-38 0x1.7dd168p-44"
+)
+
+
+def _horner(coefficients, x):
+    y = np.full_like(x, coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        y = fma(y, x, c)
+    return y
+
+
+def erfinv(x):
+    a = np.abs(x)
+    with np.errstate(all="ignore"):
+        square = fma(-a, a, np.float32(1)).view(np.uint32)
+        exponent = (square - np.uint32(0x3F3504F3)) & np.uint32(0xFF800000)
+        f = (square - exponent).view(np.float32) - np.float32(1)
+        whole = exponent.view(np.int32).astype(np.float32) * np.float32(-(2.0**-23))
+        v = fma(f, _horner(LOG2, f), whole)
+        ratio = np.where(v < np.float32(7), _horner(NEAR, v), _horner(FAR, v - np.float32(12)))
+        edge = np.where(a == 1, np.float32(np.inf), np.float32(np.nan))
+        return np.where(a < 1, ratio, edge) * x
+
+
 def apply_steps(x, steps):
     x = np.asarray(x, np.float32)
     with np.errstate(all="ignore"):
@@ -123,6 +162,8 @@ def apply_steps(x, steps):
                 x = x + a
             elif op == DIVIDE:
                 x = x / a
+            elif op == ERFINV:
+                x = erfinv(x)
             else:
                 x = np.where(x < a, a, x)
                 x = np.where(x > b, b, x)
@@ -163,6 +204,9 @@ LOPSIDED = (0.25, 0.5, -356530598, 681419136.0, 0.8185946345329285, -INF, 1.0,
             97711072.0, 0.8185946345329285, -INF, 2.0)  # fmt: skip
 BELOW = (0.0, -1.0, -(2**31), *(4.237361907958984, 0.001349897007457912, 3.0, 6.0) * 2)
 ONE_BOUND = (0.0, 1.0, 958228908, 0.0, 0.6914624571800232, -INF, INF, 1325158656.0, 0.6914624571800232, -INF, 0.5)
+
+# A truncated normal as libraries write it out by hand, after a uniform.
+BY_HAND = ((ERFINV, 0.0, 0.0), (MULTIPLY, 0.02 * 2.0**0.5, 0.0), (ADD, 0.01, 0.0), (CLAMP, -0.02, 0.05))
 
 CASES = [
     # name, kind, parameters, seed, stream, steps

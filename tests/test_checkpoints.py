@@ -388,7 +388,7 @@ def of_parametrized_weight_norm(model, state):
 
 
 # A parametrization is a module that is called, under autograd, and so ends the recording of what came before.
-@case(constructor=symmetric, also_filled=2)
+@case(constructor=symmetric, also_filled=1)
 def of_a_parametrized_module(model, state):
     model.load_state_dict(state)
 

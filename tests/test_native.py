@@ -15,7 +15,20 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import ADD, CLAMP, CONSTANT, DIVIDE, DTYPES, MULTIPLY, NORMAL, STORAGE, TRUNCATED_NORMAL, UNIFORM
+from reference import (
+    ADD,
+    CLAMP,
+    CONSTANT,
+    DIVIDE,
+    DTYPES,
+    ERFINV,
+    MULTIPLY,
+    NORMAL,
+    STORAGE,
+    TRUNCATED_NORMAL,
+    UNIFORM,
+)
+from scipy import special
 
 from fastinit import native
 
@@ -34,6 +47,8 @@ DISTRIBUTIONS = {
     "constant": (CONSTANT, (0.3,), ()),
     "uniform with steps": (UNIFORM, (0.0, 1.0), ((MULTIPLY, 3.0, 0.0), (CLAMP, 0.5, 2.5))),
     "normal with steps": (NORMAL, (0.0, 1.0), ((DIVIDE, 3.0, 0.0), (ADD, 0.1, 0.0))),
+    "uniform with erfinv": (UNIFORM, (-0.95, 0.95), reference.BY_HAND),
+    "normal with erfinv, beyond its domain": (NORMAL, (0.0, 1.0), ((ERFINV, 0.0, 0.0),)),
 }
 
 
@@ -344,7 +359,7 @@ def test_a_rounding_mode_set_by_the_host_program_changes_nothing():
 
 
 @settings(deadline=None, derandomize=True)
-@given(value=float32s, steps=st.lists(st.tuples(st.integers(0, 3), operands, operands), max_size=4))
+@given(value=float32s, steps=st.lists(st.tuples(st.integers(0, 4), operands, operands), max_size=6))
 def test_apply_steps_is_what_a_fill_computes(value, steps):
     expected = reference.apply_steps(np.float32([value]), steps).view(np.uint32)
     got = np.float32(native.apply_steps(value, tuple(steps)))
@@ -355,6 +370,151 @@ def test_apply_steps_is_what_a_fill_computes(value, steps):
         flat = (UNIFORM, (value, value), 0, 0)
         got = whole(70, *flat, steps, isa=isa)
         np.testing.assert_array_equal(got, reference.fill(*flat, np.arange(70), steps=steps))
+
+
+# --- erfinv ---
+
+# What uniforms take erfinv to: both signs and all magnitudes, where 1 - x^2 is small and where x is, the ends of the
+# domain and what is beyond them.
+RANGES = {
+    "everything": (-1.0, 1.0),
+    "above a half": (0.5, 1.0),
+    "the change of polynomials": (0.994, 0.998),
+    "near one": (1.0 - 2.0**-18, 1.0),
+    "near minus one": (-1.0, -1.0 + 2.0**-12),
+    "small": (-0.01, 0.01),
+    "tiny": (0.0, 1e-12),
+    "subnormal": (-1e-38, 1e-38),
+    "beyond": (-3.0, 2.0),
+}
+STEP = ((ERFINV, 0.0, 0.0),)
+EDGES = np.array([0, 1, 2, 0x007FFFFF, 0x00800000, 0x3F3504F3, 0x3F7FFFFF, 0x3F800000, 0x3F800001, 0x7F7FFFFF,
+                  0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF], np.uint32)  # fmt: skip
+EDGES = np.concatenate([EDGES, EDGES | np.uint32(1 << 31)])
+
+
+def erfinv_in_place(x):
+    out = np.array(x, np.float32)
+    native.erfinv(out.ctypes.data, out.size)
+    return out
+
+
+@pytest.mark.parametrize("low, high", RANGES.values(), ids=RANGES)
+def test_erfinv_is_the_references_on_every_instruction_set(low, high):
+    count = 200_003
+    expected = reference.fill(UNIFORM, (low, high), 4, 5, np.arange(count), steps=STEP)
+    for isa in ISAS:
+        np.testing.assert_array_equal(whole(count, UNIFORM, (low, high), 4, 5, STEP, isa=isa), expected)
+
+
+@pytest.mark.parametrize("low, high", RANGES.values(), ids=RANGES)
+def test_a_uniform_that_is_taken_through_erfinv_later_has_the_bits_of_one_fill(low, high):
+    x = whole(70_001, UNIFORM, (low, high), 4, 5).view(np.float32)
+    fused = whole(70_001, UNIFORM, (low, high), 4, 5, STEP)
+    np.testing.assert_array_equal(erfinv_in_place(x).view(np.uint32), fused)
+
+
+def test_a_truncated_normal_by_hand_has_the_same_bits_in_one_fill_and_step_by_step():
+    fused = whole(70_001, UNIFORM, (-0.95, 0.95), 4, 5, reference.BY_HAND)
+    x = erfinv_in_place(whole(70_001, UNIFORM, (-0.95, 0.95), 4, 5).view(np.float32))
+    np.testing.assert_array_equal(reference.apply_steps(x, reference.BY_HAND[1:]).view(np.uint32), fused)
+
+
+def test_erfinv_of_every_exponent_and_of_edges_is_the_references():
+    random = np.random.default_rng(0).integers(0, 2**32, 500_000, dtype=np.uint32)
+    x = np.concatenate([random, EDGES]).view(np.float32)
+    expected = reference.apply_steps(x, STEP).view(np.uint32)
+    np.testing.assert_array_equal(erfinv_in_place(x).view(np.uint32), expected)
+    for value, bits in zip(x[-3000:], expected[-3000:], strict=True):
+        got = np.float32(native.apply_steps(float(value), STEP))
+        assert np.array([got]).view(np.uint32) == bits
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_erfinv_in_place_is_the_references_on_every_instruction_set(isa):
+    """The variable is read once in a process."""
+    script = """if True:
+        import sys
+        import numpy as np
+        from fastinit import native
+
+        assert native.cpu_isa() == sys.argv[1]
+        x = np.frombuffer(sys.stdin.buffer.read(), np.float32).copy()
+        native.erfinv(x.ctypes.data, x.size)
+        sys.stdout.buffer.write(x.tobytes())
+    """
+    random = np.random.default_rng(1).integers(0, 2**32, 20_000, dtype=np.uint32)
+    x = np.concatenate([random, EDGES, np.linspace(-1, 1, 20_001, dtype=np.float32).view(np.uint32)]).view(np.float32)
+    environment = os.environ | {"FASTINIT_CPU_ISA": isa}
+    command = [sys.executable, "-c", script, isa]
+    done = subprocess.run(command, input=x.tobytes(), env=environment, stdout=subprocess.PIPE, check=True)
+    np.testing.assert_array_equal(np.frombuffer(done.stdout, np.uint32), reference.apply_steps(x, STEP).view(np.uint32))
+
+
+def test_erfinv_has_the_bits_that_it_had():
+    """The stream is frozen: of every 997th float32 in [0, 1), and of the edges."""
+    x = np.concatenate([np.arange(0, 0x3F800000, 997, dtype=np.uint32), EDGES]).view(np.float32)
+    digest = hashlib.sha256(erfinv_in_place(x).astype("<f4").tobytes()).hexdigest()
+    assert digest == "357ad970f2697a11dadd2e0fa5d2e2a6339f304b71edba05424f906b36d33df2"
+
+
+def test_erfinv_is_accurate_odd_and_monotonic():
+    x = np.arange(0, 0x3F800000, 997, dtype=np.uint32).view(np.float32)
+    got = erfinv_in_place(x)
+    exact = special.erfinv(x.astype(np.float64))
+    normal = exact >= np.finfo(np.float32).tiny
+    ulp = 2.0 ** (np.frexp(exact[normal])[1] - 24)
+    assert (np.abs(got[normal] - exact[normal]) / ulp).max() < 2.0
+    assert (np.abs(got[~normal] - exact[~normal]) <= 2.0**-149).all()
+    assert (np.diff(got) >= 0).all()
+    np.testing.assert_array_equal(erfinv_in_place(-x).view(np.uint32), (-got).view(np.uint32))
+
+
+def test_erfinv_at_the_ends_of_its_domain_and_beyond_is_torchs():
+    torch = pytest.importorskip("torch")
+    x = np.array([0.0, -0.0, 1.0, -1.0, 1.5, -1.0000001, INF, -INF, np.nan], np.float32)
+    expected = torch.erfinv(torch.from_numpy(x)).numpy()
+    np.testing.assert_array_equal(erfinv_in_place(x), expected)
+    assert np.signbit(erfinv_in_place([-0.0])) and not np.signbit(erfinv_in_place([0.0]))
+
+
+def test_erfinv_in_place_writes_what_it_is_told_to():
+    x = np.random.default_rng(2).uniform(-1, 1, 100).astype(np.float32)
+    expected = reference.apply_steps(x, STEP)
+    for start in (0, 1, 5):
+        for count in (0, 1, 7, 15, 16, 17, 31, 33, 64, 70):
+            out = x.copy()
+            native.erfinv(out.ctypes.data + 4 * start, count)
+            np.testing.assert_array_equal(out[start : start + count], expected[start : start + count])
+            np.testing.assert_array_equal(out[:start], x[:start])
+            np.testing.assert_array_equal(out[start + count :], x[start + count :])
+
+
+def test_erfinv_does_not_depend_on_what_the_host_program_does_with_subnormals_and_rounding():
+    torch = pytest.importorskip("torch")
+    x = np.concatenate([np.linspace(-1e-38, 1e-38, 1001), np.linspace(-1, 1, 1001)]).astype(np.float32)
+    expected = reference.apply_steps(x, STEP).view(np.uint32)
+    upward = hasattr(LIBM, "fesetround") and LIBM.fesetround(FE_UPWARD) == 0
+    torch.set_flush_denormal(True)
+    try:
+        got = erfinv_in_place(x).view(np.uint32)
+    finally:
+        torch.set_flush_denormal(False)
+        if upward:
+            LIBM.fesetround(FE_TONEAREST)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_erfinv_refuses_bad_arguments_by_name():
+    native.erfinv(0, 0)
+    for match, *arguments in (
+        (r"numel is -1", 64, -1),
+        (r"data_ptr is 0", 0, 4),
+        (r"data_ptr is 66.*aligned", 66, 4),
+        (r"data_ptr is -4", -4, 4),
+    ):
+        with pytest.raises(ValueError, match=match):
+            native.erfinv(*arguments)
 
 
 # --- refusals ---
@@ -383,8 +543,8 @@ def test_bad_arguments_are_refused_by_name():
     refused(r"high - low is 6e\+38", kind=UNIFORM, parameters=(-3e38, 3e38))
     refused(r"seed is -1.*2\*\*64", seed=-1)
     refused(r"stream is 18446744073709551616", stream=2**64)
-    refused(r"step is 4", steps=((4, 0.0, 0.0),))
-    refused(r"steps is longer than 4", steps=((ADD, 0.0, 0.0),) * 5)
+    refused(r"step is 5.*4 \(erfinv\)", steps=((5, 0.0, 0.0),))
+    refused(r"steps is longer than 6", steps=((ADD, 0.0, 0.0),) * 7)
     refused(r"step operand is nan", steps=((ADD, float("nan"), 0.0),))
     threshold = list(reference.WITHIN_TWO)
     for bad in (0.5, 2.0**31, float("nan")):

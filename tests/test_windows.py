@@ -24,10 +24,22 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from fastinit import native
 from fastinit.execution import Fills
 from fastinit.layout import Box, Window, compose, contiguous_strides, flat_box, nested_parts, numel, with_dims
-from fastinit.native import ADD, CLAMP, CONSTANT, DIVIDE, MULTIPLY, NORMAL, TRUNCATED_NORMAL, UNIFORM
-from fastinit.recipe import ERFINV, Region, Write
+from fastinit.native import (
+    ADD,
+    CLAMP,
+    CONSTANT,
+    DIVIDE,
+    ERFINV,
+    MAX_STEPS,
+    MULTIPLY,
+    NORMAL,
+    TRUNCATED_NORMAL,
+    UNIFORM,
+)
+from fastinit.recipe import Region, Write, with_step
 from fastinit.sharding import Cut, local_boxes, shard_runs
 
 CPU = torch.device("cpu")
@@ -152,7 +164,12 @@ def test_a_window_that_does_not_fit_has_no_box():
 
 STEPS = {
     CONSTANT: [()],
-    UNIFORM: [(), ((MULTIPLY, 3.0, 0.0), (CLAMP, 0.5, 2.5)), ((ERFINV, 0.0, 0.0), (MULTIPLY, 0.02, 0.0))],
+    UNIFORM: [
+        (),
+        ((MULTIPLY, 3.0, 0.0), (CLAMP, 0.5, 2.5)),
+        ((ERFINV, 0.0, 0.0), (MULTIPLY, 0.02, 0.0)),
+        ((MULTIPLY, 0.5, 0.0), (ADD, -0.4, 0.0), (ERFINV, 0.0, 0.0), (MULTIPLY, -2.0, 0.0), (CLAMP, -1.0, 1.5)),
+    ],
     NORMAL: [(), ((DIVIDE, 3.0, 0.0), (ADD, 0.1, 0.0))],
     TRUNCATED_NORMAL: [()],
 }
@@ -221,6 +238,41 @@ def filled(local, recipe, boxes):
     fills.add_part(local.data_ptr(), local.dtype, recipe, boxes)
     fills.run()
     return local
+
+
+def test_a_recipe_takes_as_many_steps_as_a_fill_and_keeps_those_before_erfinv():
+    steps = ((MULTIPLY, 2.0, 0.0), (ADD, -1.0, 0.0), (ERFINV, 0.0, 0.0), (MULTIPLY, 0.02, 0.0), (CLAMP, -0.04, 0.04))
+    for kind, parameters in ((UNIFORM, (0.0, 1.0)), (NORMAL, (0.0, 1.0)), (CONSTANT, (0.3,))):
+        recipe = (Write(kind, parameters, 3), Write(CONSTANT, (0.0,), region=Region(0, (1,), (1,))))
+        for step in steps:
+            recipe = with_step(recipe, *step)
+        assert [write.steps for write in recipe] == [steps, steps]
+        assert [write.parameters for write in recipe] == [parameters, (0.0,)]
+    for _ in range(MAX_STEPS - len(steps)):
+        recipe = with_step(recipe, ADD, 1.0)
+    assert with_step(recipe, ADD, 1.0) is None
+    assert with_step((), ERFINV) is None
+
+
+@pytest.mark.parametrize("by_hand", [True, False], ids=["mul, add, clamp", "clamp, mul"])
+def test_a_truncated_normal_by_hand_has_the_values_of_its_steps(by_hand):
+    bound, root, std, mean = 0.9544997, 2.0**0.5, 0.02, 0.01
+    if by_hand:
+        steps = (MULTIPLY, std * root, 0.0), (ADD, mean, 0.0), (CLAMP, mean - 2 * std, mean + 2 * std)
+    else:  # the bounds are those of a standard normal
+        steps = (MULTIPLY, root, 0.0), (CLAMP, -2.0, 2.0), (MULTIPLY, std, 0.0), (ADD, mean, 0.0)
+    uniform, fused = torch.zeros(1000), torch.zeros(1000)
+    fills = Fills(SEED, CPU)
+    fills.add(uniform.data_ptr(), 1000, torch.float32, (Write(UNIFORM, (-bound, bound)),))
+    write = Write(UNIFORM, (-bound, bound), 0, ((ERFINV, 0.0, 0.0), *steps))
+    fills.add(fused.data_ptr(), 1000, torch.float32, (write,))
+    fills.run()
+    torchs = mean + std * root * torch.erfinv(uniform)  # beyond no bound
+    native.erfinv(uniform.data_ptr(), 1000)
+    for op, a, b in steps:
+        uniform = uniform * a if op == MULTIPLY else uniform + a if op == ADD else uniform.clamp(a, b)
+    assert same_bits(uniform, fused)
+    torch.testing.assert_close(fused, torchs, rtol=0, atol=1e-7)
 
 
 SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple)

@@ -14,6 +14,8 @@ struct Kernel {
     // Elements [index, index + count) of the fill's stream, contiguously to `out`. The caller has put the float
     // environment in order.
     void (*generate)(const Fill& fill, uint64_t index, uint64_t count, void* out) noexcept;
+    // The step of that name on `count` floats where they are; likewise.
+    void (*erfinv)(void* data, uint64_t count) noexcept;
 };
 
 // The kernels this machine can run, best first; the last is always "portable".

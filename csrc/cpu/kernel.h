@@ -3,7 +3,7 @@
 //
 // A Simd provides, for vectors of `lanes` 32-bit lanes (Int, Float) and lanes / 2 64-bit lanes (Wide):
 //     Philox      wide, counters, multiply, high, exclusive_or, join, store_blocks
-//     arithmetic  load, set, and_, shift_right, to_float_signed, to_float_unsigned, fma, mul, add, div, at_least, ...
+//     arithmetic  load, set, and_, sub, shift_right, to_float_signed, to_float_unsigned, fma, mul, add, div, ...
 //     the table   Table, icdf
 //     output      store, rounding two Float vectors to the stored dtype; stream, past the caches, and finish_streams
 // each with the meaning of its scalar twin in philox.h and distributions.h.
@@ -168,6 +168,33 @@ inline typename S::Float transform(const Constants<S>& c, typename S::Int w) {
     }
 }
 
+template <class S, int count>
+inline typename S::Float horner(const float (&c)[count], typename S::Float x) {
+    auto y = S::set(c[count - 1]);
+    FASTINIT_UNROLL
+    for (int i = count - 2; i >= 0; --i) y = S::fma(y, x, S::set(c[i]));
+    return y;
+}
+
+// Floats that are not negative compare as their bits do, NaN above them. Not inlined, so that the fills without this
+// step are compiled as if there were none.
+template <class S>
+[[gnu::noinline]] typename S::Float erfinv(typename S::Float x) {
+    using Float = typename S::Float;
+    using Int = typename S::Int;
+    static constexpr ErfinvPolynomials p = erfinv_polynomials();
+    const Float magnitude = S::magnitude(x);
+    const Int square = S::bits(S::fma(S::negate(magnitude), magnitude, S::set(1.0f)));
+    const Int exponent = S::and_(S::sub(square, S::set(0x3F3504F3u)), S::set(0xFF800000u));
+    const Float f = S::add(S::as_float(S::sub(square, exponent)), S::set(-1.0f));
+    const Float v = S::fma(f, horner<S>(p.log2, f), S::mul(S::to_float_signed(exponent), S::set(-0x1p-23f)));
+    const Float ratio = S::select(S::less_signed(S::bits(v), S::set(0x40E00000u)), horner<S>(p.near, v),
+                                  horner<S>(p.far, S::add(v, S::set(-12.0f))));
+    const Float edge = S::select(S::less_signed(S::bits(magnitude), S::set(0x3F800001u)),
+                                 S::as_float(S::set(0x7F800000u)), S::as_float(S::set(quiet_nan)));
+    return S::mul(S::select(S::less_signed(S::bits(magnitude), S::set(0x3F800000u)), ratio, edge), x);
+}
+
 template <class S>
 inline void step_pair(const Steps& steps, typename S::Float& x, typename S::Float& y) {
     for (int i = 0; i < steps.count; ++i) {
@@ -181,6 +208,9 @@ inline void step_pair(const Steps& steps, typename S::Float& x, typename S::Floa
                 break;
             case StepOp::divide:
                 x = S::div(x, a), y = S::div(y, a);
+                break;
+            case StepOp::erfinv:
+                x = erfinv<S>(x), y = erfinv<S>(y);
                 break;
             default:
                 x = S::at_most(S::at_least(x, a), b), y = S::at_most(S::at_least(y, a), b);
@@ -293,6 +323,25 @@ void generate(const Fill& fill, uint64_t index, uint64_t count, void* out) noexc
             return generate_kind<S>(fill, index, count, static_cast<Half*>(out));
         default:
             return generate_kind<S>(fill, index, count, static_cast<BFloat*>(out));
+    }
+}
+
+// Takes the floats at `data` through a step of erfinv.
+template <class S>
+void erfinv_all(void* data, uint64_t count) noexcept {
+    constexpr uint64_t pair = 2 * S::lanes;
+    const Steps steps{1, {{StepOp::erfinv, 0.0f, 0.0f}}};
+    for (char* at = static_cast<char*>(data); count > 0;) {
+        const uint64_t n = least(count, pair);
+        uint32_t bits[pair] = {};
+        float out[pair];
+        std::memcpy(bits, at, n * sizeof(float));
+        auto x = S::as_float(S::load(bits)), y = S::as_float(S::load(bits + S::lanes));
+        step_pair<S>(steps, x, y);
+        S::store(out, x, y);
+        std::memcpy(at, out, n * sizeof(float));
+        at += n * sizeof(float);
+        count -= n;
     }
 }
 

@@ -5,6 +5,6 @@
 namespace fastinit {
 
 extern const Kernel avx2_kernel;
-const Kernel avx2_kernel = {"avx2", &generate<Avx2>};
+const Kernel avx2_kernel = {"avx2", &generate<Avx2>, &erfinv_all<Avx2>};
 
 }  // namespace fastinit

@@ -5,6 +5,6 @@
 namespace fastinit {
 
 extern const Kernel avx512_kernel;
-const Kernel avx512_kernel = {"avx512", &generate<Avx512>};
+const Kernel avx512_kernel = {"avx512", &generate<Avx512>, &erfinv_all<Avx512>};
 
 }  // namespace fastinit

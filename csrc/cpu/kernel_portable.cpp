@@ -5,6 +5,6 @@
 namespace fastinit {
 
 extern const Kernel portable_kernel;
-const Kernel portable_kernel = {"portable", &generate<Portable>};
+const Kernel portable_kernel = {"portable", &generate<Portable>, &erfinv_all<Portable>};
 
 }  // namespace fastinit

@@ -44,6 +44,9 @@ struct Avx2 {
     static Int shift_right(Int a) {
         return _mm256_srli_epi32(a, count);
     }
+    static Int and_(Int a, Int b) { return _mm256_and_si256(a, b); }
+    static Int sub(Int a, Int b) { return _mm256_sub_epi32(a, b); }
+    static Float as_float(Int a) { return _mm256_castsi256_ps(a); }
     static Int bits(Float x) { return _mm256_castps_si256(x); }
     static Float to_float_signed(Int a) { return _mm256_cvtepi32_ps(a); }
     // high * 2^16 + low: the product is exact, so the fused operation rounds once.
@@ -63,6 +66,7 @@ struct Avx2 {
     }
     static Float sign() { return _mm256_castsi256_ps(set(sign_bit)); }
     static Float magnitude(Float x) { return _mm256_andnot_ps(sign(), x); }
+    static Float negate(Float x) { return _mm256_xor_ps(x, sign()); }
     static Float exclusive_or_sign(Float x, Int a) {
         return _mm256_xor_ps(x, _mm256_and_ps(_mm256_castsi256_ps(a), sign()));
     }

@@ -65,6 +65,9 @@ struct Avx512 {
     static Int shift_right(Int a) {
         return _mm512_srli_epi32(a, count);
     }
+    static Int and_(Int a, Int b) { return _mm512_and_si512(a, b); }
+    static Int sub(Int a, Int b) { return _mm512_sub_epi32(a, b); }
+    static Float as_float(Int a) { return _mm512_castsi512_ps(a); }
     static Int bits(Float x) { return _mm512_castps_si512(x); }
     static Float to_float_signed(Int a) { return _mm512_cvtepi32_ps(a); }
     static Float to_float_unsigned(Int a) { return _mm512_cvtepu32_ps(a); }
@@ -79,6 +82,7 @@ struct Avx512 {
         return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_castsi512_ps(set(quiet_nan)));
     }
     static Float magnitude(Float x) { return _mm512_castsi512_ps(_mm512_and_si512(bits(x), set(~sign_bit))); }
+    static Float negate(Float x) { return _mm512_castsi512_ps(_mm512_xor_si512(bits(x), set(sign_bit))); }
     static Float exclusive_or_sign(Float x, Int a) {
         return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bits(x), a, set(sign_bit), 0x78));  // x ^ (a & sign)
     }

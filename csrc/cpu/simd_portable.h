@@ -84,6 +84,15 @@ struct Portable {
     static Int shift_right(const Int& a) {
         return each<Int>([&](int i) { return a.v[i] >> count; });
     }
+    static Int and_(const Int& a, const Int& b) {
+        return each<Int>([&](int i) { return a.v[i] & b.v[i]; });
+    }
+    static Int sub(const Int& a, const Int& b) {
+        return each<Int>([&](int i) { return a.v[i] - b.v[i]; });
+    }
+    static Float as_float(const Int& a) {
+        return each<Float>([&](int i) { return float_of(a.v[i]); });
+    }
     static Int bits(const Float& x) {
         return each<Int>([&](int i) { return bits_of(x.v[i]); });
     }
@@ -116,6 +125,9 @@ struct Portable {
     }
     static Float magnitude(const Float& x) {
         return each<Float>([&](int i) { return float_of(bits_of(x.v[i]) & ~sign_bit); });
+    }
+    static Float negate(const Float& x) {
+        return each<Float>([&](int i) { return -x.v[i]; });
     }
     static Float exclusive_or_sign(const Float& x, const Int& sign) {
         return each<Float>([&](int i) { return float_of(bits_of(x.v[i]) ^ (sign.v[i] & sign_bit)); });

@@ -160,7 +160,7 @@ static_assert(sizeof(Launch) <= kMaxParameters);
 // Device code
 
 // Truncated normals come in two forms: with equal sides that meet at 0 and no lower limit, as nearly all are, and any.
-enum class Path { run, rows, affine_rows, any, plain, general };
+enum class Path { run, rows, affine_rows, any, any_erfinv, plain, general, general_erfinv };
 enum class Form { constant, uniform, normal, symmetric, truncated };
 
 __device__ constexpr NormalTable device_table = normal_table;
@@ -305,13 +305,21 @@ __device__ __forceinline__ float value(const Shared& shared, uint32_t w, const f
     }
 }
 
-// Step by step rather than element by element: the choice of operation is uniform.
-template <int kCount>
+// Step by step rather than element by element: the choice of operation is uniform. kErfinv: erfinv may be among them,
+// which has kernels of its own, since its code in the loop costs all other steps 2 to 8 %.
+template <bool kErfinv, int kCount>
 __device__ __forceinline__ void apply_steps(const Steps& steps, float (&x)[kCount]) {
 #pragma unroll 1
     for (int i = 0; i < steps.count; ++i) {
         const Step& step = steps.items[i];
         const float a = step.a;
+        if constexpr (kErfinv) {
+            if (step.op == StepOp::erfinv) {
+#pragma unroll
+                for (float& v : x) v = erfinv(v);
+                continue;
+            }
+        }
         switch (step.op) {
             case StepOp::multiply:
 #pragma unroll
@@ -408,7 +416,7 @@ struct Slot {
 
     __device__ __forceinline__ void set_constant(const Shared& shared) {
         float value[1] = {shared.distribution.location};
-        apply_steps(shared.steps, value);
+        apply_steps<true>(shared.steps, value);
         float x[kLanes];
 #pragma unroll
         for (float& v : x) v = value[0];
@@ -536,6 +544,7 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
     begin_launch();
     using S = Slot<kDtype>;
     constexpr bool kRows = kPath == Path::rows || kPath == Path::affine_rows;
+    constexpr bool kAny = kPath == Path::any || kPath == Path::any_erfinv;
     __shared__ float4 table[kTabulated<kForm> ? kTableRows * kCopies : 1];
     const float4* const rows = kTabulated<kForm> ? load_rows<kForm>(table) : table;
     const Shared& shared = launch.shared;
@@ -562,7 +571,7 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
         for (; slot < end; slot += stride) {
             Spot spot{slot * S::kBlocks, slot};
             if constexpr (kRows) spot = Spot{at * S::kBlocks + row * g.block_stride[0], at + row * g.slot_stride[0]};
-            if constexpr (kPath == Path::any) spot = spot_in_box(g, slot, S::kBlocks);
+            if constexpr (kAny) spot = spot_in_box(g, slot, S::kBlocks);
             if constexpr (kForm != Form::constant) {
                 float x[S::kLanes];
 #pragma unroll
@@ -573,7 +582,7 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
                     for (int i = 0; i < 4; ++i) x[4 * b + i] = value<kForm, true>(shared, w[i], rows);
                 }
                 if constexpr (kPath == Path::affine_rows) apply_affine(shared.affine, x);
-                if constexpr (kPath == Path::any) apply_steps(shared.steps, x);
+                if constexpr (kAny) apply_steps<kPath == Path::any_erfinv>(shared.steps, x);
                 out.set(x);
             }
             out.store(launch.data[work.entry] + uint64_t{spot.slot} * 16);
@@ -600,9 +609,9 @@ __global__ void __launch_bounds__(kThreads, kRowsBlocks) fill_rows(const __grid_
     fill_aligned<kForm, kDtype, kAffine ? Path::affine_rows : Path::rows>(launch);
 }
 
-template <Form kForm, Dtype kDtype>
+template <Form kForm, Dtype kDtype, bool kErfinv>
 __global__ void __launch_bounds__(kThreads, kAnyBlocks) fill_any(const __grid_constant__ Launch launch) {
-    fill_aligned<kForm, kDtype, Path::any>(launch);
+    fill_aligned<kForm, kDtype, kErfinv ? Path::any_erfinv : Path::any>(launch);
 }
 
 // Where a slot lies: its run's first element, in the stream as a distance from the block of the entry's first element,
@@ -641,7 +650,7 @@ __device__ __forceinline__ uint32_t existing(int32_t first, int32_t run, int lan
 // A thread makes the elements of whole Philox blocks. Where a slot begins inside a block, its last elements are the
 // first ones that the next thread makes; the last thread of a warp only helps the one before it.
 // kPlain: the high word of the block number is one and the same, no value is NaN, and the steps are an Affine.
-template <Form kForm, Dtype kDtype, bool kPlain>
+template <Form kForm, Dtype kDtype, bool kPlain, bool kErfinv>
 __global__ void __launch_bounds__(kThreads, kPlain ? kPlainBlocks : kGeneralBlocks)
     fill_general(const __grid_constant__ Launch launch) {
     begin_launch();
@@ -701,7 +710,7 @@ __global__ void __launch_bounds__(kThreads, kPlain ? kPlainBlocks : kGeneralBloc
                     apply_affine(shared.affine, x);
                     out.set(x);
                 } else {
-                    apply_steps(shared.steps, x);
+                    apply_steps<kErfinv>(shared.steps, x);
                     out.set_canonical(x);
                 }
                 out.shift(static_cast<uint32_t>(index) & 3u);
@@ -730,9 +739,11 @@ Kernel kernel_for(Path path) {
         case Path::run: return fill_run<kForm, kDtype>;
         case Path::rows: return fill_rows<kForm, kDtype, false>;
         case Path::affine_rows: return fill_rows<kForm, kDtype, true>;
-        case Path::any: return fill_any<kForm, kDtype>;
-        case Path::plain: return fill_general<kForm, kDtype, true>;
-        default: return fill_general<kForm, kDtype, false>;
+        case Path::any: return fill_any<kForm, kDtype, false>;
+        case Path::any_erfinv: return fill_any<kForm, kDtype, true>;
+        case Path::plain: return fill_general<kForm, kDtype, true, false>;
+        case Path::general_erfinv: return fill_general<kForm, kDtype, false, true>;
+        default: return fill_general<kForm, kDtype, false, false>;
     }
 }
 
@@ -742,15 +753,17 @@ Kernel kernel_for(Form form, Path path) {
     switch (form) {
         case Form::constant:
             if (path == Path::run) return fill_run<Form::constant, kDtype>;
-            return fill_general<Form::constant, kDtype, false>;
+            return fill_general<Form::constant, kDtype, false, false>;
         case Form::uniform: return kernel_for<Form::uniform, kDtype>(path);
         case Form::normal: return kernel_for<Form::normal, kDtype>(path);
         case Form::symmetric: return fill_run<Form::symmetric, kDtype>;
         default:
             if (path == Path::rows) return fill_rows<Form::truncated, kDtype, false>;
             if (path == Path::affine_rows) return fill_rows<Form::truncated, kDtype, true>;
-            if (path == Path::any) return fill_any<Form::truncated, kDtype>;
-            return fill_general<Form::truncated, kDtype, false>;
+            if (path == Path::any) return fill_any<Form::truncated, kDtype, false>;
+            if (path == Path::any_erfinv) return fill_any<Form::truncated, kDtype, true>;
+            if (path == Path::general_erfinv) return fill_general<Form::truncated, kDtype, false, true>;
+            return fill_general<Form::truncated, kDtype, false, false>;
     }
 }
 
@@ -968,30 +981,46 @@ bool make_affine(const Steps& steps, Affine& affine) {
     return true;
 }
 
-// Whether every value is finite after the distribution and after each step, by a bound on its magnitude: no NaN then.
+// What the values of an interval are after a step, in double precision and a little wider, since the step rounds.
+struct Interval {
+    double low, high;
+};
+
+Interval after(const Step& step, Interval x) {
+    const double a = step.a, b = step.b;
+    switch (step.op) {
+        case StepOp::multiply: x = {x.low * a, x.high * a}; break;
+        case StepOp::add: x = {x.low + a, x.high + a}; break;
+        case StepOp::divide:
+            if (a == 0) return {-INFINITY, INFINITY};
+            x = {x.low / a, x.high / a};
+            break;
+        case StepOp::erfinv:
+            // The largest erfinv(x) of a float32 below 1 is 3.84.
+            return x.low > -1 && x.high < 1 ? Interval{-4, 4} : Interval{-INFINITY, INFINITY};
+        default: return {std::min(std::max(x.low, a), b), std::min(std::max(x.high, a), b)};
+    }
+    const double error = std::max(std::fabs(x.low), std::fabs(x.high)) * 0x1p-23;
+    return {std::min(x.low, x.high) - error, std::max(x.low, x.high) + error};
+}
+
+// Whether every value is finite after the distribution and after each step: no NaN then.
 bool stays_finite(const Values& fill) {
     const Distribution& d = fill.distribution;
-    double z = 1;
-    if (d.kind == Kind::normal || d.kind == Kind::truncated_normal) z = 7;
-    if (d.kind == Kind::truncated_normal) {
-        for (const TailMap* side : {&d.negative, &d.positive})
-            z = std::max({z, static_cast<double>(side->low), -static_cast<double>(side->high)});
-    }
-    constexpr double limit = 1e38;
-    double bound = z * std::fabs(static_cast<double>(d.scale)) + std::fabs(static_cast<double>(d.location));
-    for (int i = 0; i < fill.steps.count && bound < limit; ++i) {
-        const Step& step = fill.steps.items[i];
-        const double a = std::fabs(static_cast<double>(step.a));
-        switch (step.op) {
-            case StepOp::multiply: bound *= a; break;
-            case StepOp::add: bound += a; break;
-            case StepOp::divide: bound = a > 0 ? bound / a : INFINITY; break;
-            default:
-                if (step.a > 0) bound = std::max(bound, a);
-                if (step.b < 0) bound = std::max(bound, -static_cast<double>(step.b));
+    Interval x{0, 1};
+    if (d.kind != Kind::uniform) {
+        x.high = 7;
+        if (d.kind == Kind::truncated_normal) {
+            for (const TailMap* side : {&d.negative, &d.positive})
+                x.high = std::max({x.high, static_cast<double>(side->low), -static_cast<double>(side->high)});
         }
+        x.low = -x.high;
     }
-    return bound < limit;  // false, too, if an infinite step made the bound NaN
+    // False for a NaN, too, which an infinite operand may make.
+    const auto finite = [&x] { return std::fabs(x.low) < 1e38 && std::fabs(x.high) < 1e38; };
+    x = after(Step{StepOp::add, d.location, 0}, after(Step{StepOp::multiply, d.scale, 0}, x));
+    for (int i = 0; i < fill.steps.count && finite(); ++i) x = after(fill.steps.items[i], x);
+    return finite();
 }
 
 // What follows from a fill's distribution and steps.
@@ -999,12 +1028,16 @@ struct Style {
     Form form;
     bool plain;    // kernels that rest on what `value` says of kPlain may be used
     bool affine;   // the steps are an Affine
+    bool erfinv;   // one of them is erfinv
     Distribution scaled;  // the distribution as those kernels want it
 };
 
 Style style_of(const Values& fill) {
     Affine affine;
-    Style style{form_of(fill.distribution), true, make_affine(fill.steps, affine), fill.distribution};
+    const Step* const end = fill.steps.items + fill.steps.count;
+    const bool erfinv =
+        std::any_of(fill.steps.items, end, [](const Step& step) { return step.op == StepOp::erfinv; });
+    Style style{form_of(fill.distribution), true, make_affine(fill.steps, affine), erfinv, fill.distribution};
     if (style.form == Form::constant) return style;
     style.plain = stays_finite(fill);
     if (style.form == Form::truncated)
@@ -1158,7 +1191,7 @@ private:
         const uint64_t index = box.index_offset;
         const bool plain = style.plain && style.affine && in_one_window(box) &&
                            (style.form == Form::uniform || style.form == Form::normal);
-        const Path unaligned = plain ? Path::plain : Path::general;
+        const Path unaligned = plain ? Path::plain : style.erfinv ? Path::general_erfinv : Path::general;
         if (!aligned) {
             const uint64_t slots = shape.geometry.outer_dims != 0 ? shape.slots : unaligned_slots(box.run(), lanes);
             KeyedGroup& group = group_for(fill, style, unaligned, shape, index);
@@ -1169,6 +1202,7 @@ private:
         const bool bare = box.dims == 1 && (values.steps.count == 0 || style.form == Form::constant) &&
                           style.form != Form::truncated;
         const Path path = bare                            ? Path::run
+                          : style.erfinv                  ? Path::any_erfinv
                           : box.dims > 2 || !style.affine ? Path::any
                           : values.steps.count == 0       ? Path::rows
                                                           : Path::affine_rows;
@@ -1195,7 +1229,7 @@ private:
         key_.dtype = values.dtype;
         key_.path = path;
         key_.seed = style.form == Form::constant ? 0 : values.seed;
-        key_.distribution = path == Path::general ? values.distribution : style.scaled;
+        key_.distribution = is_general(path) ? values.distribution : style.scaled;
         key_.steps = values.steps;
         key_.origin = Origin{static_cast<uint32_t>(index >> 34), static_cast<uint32_t>(fill.stream >> 32),
                              static_cast<uint32_t>(index & 3)};
@@ -1204,7 +1238,8 @@ private:
         return *last_;
     }
 
-    static bool is_unaligned(Path path) { return path == Path::plain || path == Path::general; }
+    static bool is_general(Path path) { return path == Path::general || path == Path::general_erfinv; }
+    static bool is_unaligned(Path path) { return path == Path::plain || is_general(path); }
 
     void push(KeyedGroup& keyed, const Fill& fill, char* data, uint32_t extent) {
         std::vector<Entry>& entries = keyed.second.entries;
@@ -1254,7 +1289,8 @@ private:
         const uint64_t passes = slots / (uint64_t{8} * resident_) / pass;
         launch.tile_slots = pass * static_cast<uint32_t>(std::min<uint64_t>(std::max<uint64_t>(passes, 1), kMaxTile));
         launch.group_log2 = 0;
-        if (key.path == Path::rows || key.path == Path::affine_rows || key.path == Path::any)
+        if (key.path == Path::rows || key.path == Path::affine_rows || key.path == Path::any ||
+            key.path == Path::any_erfinv)
             set_row_step(key.geometry, slots / entries.size(), threads);
         const uint32_t group_slots = launch.tile_slots << launch.group_log2;
         launch.tiles = 0;

@@ -11,7 +11,19 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import ADD, CLAMP, CONSTANT, DIVIDE, DTYPES, MULTIPLY, NORMAL, STORAGE, TRUNCATED_NORMAL, UNIFORM
+from reference import (
+    ADD,
+    CLAMP,
+    CONSTANT,
+    DIVIDE,
+    DTYPES,
+    ERFINV,
+    MULTIPLY,
+    NORMAL,
+    STORAGE,
+    TRUNCATED_NORMAL,
+    UNIFORM,
+)
 
 from fastinit import native
 
@@ -45,6 +57,14 @@ DISTRIBUTIONS = {
     "truncated normal at 6.2 sigma": (TRUNCATED_NORMAL, (0.0, 1.0, 0, *(1.2122, 1.0, -INF, 6.2) * 2), ()),
     "truncated normal from f = 2 on": (TRUNCATED_NORMAL, (0.0, 1.0, 0, *(2.0, 1.0, -INF, 6.1) * 2), ()),
     "truncated normal with f beyond the median": (TRUNCATED_NORMAL, (0.0, 1.0, 0, *(4.0, 3.0, -INF, 2.0) * 2), ()),
+    # erfinv where no value can be NaN, after other steps, and where values are infinite or NaN.
+    "uniform with erfinv": (UNIFORM, (-0.95, 0.95), reference.BY_HAND),
+    "six steps": (UNIFORM, (0.0, 1.0), ((MULTIPLY, 1.998, 0.0), (ADD, -0.999, 0.0), *reference.BY_HAND)),
+    "normal with erfinv": (NORMAL, (0.0, 0.1), ((ERFINV, 0.0, 0.0),)),
+    "truncated with erfinv": (TRUNCATED_NORMAL, reference.WITHIN_TWO, ((MULTIPLY, 24.0, 0.0), (ERFINV, 0.0, 0.0))),
+    "constant with erfinv": (CONSTANT, (0.7,), ((ERFINV, 0.0, 0.0), (MULTIPLY, 3.0, 0.0))),
+    "uniform with erfinv to infinity": (UNIFORM, (-1.0, 1.0), ((ERFINV, 0.0, 0.0),)),
+    "normal with erfinv to nan": (NORMAL, (0.0, 1.0), ((ERFINV, 0.0, 0.0), (ADD, 1.0, 0.0))),
     "uniform to infinity and nan": (UNIFORM, (-1.0, 1.0), ((MULTIPLY, INF, 0.0), (ADD, -INF, 0.0))),
 }
 

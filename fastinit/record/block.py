@@ -1,0 +1,273 @@
+"""The state of one ``with fastinit.on(...)`` block: its key and streams, its records, and how they become real."""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Literal
+
+import torch
+
+from ..deferred import warn_never_initialised
+from ..execution import DTYPES, Fills, advise_huge_pages, allocate, can_fill, reserve
+from ..layout import numel
+from ..native import CONSTANT, UNIFORM
+from ..recipe import Write
+from .generator import Generator, mix
+from .tensors import Record, lock, modes_off, swap_in, view_of
+
+Empty = Literal[True, "nan", "unchecked"]
+
+# The innermost block of the running thread or coroutine.
+current: ContextVar[Block | None] = ContextVar("fastinit_block", default=None)
+
+# Master values are kept until the block ends, so that a chain of operations rounds once, but not more than this in all:
+# contract 5 grants 64 MiB beyond the model.
+_MASTER_BYTES = 48 << 20
+
+# Device memory is reserved in segments of up to this size: one cudaMalloc per parameter would cost more than the fills.
+_SEGMENT_BYTES = 8 << 30
+
+# Tensors of so many bytes are filled in one go, so that a GPU starts before all of them have their memory.
+_BATCH_BYTES = 1 << 30
+
+
+class Block:
+    """One entered block.
+
+    Attributes:
+        device, seed: where its models go, and the key of their values.
+        default_dtype: what a factory without a dtype gives; code in the block may change it.
+        empty, shard: as given to `on`.
+        seed_agreed: all ranks have the seed.
+        executed, dropped, deferred: numbers of fills.
+        allocation_seconds, run_seconds: host time for giving tensors memory, and for running fills or enqueueing them.
+        fill_events: pairs of events around what was enqueued on a GPU.
+        records: weak references, in the order of creation.
+    """
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, seed: int, empty: Empty | None = None, shard: bool = False
+    ) -> None:
+        self.device = device
+        self.default_dtype = dtype
+        self.seed = seed
+        self.empty = empty
+        self.shard = shard
+        self.defers = shard or bool(empty)
+        self.seed_agreed = False
+        self.executed = 0
+        self.dropped = 0
+        self.deferred = 0
+        self.allocation_seconds = 0.0
+        self.run_seconds = 0.0
+        self.fill_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.records: list[weakref.ref[Record]] = []
+        self.generator = Generator(seed)
+        self._masters: OrderedDict[Record, None] = OrderedDict()
+        self._modules: dict[int, weakref.ref[torch.nn.Module]] = {}
+        self._reserved_for = 0
+
+    # --- fills --------------------------------------------------------------------------------------------------
+
+    def execute(self, memory: torch.Tensor, recipe: tuple[Write, ...], *, zeros: bool = True) -> None:
+        """Give contiguous memory the values of a recipe, or zeros where it leaves anything out."""
+        if memory.numel() == 0:
+            return
+        if can_fill(memory.dtype, memory.device):
+            fills = Fills(self.seed, memory.device)
+            fills.write(memory, recipe, zeros=zeros)
+            self.run(fills)
+            return
+        if zeros and (not recipe or recipe[0].region is not None):
+            memory.zero_()
+        for write in recipe:
+            _fill_by_torch(view_of(memory, write.region), write, self.seed)
+        self.executed += len(recipe)
+
+    def run(self, fills: Fills) -> None:
+        """Run collected fills, and count them."""
+        started = time.perf_counter()
+        on_gpu = fills.device.type == "cuda" and fills.count
+        if on_gpu:
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record(torch.cuda.current_stream(fills.device))
+        fills.run()
+        if on_gpu:
+            after.record(torch.cuda.current_stream(fills.device))
+            self.fill_events.append((before, after))
+        self.executed += fills.count
+        fills.count = 0
+        self.run_seconds += time.perf_counter() - started
+
+    # --- master values ------------------------------------------------------------------------------------------
+
+    def touch(self, record: Record) -> None:
+        """Note that master values are in use; the oldest ones are rounded if there are too many."""
+        self._masters[record] = None
+        self._masters.move_to_end(record)
+        if len(self._masters) % 64 and numel(record.shape) < 1 << 16:
+            return  # the sum is worth its time only now and then
+        for each in list(self._masters):
+            if each.values is None or not each.placeholders():
+                del self._masters[each]
+        excess = sum(each.values.nbytes for each in self._masters if each.values is not None) - _MASTER_BYTES
+        for each in list(self._masters)[:-1]:
+            if excess <= 0:
+                break
+            del self._masters[each]
+            assert each.values is not None
+            excess -= each.values.nbytes
+            each.materialize()
+
+    # --- modules ------------------------------------------------------------------------------------------------
+
+    def saw(self, module: torch.nn.Module) -> None:
+        """A module has been given a tensor or a child."""
+        known = self._modules.get(id(module))
+        if known is None or known() is not module:
+            # An id that a dead module had must not put this one in its place in the order.
+            self._modules.pop(id(module), None)
+            self._modules[id(module)] = weakref.ref(module)
+
+    def seen_modules(self) -> Iterator[torch.nn.Module]:
+        """The modules that the block has seen, and those below them, in one order on every rank."""
+        waiting = deque(module for ref in list(self._modules.values()) if (module := ref()) is not None)
+        seen = set(map(id, waiting))
+        while waiting:
+            module = waiting.popleft()
+            yield module
+            for child in module._modules.values():
+                if child is not None and id(child) not in seen:
+                    seen.add(id(child))
+                    waiting.append(child)
+
+    def name_of(self, record: Record) -> str | None:
+        """What a model calls a record's tensor, for a message; None if no module has it."""
+        tensors = {id(tensor) for ref in record.tensors if (tensor := ref()) is not None}
+        modules = [each for each in gc.get_objects() if issubclass(type(each), torch.nn.Module)]
+        below = {id(child) for module in modules for child in module.__dict__.get("_modules", {}).values()}
+        for root in modules:
+            if id(root) not in below and "_modules" in root.__dict__:
+                for prefix, module in root.named_modules():
+                    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                        if id(tensor) in tensors:
+                            return f"{prefix}{'.' if prefix else ''}{name} of {type(root).__name__}"
+        return None
+
+    def parameters(self) -> tuple[int, int]:
+        """Elements and bytes of the parameters of all modules that the block has seen, each counted once."""
+        tensors = {id(p): p for module in self.seen_modules() for p in module._parameters.values() if p is not None}
+        with modes_off():
+            return sum(p.numel() for p in tensors.values()), sum(p.numel() * p.element_size() for p in tensors.values())
+
+    # --- becoming real ------------------------------------------------------------------------------------------
+
+    def waiting(self) -> list[Record]:
+        """Records that placeholders still stand for, in the order of their creation."""
+        alive = [record for ref in self.records if (record := ref()) is not None]
+        self.records = [weakref.ref(record) for record in alive]
+        return [record for record in alive if record.placeholders()]
+
+    def reserve_for_all(self, device: torch.device) -> None:
+        """Reserve for whatever waits for memory: the others will get theirs one by one, too, while a checkpoint loads."""
+        if device.type != "cuda" or len(self.records) < self._reserved_for:
+            return
+        self._reserved_for = 2 * len(self.records)
+        reserve([each.nbytes for each in self.waiting() if each.memory is None and each.device == device], device)
+
+    def settle(self) -> None:
+        """Make every placeholder an ordinary tensor with its memory and values, or leave all as they are."""
+        with lock, modes_off(), torch.no_grad():
+            records = self.waiting()
+            unwritten = [record for record in records if record.recipe == () and not record.deferred]
+            given: list[tuple[Record, torch.Tensor]] = []
+            for segment in _segments([record for record in records if record.memory is None]):
+                self._give_memory(segment, given)
+            # Only now, when nothing is left that fails.
+            for record, memory in given:
+                record.become_resident(memory)
+            for record in records:
+                for tensor in record.placeholders():
+                    assert record.memory is not None
+                    swap_in(tensor, view_of(record.memory, tensor._region))
+            self._masters.clear()
+            self._warn(unwritten)
+
+    def _give_memory(self, segment: list[Record], given: list[tuple[Record, torch.Tensor]]) -> None:
+        started, ran = time.perf_counter(), self.run_seconds
+        device = segment[0].device
+        reserve([record.nbytes for record in segment], device)
+        fills, size = Fills(self.seed, device), 0
+        marks, marked = Fills(self.seed, device), []
+        for record in segment:
+            if record.values is not None and not record.needs_master:
+                given.append((record, record.values))
+                continue
+            memory = allocate(
+                record.shape,
+                record.dtype,
+                device,
+                huge_pages=not record.deferred,
+                name_of=lambda record=record: self.name_of(record),  # type: ignore[misc]
+            )
+            given.append((record, memory))
+            if record.values is not None:
+                memory.copy_(record.values)
+            elif record.dtype in DTYPES and can_fill(record.dtype, device):
+                if record.deferred:
+                    marks.add(memory.data_ptr(), memory.numel(), memory.dtype, record.recipe or ())
+                    marked.append(memory)
+                else:
+                    fills.write(memory, record.recipe or ())
+                size += record.nbytes
+                if size >= _BATCH_BYTES:
+                    self.run(fills)
+                    size = 0
+            else:
+                self.execute(memory, record.recipe or ())
+        self.run(fills)
+        marks.run()
+        # Only now: a mark must not fetch a huge page, which is cleared whole, for a few bytes.
+        for memory in marked:
+            advise_huge_pages(memory)
+        self.allocation_seconds += time.perf_counter() - started - (self.run_seconds - ran)
+
+    def _warn(self, unwritten: list[Record]) -> None:
+        for record in unwritten:
+            if record.owner is not None:
+                warn_never_initialised(f"{record.owner[0].__name__}.{record.owner[1]}", record.shape)
+            elif any(isinstance(ref(), torch.nn.Parameter) for ref in record.tensors):
+                warn_never_initialised("a parameter", record.shape)
+
+
+def _fill_by_torch(view: torch.Tensor, write: Write, seed: int) -> None:
+    """A fill in a dtype that native fills do not reach: by torch, on the host, with a generator made of key and stream."""
+    if write.kind == CONSTANT:
+        view.fill_(write.parameters[0])
+        return
+    generator = torch.Generator("cpu").manual_seed(mix(seed if write.key is None else write.key, write.stream))
+    values = torch.empty(view.shape, dtype=view.dtype)
+    if write.kind == UNIFORM:
+        values.uniform_(*write.parameters, generator=generator)
+    else:
+        values.normal_(*write.parameters, generator=generator)
+    view.copy_(values)
+
+
+def _segments(records: list[Record]) -> Iterator[list[Record]]:
+    """Records of one device each, in groups for which memory is reserved in one step."""
+    segment: list[Record] = []
+    reserved = 0
+    for record in records:
+        if segment and (reserved + record.nbytes > _SEGMENT_BYTES or record.device != segment[0].device):
+            yield segment
+            segment, reserved = [], 0
+        segment.append(record)
+        reserved += record.nbytes
+    if segment:
+        yield segment

@@ -1,0 +1,139 @@
+"""Operators left to later: what a block with `empty` or `shard` computes from random fills alone is recorded, too.
+
+An orthogonal weight, say, is a QR of a normal matrix. In such a block no rank should hold all of them, or compute what a
+checkpoint will overwrite. So an operator on pending placeholders gives pending ones, whose recipe begins with a write of
+the kind `CALLED`: the call, which evaluates itself from the recipes of its operands when the values are wanted.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from ..execution import DTYPES, Fills
+from ..layout import contiguous_strides, numel
+from ..native import CONSTANT
+from ..recipe import CALLED, Region, Write
+from .precision import result_dtypes
+from .tensors import HALVES, Placeholder, Record, is_whole, stand_for, view_of
+
+_HOST = torch.device("cpu")
+
+
+class _Operand(NamedTuple):
+    """A placeholder as it was when an operator was called."""
+
+    recipe: tuple[Write, ...]
+    shape: tuple[int, ...]
+    region: Region | None
+
+
+class Call:
+    """An operator with its operands; `results` evaluates it, in fp32 and on the host."""
+
+    def __init__(self, name: str, args: Any, kwargs: Any, in_place: bool) -> None:
+        self.name = name
+        self.args = args
+        self.kwargs = kwargs
+        self.in_place = in_place
+
+    def results(self, seed: int, memo: dict[int, list[torch.Tensor]]) -> list[torch.Tensor]:
+        """The tensors that the operator gives; of one that writes its first operand, all of that operand's storage."""
+        if id(self) not in memo:
+            written: list[torch.Tensor] = []
+
+            def value(operand: _Operand) -> torch.Tensor:
+                whole = _evaluated(operand, seed, memo)
+                written.append(whole)
+                return view_of(whole, operand.region)
+
+            args, kwargs = tree_map_only(_Operand, value, (self.args, self.kwargs), is_leaf=_is_operand)
+            base, _, overload = self.name.partition("::")[2].partition(".")
+            results = getattr(getattr(torch.ops.aten, base), overload)(*args, **kwargs)
+            memo[id(self)] = (
+                written[:1] if self.in_place else [each for each in tree_flatten(results)[0] if torch.is_tensor(each)]
+            )
+        return memo[id(self)]
+
+
+def _is_operand(value: Any) -> bool:
+    return isinstance(value, _Operand)
+
+
+def _evaluated(operand: _Operand, seed: int, memo: dict[int, list[torch.Tensor]]) -> torch.Tensor:
+    values = torch.empty(operand.shape, dtype=torch.float32)
+    fills = Fills(seed, _HOST, memo)
+    fills.write(values, operand.recipe)
+    fills.run()
+    return values
+
+
+def record_call(func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
+    """The results of an operator as placeholders; NotImplemented if it has to run now."""
+    if not _can_wait(func, kwargs, tensors):
+        return NotImplemented
+    in_place = func._schema.is_mutable
+    if in_place:
+        written = [each.name for each in func._schema.arguments if each.alias_info and each.alias_info.is_write]
+        first = args[0] if written == [func._schema.arguments[0].name] else None
+        if type(first) is not Placeholder or not is_whole(first._record, first._region):
+            return NotImplemented
+    try:
+        on_meta = func(*tree_map_only(Placeholder, _fp32_on_meta, args), **tree_map_only(Placeholder, _fp32_on_meta, kwargs))
+    except (NotImplementedError, RuntimeError):
+        return NotImplemented
+    call = Call(func.name(), *tree_map_only(Placeholder, _operand, (args, kwargs)), in_place)
+    if in_place:
+        record = args[0]._record
+        record.recipe = (Write(CALLED, (call, 0, None)),)
+        return args[0]
+    results = [each for each in tree_flatten(on_meta)[0] if isinstance(each, torch.Tensor)]
+    block = tensors[0]._record.block  # type: ignore[attr-defined]
+    dtypes = result_dtypes(func, args, kwargs, on_meta, block.default_dtype)
+    if any(each.dtype != torch.float32 or not each.numel() for each in results) or not set(dtypes) <= set(DTYPES):
+        return NotImplemented
+    positions = iter(range(len(results)))
+
+    def pending(result: torch.Tensor) -> torch.Tensor:
+        index = next(positions)
+        sizes, strides = tuple(result.shape), result.stride()
+        in_order = strides == contiguous_strides(sizes)
+        write = Write(CALLED, (call, index, None if in_order else strides))
+        shape = sizes if in_order else (numel(sizes),)
+        record = Record(block, shape, dtypes[index], tensors[0].device, (write,))
+        return stand_for(record, None if in_order else Region(0, sizes, strides))
+
+    return tree_map_only(torch.Tensor, pending, on_meta)
+
+
+def _can_wait(func: Any, kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> bool:
+    if not tensors or not _WAITS.isdisjoint(func.tags) or kwargs.get("device") is not None:
+        return False
+    if func.namespace != "aten" or func.name() == "aten::_local_scalar_dense":
+        return False
+    is_random = False
+    for tensor in tensors:
+        if type(tensor) is not Placeholder or (torch.is_grad_enabled() and tensor.requires_grad):
+            return False
+        record = tensor._record
+        if record.recipe is None or not record.block.defers or record.dtype not in DTYPES:
+            return False
+        is_random = is_random or any(write.kind != CONSTANT for write in record.recipe)
+    return is_random
+
+
+# Operators that have to run when they are called: they draw, or their results decide what comes next.
+_WAITS = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+def _operand(tensor: Placeholder) -> _Operand:
+    record = tensor._record
+    assert record.recipe is not None
+    return _Operand(record.recipe, record.shape, tensor._region)
+
+
+def _fp32_on_meta(tensor: Placeholder) -> torch.Tensor:
+    dtype = torch.float32 if tensor.dtype in HALVES else tensor.dtype
+    return view_of(torch.empty(tensor._record.shape, dtype=dtype, device="meta"), tensor._region)

@@ -1,0 +1,442 @@
+"""torch's factories in a block: recorded where a fill says what they contain, else computed on the host.
+
+A factory is called as ``factory(mode, func, *args, **kwargs)`` with all modes off. It returns NotImplemented for what is
+torch's own.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._device import _device_constructors
+from torch.utils._pytree import tree_map_only
+
+from ..execution import DTYPES, Fills, can_fill
+from ..native import CONSTANT, NORMAL, UNIFORM
+from ..recipe import Region, Write
+from .block import Block
+from .dispatch import RECORDED, create, records, wrap
+from .tensors import HALVES, Placeholder, Record, become_real, concrete, stand_for, view_of
+
+if TYPE_CHECKING:
+    from .mode import Mode
+
+aten = torch.ops.aten
+
+Factory = Callable[..., Any]
+
+FACTORIES: dict[Any, Factory] = {}
+
+
+def _is(*functions: Any) -> Callable[[Factory], Factory]:
+    def register(factory: Factory) -> Factory:
+        for function in functions:
+            FACTORIES[function] = factory
+        return factory
+
+    return register
+
+
+# --- recorded -------------------------------------------------------------------------------------------------------
+
+_OPTIONS = {"size", "dtype", "device", "requires_grad", "pin_memory", "layout", "memory_format", "generator", "out"}
+
+
+def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+    """The size argument of a factory, or None if it is not plain integers."""
+    if not args and "size" in kwargs:
+        args = (kwargs["size"],)
+    if len(args) == 1 and isinstance(args[0], (tuple, list)):
+        args = tuple(args[0])
+    try:
+        size = tuple(value if type(value) is int else operator.index(value) for value in args)
+    except TypeError:
+        return None
+    return size if all(value >= 0 for value in size) else None
+
+
+def _create(
+    mode: Mode, size: tuple[int, ...] | None, options: dict[str, Any], fill: tuple[int, tuple[float, ...]] | None
+) -> Any:
+    """A placeholder for a factory call; NotImplemented if it is to be computed."""
+    if size is None or torch._C._len_torch_dispatch_stack() or not options.keys() <= _OPTIONS:
+        return NotImplemented
+    if options.get("pin_memory") or options.get("layout") not in (None, torch.strided):
+        return NotImplemented
+    if options.get("out") is not None or options.get("generator") is not None:
+        return NotImplemented
+    block = mode.block
+    dtype = options.get("dtype") or block.default_dtype
+    device = _device(mode, options)
+    if device.type == "meta" or (fill is None and dtype in _OPAQUE):
+        return NotImplemented
+    if dtype not in DTYPES and fill is not None:
+        # Whole numbers that are made on the host need no placeholder.
+        if not records(dtype, *fill) or (device.type == "cpu" and not dtype.is_floating_point):
+            return NotImplemented
+    elif not can_fill(dtype, device) and device.type not in ("cpu", block.device.type):
+        return NotImplemented
+    region = None
+    memory_format = options.get("memory_format")
+    if memory_format not in (None, torch.contiguous_format):
+        meta = torch.empty(size, device="meta", memory_format=memory_format)
+        region = Region(0, size, meta.stride())
+    write = None
+    if fill is not None:
+        stream, key = (0, None) if fill[0] == CONSTANT else block.generator.next_stream()
+        write = Write(*fill, stream, key=key)
+    result = create(block, size, dtype, device, write, region)
+    return result.requires_grad_() if options.get("requires_grad") else result
+
+
+_OPAQUE = (torch.quint8, torch.qint8, torch.qint32)
+
+
+def _device(mode: Mode, options: dict[str, Any]) -> torch.device:
+    device = options.get("device")
+    return mode.factory_device() if device is None else concrete(device)
+
+
+def _recorded(fill: tuple[int, tuple[float, ...]] | None) -> Factory:
+    def factory(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
+        if "names" in kwargs:
+            return compute(mode, func, *args, **kwargs)
+        result = _create(mode, _size(args, kwargs), kwargs, fill)
+        return compute(mode, func, *args, **kwargs) if result is NotImplemented else result
+
+    return factory
+
+
+FACTORIES[torch.empty] = _recorded(None)
+FACTORIES[torch.zeros] = _recorded((CONSTANT, (0.0,)))
+FACTORIES[torch.ones] = _recorded((CONSTANT, (1.0,)))
+FACTORIES[torch.rand] = _recorded((UNIFORM, (0.0, 1.0)))
+FACTORIES[torch.randn] = _recorded((NORMAL, (0.0, 1.0)))
+
+
+@_is(torch.full)
+def _full(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
+    options = dict(kwargs)
+    size, value = (*args, *(options.pop(name) for name in ("size", "fill_value") if name in options))
+    # Without a dtype, torch takes that of the value: only a float becomes the default dtype.
+    if type(value) is float or (type(value) is int and options.get("dtype") is not None):
+        result = _create(mode, _size((size,), {}), options, (CONSTANT, (float(value),)))
+        if result is not NotImplemented:
+            return result
+    if isinstance(value, torch.Tensor):
+        kwargs = {"dtype": value.dtype, **kwargs}
+    return compute(mode, func, *args, **kwargs)
+
+
+@_is(torch.empty_strided)
+def _empty_strided(mode: Mode, func: Any, size: Any, stride: Any, **options: Any) -> Any:
+    sizes, strides = _size((tuple(size),), {}), _size((tuple(stride),), {})
+    if sizes is not None and strides is not None and 0 not in sizes and not torch._C._len_torch_dispatch_stack():
+        block, device = mode.block, _device(mode, options)
+        dtype = options.get("dtype") or block.default_dtype
+        elements = 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+        if dtype not in _OPAQUE and device.type != "meta" and not options.get("pin_memory"):
+            base = create(block, (elements,), dtype, device, None)
+            result = base.as_strided(sizes, strides)
+            return result.requires_grad_() if options.get("requires_grad") else result
+    return compute(mode, func, size, stride, **options)
+
+
+@_is(torch.normal)
+def _torch_normal(mode: Mode, func: Any, mean: Any, std: Any = None, size: Any = None, **kwargs: Any) -> Any:
+    if size is None or not all(type(value) in (int, float) and math.isfinite(value) for value in (mean, std)) or std < 0:
+        return NotImplemented if size is None else compute(mode, func, mean, std, size, **kwargs)
+    result = _create(mode, _size((size,), {}), kwargs, (NORMAL, (float(mean), float(std))))
+    return compute(mode, func, mean, std, size, **kwargs) if result is NotImplemented else result
+
+
+# Tensors like others: the operators of fastinit.record.dispatch, also for tensors of others.
+_LIKE = {
+    torch.empty_like: aten.empty_like.default,
+    torch.zeros_like: aten.zeros_like.default,
+    torch.ones_like: aten.ones_like.default,
+    torch.rand_like: aten.rand_like.default,
+    torch.randn_like: aten.randn_like.default,
+    torch.full_like: aten.full_like.default,
+    torch.Tensor.new_empty: aten.new_empty.default,
+    torch.Tensor.new_zeros: aten.new_zeros.default,
+    torch.Tensor.new_ones: aten.new_ones.default,
+    torch.Tensor.new_full: aten.new_full.default,
+}
+
+
+def _like(overload: Any) -> Factory:
+    def factory(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
+        other = kwargs.pop("input", None) if not args else args[0]
+        if not isinstance(other, torch.Tensor) or torch._C._len_torch_dispatch_stack():
+            return NotImplemented if not args else _again(func, args, kwargs)
+        rest = args[1:]
+        requires_grad = kwargs.pop("requires_grad", False)
+        plain = type(other) in (torch.Tensor, torch.nn.Parameter, Placeholder)
+        if plain and other.layout == torch.strided and not _in_functorch():
+            if overload in _SIZED:
+                given = rest[:1] if overload is aten.new_full.default else rest
+                size = _size(given, kwargs)
+                kwargs.pop("size", None)
+                if size is None:
+                    return _again(func, (other, *rest), kwargs, requires_grad)
+                rest = (size, *rest[1:]) if overload is aten.new_full.default else (size,)
+            result = RECORDED[overload](overload, other, *rest, **kwargs)
+            if result is not NotImplemented:
+                return result.requires_grad_() if requires_grad else result
+        return _again(func, (other, *rest), kwargs, requires_grad)
+
+    return factory
+
+
+def _again(func: Any, args: Any, kwargs: Any, requires_grad: bool = False) -> Any:
+    result = func(*args, **kwargs)
+    return result.requires_grad_() if requires_grad else result
+
+
+def _in_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+_SIZED = {aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
+for _function, _overload in _LIKE.items():
+    FACTORIES[_function] = _like(_overload)
+
+
+# --- computed -------------------------------------------------------------------------------------------------------
+
+
+def compute(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """A factory whose values torch computes: on the host, in fp32 where the result is in half precision."""
+    block = mode.block
+    if kwargs.get("out") is not None:
+        return func(*args, **kwargs)
+    device = _device(mode, kwargs)
+    dtype = kwargs.get("dtype")
+    default = dtype is None and _is_default(func, args, kwargs)
+    final = block.default_dtype if default else dtype
+    generator = kwargs.get("generator")
+    if generator is not None or device.type == "meta" or torch._C._len_torch_dispatch_stack():
+        if default and _takes_dtype(func):
+            kwargs["dtype"] = final
+        return func(*args, **{**kwargs, "device": device})
+    block.generator.resume()
+    requires_grad = kwargs.pop("requires_grad", False)
+    if kwargs.pop("pin_memory", False):
+        kwargs["pin_memory"] = device.type == "cpu"
+    kwargs["device"] = "cpu"
+    if final is not None and _takes_dtype(func):
+        kwargs["dtype"] = torch.float32 if final in HALVES else final
+    args, kwargs = tree_map_only(Placeholder, _host_values, (args, kwargs))
+    values = func(*args, **kwargs)
+    if final is None:
+        final = values.dtype
+    if values.dtype.is_complex and default is False and dtype is None and block.default_dtype == torch.float64:
+        final = torch.complex128
+    elif default and not values.dtype.is_floating_point:
+        final = values.dtype
+    result = wrap(block, values, final, device)
+    return result.requires_grad_() if requires_grad else result
+
+
+def _host_values(tensor: Placeholder) -> torch.Tensor:
+    values = view_of(tensor._record.compute(), tensor._region)
+    return values if values.is_cpu else values.cpu()
+
+
+def _takes_dtype(func: Any) -> bool:
+    return func not in (torch.tril_indices, torch.triu_indices)
+
+
+# Factories that give the default dtype whatever they are given.
+_ALWAYS = {
+    *(torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.normal, torch.eye, torch.linspace),
+    *(torch.logspace, torch.scalar_tensor, torch.range, torch.bartlett_window, torch.blackman_window),
+    *(torch.hamming_window, torch.hann_window, torch.kaiser_window, torch.fft.fftfreq, torch.fft.rfftfreq),
+    *(torch.empty_strided, torch.empty_permuted),
+}
+
+
+def _is_default(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a factory that is given no dtype gives the default dtype."""
+    if func in _ALWAYS:
+        return True
+    if func is torch.arange or func is torch.full:
+        values = args[1:2] or (kwargs.get("fill_value"),) if func is torch.full else (*args, *kwargs.values())
+        return any(_is_float(value) for value in values)
+    if func in _OF_DATA:
+        return _is_default_data(args[0] if args else next(iter(kwargs.values())))
+    return False
+
+
+def _is_float(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return False
+    return isinstance(value, float) or (hasattr(value, "dtype") and getattr(value.dtype, "kind", "") == "f")
+
+
+def _is_default_data(data: Any) -> bool:
+    """Whether data of a new tensor are Python's numbers with a float among them: then torch takes its default dtype."""
+    kinds = set(map(type, _leaves(data)))
+    return bool(kinds) and all(issubclass(kind, (int, float)) for kind in kinds) and any(
+        issubclass(kind, float) for kind in kinds
+    )
+
+
+def _leaves(data: Any) -> Iterator[Any]:
+    if isinstance(data, (list, tuple)):
+        for each in data:
+            yield from _leaves(each)
+    else:
+        yield data
+
+
+@_is(torch.tensor, torch.as_tensor, torch.asarray)
+def _tensor(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
+    data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
+    if isinstance(data, torch.Tensor):
+        if type(data) is Placeholder:
+            return _of_placeholder(func, data, args[1:], kwargs)
+        return NotImplemented
+    if func is torch.as_tensor and len(args) > 1:
+        kwargs.update(zip(("dtype", "device"), args[1:], strict=False))
+        args = args[:1]
+    if kwargs.get("dtype") is None and not isinstance(data, (list, tuple, float, int, bool, complex)):
+        # An array: the dtype is its own, and so may be the memory.
+        if _device(mode, kwargs).type == "cpu":
+            return func(*args, **{**kwargs, "device": "cpu"})
+    elements = [each for each in _leaves(data) if isinstance(each, torch.Tensor)]
+    if kwargs.get("dtype") is None and any(each.dtype in HALVES for each in elements):
+        exact = torch.tensor(_mapped(data, lambda each: _host_values(each).to(each.dtype)))
+        if exact.dtype in HALVES:
+            kwargs["dtype"] = exact.dtype
+    if elements:
+        data = _mapped(data, _host_values)
+        args, kwargs = ((data, *args[1:]), kwargs) if args else ((data,), {k: v for k, v in kwargs.items() if k not in ("data", "obj")})
+    return compute(mode, func, *args, **kwargs)
+
+
+def _mapped(data: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(data, (list, tuple)):
+        return [_mapped(each, function) for each in data]
+    return function(data) if type(data) is Placeholder else data
+
+
+_OF_DATA = {torch.tensor, torch.as_tensor, torch.asarray}
+
+
+def _of_placeholder(func: Any, data: Placeholder, args: Any, kwargs: Any) -> Any:
+    options = {name: value for name, value in kwargs.items() if name in ("dtype", "device") and value is not None}
+    options.update(zip(("dtype", "device"), args, strict=False))
+    requires_grad = kwargs.get("requires_grad", False)
+    if func is torch.tensor:
+        result = data.detach().to(**options, copy=True) if options else data.detach().clone()
+    else:
+        result = data.to(**options, copy=bool(kwargs.get("copy"))) if options or kwargs.get("copy") else data
+    return result.requires_grad_() if requires_grad else result
+
+
+@_is(torch.Tensor.new_tensor)
+def _new_tensor(mode: Mode, func: Any, other: torch.Tensor, data: Any, **kwargs: Any) -> Any:
+    kwargs = {"dtype": other.dtype, "device": other.device, **{k: v for k, v in kwargs.items() if v is not None}}
+    return _tensor(mode, torch.tensor, data, **kwargs)
+
+
+@_is(torch.Tensor.new)
+def _new(mode: Mode, func: Any, other: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    size = _size(args or (0,), kwargs)
+    if kwargs.keys() - {"device", "size"} or other.layout != torch.strided:
+        return NotImplemented
+    if size is not None:
+        return create(mode.block, size, other.dtype, other.device, None)
+    if len(args) == 1 and isinstance(args[0], (list, tuple)):
+        return _tensor(mode, torch.tensor, args[0], dtype=other.dtype, device=other.device)
+    return NotImplemented
+
+
+def legacy_tensor(mode: Mode, args: tuple[Any, ...]) -> Any:
+    """``torch.Tensor(2, 3)``, uninitialised, and ``torch.Tensor([2, 3])``, both of the default dtype."""
+    dtype = mode.block.default_dtype
+    if all(type(argument) is int for argument in args) or (len(args) == 1 and isinstance(args[0], torch.Size)):
+        return _create(mode, _size(args or (0,), {}), {"dtype": dtype}, None)
+    if len(args) == 1 and (isinstance(args[0], (list, tuple)) or hasattr(args[0], "__array_interface__")):
+        return _tensor(mode, torch.tensor, args[0], dtype=dtype)
+    return NotImplemented
+
+
+def _take_memory(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Factories of layouts that have no placeholders, whose data may be placeholders."""
+    for each in [*args, *kwargs.values()]:
+        if type(each) is Placeholder:
+            become_real(each)
+    device = _device(mode, kwargs)
+    data = args[2] if len(args) > 2 else kwargs.get("values")
+    if func is torch.sparse_coo_tensor:
+        data = args[1] if len(args) > 1 else kwargs.get("values")
+    if kwargs.get("dtype") is None and _is_default_data(data):
+        kwargs["dtype"] = mode.block.default_dtype
+    return func(*args, **{**kwargs, "device": device})
+
+
+_TAKING = {
+    *(torch.sparse_coo_tensor, torch.sparse_csr_tensor, torch.sparse_csc_tensor, torch.sparse_bsr_tensor),
+    *(torch.sparse_bsc_tensor, torch.sparse_compressed_tensor, torch.nested.nested_tensor, torch._empty_affine_quantized),
+}
+for _function in _TAKING:
+    FACTORIES[_function] = _take_memory
+for _function in _device_constructors():
+    FACTORIES.setdefault(_function, compute)
+
+
+# --- tensors that exist already -------------------------------------------------------------------------------------
+
+
+def is_fillable(block: Block, tensor: Any) -> bool:
+    """Whether a tensor that exists is one for native fills; one on meta takes its streams, too, though it has no values."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and tensor.layout == torch.strided
+        and (can_fill(tensor.dtype, tensor.device) or (tensor.is_meta and tensor.dtype in DTYPES))
+        and tensor.device.type in ("cpu", "meta", block.device.type)
+        and not torch._C._len_torch_dispatch_stack()
+        and not _in_functorch()
+    )
+
+
+def over(block: Block, tensor: torch.Tensor) -> torch.Tensor:
+    """A placeholder over the memory of a tensor; of one on meta, over none."""
+    if tensor.is_meta:
+        return create(block, tuple(tensor.shape), tensor.dtype, block.device, None)
+    storage = tensor.untyped_storage()
+    shape = (storage.nbytes() // tensor.element_size(),)
+    memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, shape)  # type: ignore[call-overload]
+    record = Record(block, shape, tensor.dtype, tensor.device, memory=memory)
+    return stand_for(record, Region(int(tensor.storage_offset()), tuple(tensor.size()), tensor.stride()))
+
+
+def fill_now(block: Block, tensor: Any, kind: int, parameters: tuple[Any, ...]) -> Any:
+    """Fill a tensor that has memory by the next stream; NotImplemented if it is torch's to fill."""
+    if not is_fillable(block, tensor) or (torch.is_grad_enabled() and tensor.requires_grad):
+        return NotImplemented
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in parameters[:2]):
+        return NotImplemented
+    if (kind == UNIFORM and parameters[1] < parameters[0]) or (kind != UNIFORM and parameters[1] < 0):
+        return NotImplemented
+    stream, key = block.generator.next_stream()
+    sizes, strides = tuple(tensor.size()), tensor.stride()
+    if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides, strict=True)):
+        return NotImplemented  # elements share memory: torch's to refuse
+    if tensor.numel() == 0 or tensor.is_meta:
+        return tensor
+    region = None if tensor.is_contiguous() else Region(0, sizes, strides)
+    fills = Fills(block.seed, tensor.device)
+    write = Write(kind, tuple(map(float, parameters)), stream, (), region, key)
+    fills.add(tensor.data_ptr(), tensor.numel(), tensor.dtype, (write,))
+    block.run(fills)
+    torch.autograd.graph.increment_version(tensor)
+    return tensor

@@ -1,0 +1,309 @@
+"""What no mode and no dispatcher sees.
+
+Module-level functions of torch are replaced while a block is active anywhere, ask for the block of the calling thread
+or coroutine, and otherwise do what they did before. The last block to be left puts them back, unless somebody else has
+replaced them meanwhile. No class is modified, with two exceptions: the legacy constructor ``torch.Tensor(2, 3)`` and
+``torch.Tensor._make_subclass`` are wrapped once per process, by the first block; `uninstall` takes that back.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import init
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_forward_pre_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from ..deferred import never_compiled
+from .block import current
+from .factories import legacy_tensor
+from .mode import Mode, truncated_normal
+from .pending import defer_to_shards
+from .tensors import Placeholder, become_real, concrete, modes_off
+
+# Python objects made between two runs of the garbage collector while a model is created.
+_COLLECT_EVERY = 200_000
+
+_lock = threading.Lock()
+_users = 0
+_restore: list[Callable[[], object]] = []
+
+
+def install() -> None:
+    """Install the replacements, or count one more user of them."""
+    global _users
+    with _lock:
+        if not _users:
+            try:
+                _install()
+            except BaseException:
+                _put_back()
+                raise
+        _users += 1
+
+
+def remove() -> None:
+    """Take them back when the last user leaves."""
+    global _users
+    with _lock:
+        _users -= 1
+        if not _users:
+            _put_back()
+
+
+def _put_back() -> None:
+    while _restore:
+        _restore.pop()()
+
+
+def _install() -> None:
+    _wrap_constructors()
+    thresholds = gc.get_threshold()
+    if gc.isenabled() and thresholds[0]:
+        # A model is thousands of objects that stay: collecting every few hundred of them looks at all the others again.
+        gc.set_threshold(max(thresholds[0], _COLLECT_EVERY), *thresholds[1:])
+        _restore.append(lambda: gc.set_threshold(*thresholds))
+    _replace(torch, "get_default_dtype", _default_dtype)
+    _replace(torch, "set_default_dtype", _set_default_dtype)
+    _replace(torch, "get_default_device", _default_device)
+    for owner in (torch, torch.random):
+        _replace(owner, "get_rng_state", _rng_state)
+    _replace(init, "_no_grad_trunc_normal_", truncated_normal)
+    # Code of C++ that keeps tensors, or reads their memory.
+    _replace(torch.utils, "swap_tensors", _real_first)
+    for owner in (torch, torch.utils.dlpack):
+        _replace(owner, "to_dlpack", _real_first)
+    _replace(sys.modules.get("torch.distributed"), "Reducer", _real_first)
+    _replace(sys.modules.get("torch.jit._recursive"), "create_script_module_impl", _all_real_first)
+    # Where torch shards a model: what is pending goes there on meta, for each rank to be given its part.
+    for owner in (sys.modules.get(f"torch.distributed.{name}") for name in _SHARDS):
+        for function in ("_get_managed_states", "distribute_tensor"):
+            _replace(owner, function, _on_meta_first)
+    for register, hook in (
+        (register_module_parameter_registration_hook, _registered),
+        (register_module_buffer_registration_hook, _registered),
+        (register_module_module_registration_hook, _registered),
+    ):
+        _restore.append(register(hook).remove)
+    _restore.append(register_module_forward_pre_hook(_used).remove)
+
+
+_SHARDS = ("fsdp._fully_shard._fully_shard", "tensor._api", "tensor.parallel.style")
+
+
+def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    function = getattr(owner, name, None)
+    if function is None:  # another version of torch, or not imported
+        return
+    replacement = wrap(function)
+
+    def put_back() -> None:
+        if getattr(owner, name, None) is replacement:
+            setattr(owner, name, function)
+
+    setattr(owner, name, replacement)
+    _restore.append(put_back)
+
+
+def _default_dtype(function: Any) -> Any:
+    @functools.wraps(function)
+    def get_default_dtype() -> torch.dtype:
+        block = current.get()
+        dtype: torch.dtype = function() if block is None else block.default_dtype
+        return dtype
+
+    return get_default_dtype
+
+
+def _set_default_dtype(function: Any) -> Any:
+    @functools.wraps(function)
+    def set_default_dtype(d: Any, /) -> None:
+        block = current.get()
+        if block is None:
+            function(d)
+        elif not isinstance(d, torch.dtype) or not d.is_floating_point:
+            raise TypeError(f"only floating-point types are supported as the default type, not {d}")
+        else:
+            block.default_dtype = d
+
+    return set_default_dtype
+
+
+def _default_device(function: Any) -> Any:
+    @functools.wraps(function)
+    def get_default_device() -> torch.device:
+        modes = _get_current_function_mode_stack()
+        for mode in reversed(modes):
+            if isinstance(mode, DeviceContext):
+                return concrete(mode.device)
+            if isinstance(mode, Mode) and mode.block is current.get():
+                return mode.factory_device()
+        device: torch.device = function()
+        return device
+
+    return get_default_device
+
+
+def _rng_state(function: Any) -> Any:
+    @functools.wraps(function)
+    def get_rng_state() -> torch.Tensor:
+        block = current.get()
+        if block is not None:
+            block.generator.before_state_is_read()
+        state: torch.Tensor = function()
+        return state
+
+    return get_rng_state
+
+
+def _real_first(function: Any) -> Any:
+    """A function that finds no placeholders among its arguments."""
+
+    @functools.wraps(function, updated=())
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if current.get() is not None:
+            for each in _placeholders(args, kwargs):
+                become_real(each)
+                if function.__name__ == "swap_tensors":
+                    _forget(each)
+        return function(*args, **kwargs)
+
+    return called
+
+
+def _placeholders(*values: Any) -> list[Placeholder]:
+    found: list[Placeholder] = []
+    for value in values:
+        if type(value) is Placeholder:
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _placeholders(*value)
+        elif isinstance(value, dict):
+            found += _placeholders(*value.values())
+    return found
+
+
+def _forget(tensor: torch.Tensor) -> None:
+    """Hold no weak references to a tensor that has become real: torch exchanges none that have any."""
+    block = current.get()
+    for ref in block.records if block is not None else ():
+        record = ref()
+        if record is not None:
+            record.tensors = [each for each in record.tensors if each() is not tensor]
+
+
+def _all_real_first(function: Any) -> Any:
+    """A function that hands all tensors of a model to C++."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        block = current.get()
+        if block is not None:
+            block.settle()
+        return function(*args, **kwargs)
+
+    return called
+
+
+def _on_meta_first(function: Any) -> Any:
+    """A function that shards parameters."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        block = current.get()
+        if block is not None and block.shard:
+            defer_to_shards(block)
+            block.settle()
+        return function(*args, **kwargs)
+
+    return called
+
+
+def _registered(module: torch.nn.Module, name: str, value: Any) -> None:
+    block = current.get()
+    if block is None:
+        return
+    block.saw(module)
+    if type(value) is Placeholder:
+        value._record.owner = (type(module), name)
+
+
+@never_compiled
+def _used(module: torch.nn.Module, args: Any) -> None:
+    # A module that is called under autograd is in use, perhaps in training: its tensors are torch's from here on.
+    if current.get() is not None and torch.is_grad_enabled() and torch._guards.TracingContext.try_get() is None:
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *args):
+            become_real(tensor)
+
+
+# --- the two that are wrapped once ----------------------------------------------------------------------------------
+
+_make_subclass: Any = None
+
+
+def _wrap_constructors() -> None:
+    global _make_subclass
+    if _make_subclass is not None:
+        return
+    original = _make_subclass = torch.Tensor._make_subclass  # type: ignore[attr-defined]
+    new_tensor = torch._C.TensorBase.__new__
+
+    # No named parameters: torch._dynamo compares these signatures with its own when it is first imported.
+    def tensor_new(*args: Any, **kwargs: Any) -> Any:
+        block = current.get()
+        if block is not None and args[0] is torch.Tensor and not kwargs:
+            mode = _mode_of(block)
+            if mode is not None:
+                with modes_off():
+                    tensor = legacy_tensor(mode, args[1:])
+                if tensor is not NotImplemented:
+                    return tensor
+        return new_tensor(*args, **kwargs)
+
+    def make_subclass(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > 1 and type(args[1]) is Placeholder:
+            become_real(args[1])
+        return original(*args, **kwargs)
+
+    torch.Tensor.__new__ = staticmethod(tensor_new)  # type: ignore[method-assign]
+    torch.Tensor._make_subclass = staticmethod(make_subclass)  # type: ignore[attr-defined]
+
+
+def _mode_of(block: Any) -> Mode | None:
+    for mode in reversed(_get_current_function_mode_stack()):
+        if isinstance(mode, Mode) and mode.block is block:
+            return mode
+    return None
+
+
+def uninstall() -> None:
+    """Take back what the first block has wrapped in torch: ``torch.Tensor.__new__`` and ``torch.Tensor._make_subclass``.
+
+    The next block wraps them again.
+
+    Raises:
+        RuntimeError: inside of a block.
+
+    Example:
+        >>> fastinit.uninstall()
+    """
+    global _make_subclass
+    with _lock:
+        if _users:
+            raise RuntimeError("fastinit.uninstall: a block is active; leave it first")
+        if _make_subclass is not None:
+            del torch.Tensor.__new__
+            torch.Tensor._make_subclass = _make_subclass  # type: ignore[attr-defined]
+            _make_subclass = None

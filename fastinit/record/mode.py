@@ -1,0 +1,247 @@
+"""The function mode of a block: it serves torch's factories, and makes real what autograd is about to record.
+
+Everything else is decided below, in fastinit.record.dispatch, by what a placeholder is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
+
+from ..execution import can_fill
+from ..native import NORMAL, TRUNCATED_NORMAL, UNIFORM
+from .block import Block, current
+from .dispatch import fill, wrap
+from .factories import FACTORIES, fill_now, is_fillable, over
+from .precision import WHOLE
+from .tensors import Placeholder, become_real, concrete, has_master, modes_off
+
+_GETTER = type(torch.Tensor.shape.__get__)  # type: ignore[attr-defined]
+
+# Functions of an initialisation, which records no graph whatever requires one.
+_INITIALISERS = frozenset(value for value in vars(init).values() if isinstance(value, FunctionType))
+
+# Methods that say what a tensor is, or that autograd itself answers for one without memory.
+_ABOUT_TENSORS = frozenset(
+    getattr(torch.Tensor, name)
+    for name in (
+        *"__hash__ __len__ detach dim element_size get_device is_complex is_contiguous is_floating_point".split(),
+        *"is_inference is_same_size is_signed ndimension nelement numel register_hook".split(),
+        *"register_post_accumulate_grad_hook requires_grad_ retain_grad size storage_offset stride to type_as".split(),
+    )
+) | {
+    *(torch.detach, torch.numel, torch.is_floating_point, torch.is_complex, torch.is_same_size, torch.is_signed),
+    torch._has_compatible_shallow_copy_type,
+}
+
+# Views, which leave what they show unread.
+_VIEWS = frozenset(
+    view
+    for name in (
+        *"__getitem__ as_strided chunk diagonal expand expand_as flatten movedim narrow permute reshape select".split(),
+        *"split squeeze swapaxes swapdims t tensor_split transpose unbind unflatten unsqueeze view view_as".split(),
+    )
+    for owner in (torch.Tensor, torch)
+    if (view := getattr(owner, name, None)) is not None
+) | {torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.H.__get__, torch.Tensor.mH.__get__}  # type: ignore[attr-defined]
+
+# Functions that say of which dtype their result is, though they are given none.
+_NAME_A_DTYPE = {torch.Tensor.float, torch.Tensor.type, torch.Tensor.dequantize, torch.dequantize, torch.Tensor.__getitem__}
+
+# Where a tensor becomes part of another one, below the dispatcher.
+_TAKES_OVER = {
+    torch.Tensor.data.__set__,  # type: ignore[attr-defined]
+    torch.Tensor.grad.__set__,  # type: ignore[attr-defined]
+}
+
+# Fills of tensors that exist already.
+_FILLS: dict[Any, Callable[..., Any]] = {}
+
+
+class Mode(TorchFunctionMode):
+    """The mode of one block, in the thread or coroutine that has entered it."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+        self._outer_device_context: DeviceContext | None = None
+
+    def __enter__(self) -> Mode:
+        self._outer_device_context = _device_context()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        # Coroutines that interleave leave in any order: only this mode goes.
+        others = []
+        while (mode := torch._C._pop_torch_function_stack()) is not self:
+            others.append(mode)
+        for mode in reversed(others):
+            torch._C._push_on_torch_function_stack(mode)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        block = self.block
+        if current.get() is not block:  # another coroutine's
+            return func(*args, **kwargs)
+        factory = FACTORIES.get(func)
+        if factory is not None:
+            with modes_off():
+                result = factory(self, func, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            return func(*args, **kwargs)
+        if type(func) is _GETTER:
+            if func in _TAKES_OVER:
+                become_real(args[1])
+            return func(*args, **kwargs)
+        block.generator.resume()
+        if _initialises(func, kwargs):
+            return self._initialise(func, args, kwargs)
+        filled = _FILLS.get(func)
+        if filled is not None and type(args[0]) is not Placeholder:
+            with modes_off():
+                result = filled(block, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if torch._C._len_torch_dispatch_stack():
+            # Modes below autograd, which trace or fake, know placeholders no more than autograd's graphs do.
+            for each in _tensors(args, kwargs):
+                become_real(each)
+        elif torch.is_grad_enabled() and func not in _ABOUT_TENSORS and func not in _VIEWS:
+            tensors = list(_tensors(args, kwargs))
+            if any(each.requires_grad and not has_master(each) for each in tensors):
+                for each in tensors:
+                    become_real(each)
+        result = func(*args, **kwargs)
+        if block.default_dtype is not torch.float32 and func not in _NAME_A_DTYPE:
+            if type(result) in (torch.Tensor, Placeholder) and result.dtype is torch.float32:
+                return self._of_integers(result, args, kwargs)
+        return result
+
+    def _initialise(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A function of torch.nn.init, for a tensor that has memory by way of a placeholder over that."""
+        tensor = args[0] if args else kwargs.get("tensor")
+        if type(tensor) is Placeholder or not is_fillable(self.block, tensor):
+            return func(*args, **kwargs)
+        with modes_off():
+            alias = over(self.block, tensor)
+            alias.__dict__.update(tensor.__dict__)
+        result = func(alias, *args[1:], **kwargs) if args else func(**{**kwargs, "tensor": alias})
+        torch.autograd.graph.increment_version(tensor)
+        return tensor if result is alias else result
+
+    def _of_integers(self, result: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+        """Of integers torch makes its default dtype, which is fp32 in the process and another one in the block."""
+        operands = list(_tensors(args, kwargs))
+        names = any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values()))
+        if not operands or names or any(each.dtype not in WHOLE for each in operands):
+            return result
+        if result.requires_grad or result.layout != torch.strided or torch._C._len_torch_dispatch_stack():
+            return result
+        with modes_off():
+            if type(result) is torch.Tensor and result.is_cpu:
+                return wrap(self.block, result, self.block.default_dtype, result.device)
+            return result.to(self.block.default_dtype)
+
+    def factory_device(self) -> torch.device:
+        """Where a factory without a device argument puts its result: an inner ``torch.device`` context wins."""
+        context = _device_context()
+        if context is not None and context is not self._outer_device_context:
+            return concrete(context.device)
+        return self.block.device
+
+
+def _device_context() -> DeviceContext | None:
+    # torch keeps the only device context at the bottom of its mode stack.
+    if torch._C._len_torch_function_stack():
+        mode = torch._C._get_function_stack_at(0)
+        if isinstance(mode, DeviceContext):
+            return mode
+    return None
+
+
+def _initialises(func: Any, kwargs: dict[str, Any]) -> bool:
+    # torch.nn.init hands a mode whatever has its public name, which a library may have replaced for a while; it is called
+    # with `tensor` by name.
+    return func in _INITIALISERS or (type(func) is FunctionType and "tensor" in kwargs)
+
+
+def _tensors(*values: Any) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(*value)
+        elif isinstance(value, dict):
+            yield from _tensors(*value.values())
+
+
+# --- fills of tensors that exist already ---------------------------------------------------------------------------
+
+
+def _fills(func: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        _FILLS[func] = handler
+        return handler
+
+    return register
+
+
+@_fills(torch.Tensor.uniform_)
+def _uniform(block: Block, tensor: Any, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
+    low, high = _pair(args, kwargs, ("from", "to"), (0.0, 1.0))
+    return NotImplemented if generator is not None else fill_now(block, tensor, UNIFORM, (low, high))
+
+
+@_fills(torch.Tensor.normal_)
+def _normal(block: Block, tensor: Any, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
+    mean, std = _pair(args, kwargs, ("mean", "std"), (0.0, 1.0))
+    return NotImplemented if generator is not None else fill_now(block, tensor, NORMAL, (mean, std))
+
+
+def _pair(args: Any, kwargs: Any, names: tuple[str, str], defaults: tuple[float, float]) -> Any:
+    rest = list(zip(names, defaults, strict=True))[len(args) :]
+    return [*args, *(kwargs.get(name, default) for name, default in rest)]
+
+
+def truncated_normal(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The body of ``torch.nn.init.trunc_normal_``, which no mode sees as a whole; where it is not ours to draw, torch's."""
+
+    @functools.wraps(function)
+    def _no_grad_trunc_normal_(
+        tensor: torch.Tensor, mean: float, std: float, a: float, b: float, generator: Any = None
+    ) -> torch.Tensor:
+        block = current.get()
+        if block is not None and generator is None and isinstance(tensor, torch.Tensor):
+            with modes_off(), torch.no_grad():
+                result = _truncated(block, tensor, mean, std, a, b)
+            if result is not NotImplemented:
+                return tensor
+        return function(tensor, mean, std, a, b, generator=generator)  # type: ignore[no-any-return]
+
+    return _no_grad_trunc_normal_
+
+
+def _truncated(block: Block, tensor: torch.Tensor, mean: Any, std: Any, a: Any, b: Any) -> Any:
+    try:
+        parameters = (float(mean), float(std), float(a), float(b))
+    except (TypeError, ValueError):
+        return NotImplemented
+    mean, std, a, b = parameters
+    if not (0 < std < float("inf") and a < b and abs(mean) < float("inf")):
+        return NotImplemented
+    if type(tensor) is Placeholder:
+        if not can_fill(tensor.dtype, tensor.device):
+            return NotImplemented
+        return fill(tensor, TRUNCATED_NORMAL, parameters)
+    return fill_now(block, tensor, TRUNCATED_NORMAL, parameters)

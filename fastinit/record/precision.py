@@ -1,0 +1,84 @@
+"""Which dtype the result of an operator has, by torch's own answer, where its values were computed in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from .tensors import HALVES, Placeholder, view_of
+
+# What torch has answered, by the operator and what the dtype of its results can depend on.
+_answers: dict[Any, list[torch.dtype]] = {}
+
+
+def result_dtypes(func: Any, args: Any, kwargs: Any, results: Any, default: torch.dtype) -> list[torch.dtype]:
+    """The dtype of each tensor among an operator's results, as torch gives it for these operands.
+
+    Args:
+        func, args, kwargs: the call, with placeholders of their final dtypes.
+        results: what torch has computed on their values.
+        default: the default dtype of the code that calls.
+    """
+    operands = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
+    computed = [each.dtype for each in tree_flatten(results)[0] if isinstance(each, torch.Tensor)]
+    if not any(each.dtype in HALVES for each in operands) and kwargs.get("dtype") not in HALVES:
+        whole = kwargs.get("dtype") is None and all(each.dtype in WHOLE for each in operands)
+        # Of integers torch makes its default dtype, which is fp32 in the process and may be another one in the block.
+        return [default if whole and dtype == torch.float32 else dtype for dtype in computed]
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        half = _promoted(operands)
+        return [half if dtype == torch.float32 else dtype for dtype in computed]
+    key = (func, tuple(map(_kind, args)), tuple((name, _kind(value)) for name, value in kwargs.items()))
+    answer = _answers.get(key)
+    if answer is None:
+        answer = _answers[key] = _asked(func, args, kwargs) or [
+            _promoted(operands) if dtype == torch.float32 else dtype for dtype in computed
+        ]
+    return answer if len(answer) == len(computed) else [_promoted(operands) if d == torch.float32 else d for d in computed]
+
+
+WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.dim() > 0
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_kind, value))
+    return value if isinstance(value, torch.dtype) else type(value)
+
+
+def _asked(func: Any, args: Any, kwargs: Any) -> list[torch.dtype] | None:
+    """What torch says of a call on meta tensors, or of the call on rounded values where it has no answer for those."""
+    for convert, device in ((_on_meta, "meta"), (_rounded, "cpu")):
+        options = dict(kwargs, device=device) if kwargs.get("device") is not None else kwargs
+        try:
+            answer = func(*tree_map_only(torch.Tensor, convert, args), **tree_map_only(torch.Tensor, convert, options))
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):
+            continue
+        return [each.dtype for each in tree_flatten(answer)[0] if isinstance(each, torch.Tensor)]
+    return None
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) is Placeholder:
+        return view_of(torch.empty(tensor._record.shape, dtype=tensor.dtype, device="meta"), tensor._region)
+    return tensor.to("meta")
+
+
+def _rounded(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) is Placeholder:
+        return view_of(tensor._record.compute(), tensor._region).to(tensor.dtype)
+    return tensor
+
+
+def _promoted(operands: list[torch.Tensor]) -> torch.dtype:
+    """The dtype that torch's promotion gives the result of an operation on these tensors."""
+    floats = [each for each in operands if each.is_floating_point() or each.is_complex()]
+    dimensioned = [each.dtype for each in floats if each.dim()] or [each.dtype for each in floats]
+    dtype = dimensioned[0]
+    for other in dimensioned[1:]:
+        dtype = torch.promote_types(dtype, other)
+    return dtype

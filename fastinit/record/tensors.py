@@ -1,0 +1,454 @@
+"""Records and placeholders: what a tensor is to contain, and the tensors without storage that stand for it.
+
+A *record* holds the content of one tensor's storage in exactly one of three states:
+
+- pending: a recipe (fastinit.recipe) says which fills have been asked for and not been executed;
+- computed: *master values* exist on the host, in fp32 where the tensor is in half precision;
+- resident: the memory in the final dtype and place has the values.
+
+A *placeholder* is a tensor of the final shape, strides, dtype and device that has no storage and points at a record and
+at a *region* of it. Whatever torch does with a placeholder reaches `Placeholder.__torch_dispatch__`, from any thread,
+mode or C++ code, so that nobody can read memory which nobody wrote.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..execution import allocate, can_fill
+from ..layout import contiguous_strides, numel
+from ..recipe import Region, Write
+
+if TYPE_CHECKING:
+    from .block import Block
+
+HALVES = (torch.float16, torch.bfloat16)
+
+modes_off = torch._C.DisableTorchFunction
+
+# One lock for all records: an operation may take placeholders of several blocks, and threads may share a model.
+lock = threading.RLock()
+
+# Master values of one tensor beyond this are not made: the tensor gets its memory, and torch computes with that.
+LARGEST_MASTER = 32 << 20
+
+# A tensor that is written in more pieces than this is computed.
+_MAX_WRITES = 8
+
+
+class Record:
+    """What one tensor's storage is to contain.
+
+    Attributes:
+        block: the block that made it.
+        shape: sizes of the row-major tensor that the recipe fills; regions count elements of the same storage.
+        dtype, device: those that the tensor finally has.
+        recipe: tuple of writes while it is pending, else None.
+        values: contiguous tensor of `shape` on the host while it is computed, else None.
+        memory: contiguous tensor of `shape` in the final dtype and place while it is resident, else None.
+        recorded: whether its content began as a recipe.
+        unwritten: whether nothing has written it, though it may have been read.
+        owner: class of the module that has it, and the name there; or None.
+        tensors: weak references to the tensors that stand or stood for it.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "block",
+        "deferred",
+        "device",
+        "dtype",
+        "memory",
+        "owner",
+        "recipe",
+        "recorded",
+        "shape",
+        "tensors",
+        "values",
+    )
+
+    def __init__(
+        self,
+        block: Block,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        recipe: tuple[Write, ...] | None = None,
+        values: torch.Tensor | None = None,
+        memory: torch.Tensor | None = None,
+    ) -> None:
+        self.block = block
+        self.shape = shape
+        self.dtype = dtype
+        self.device = device
+        self.recipe = recipe
+        self.values = values
+        self.memory = memory
+        self.recorded = recipe is not None
+        self.deferred = False
+        self.owner: tuple[type[torch.nn.Module], str] | None = None
+        self.tensors: list[weakref.ref[torch.Tensor]] = []
+        block.records.append(weakref.ref(self))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its memory, whether it has any yet or not."""
+        return numel(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_native(self) -> bool:
+        """Whether native fills reach its memory."""
+        return can_fill(self.dtype, self.device)
+
+    @property
+    def needs_master(self) -> bool:
+        """Whether torch computes with other memory than the final one: in half precision, or for a GPU."""
+        return self.dtype in HALVES or self.device.type != "cpu"
+
+    def placeholders(self) -> list[Placeholder]:
+        """The tensors that still stand for it."""
+        alive = {id(tensor): tensor for ref in self.tensors if (tensor := ref()) is not None}
+        return [each for each in alive.values() if type(each) is Placeholder and each._record is self]
+
+    def overwrite(self, recipe: tuple[Write, ...]) -> None:
+        """Replace all of its content by a recipe; what is resident stays so, and is written at once."""
+        if self.memory is not None:
+            self.block.execute(self.memory, recipe)
+            return
+        if self.recipe:
+            self.block.dropped += len(self.recipe)
+        self.values = None
+        self.recipe = recipe
+        self.recorded = True
+
+    def append(self, write: Write) -> None:
+        """Let a fill of a region follow."""
+        if self.recipe is not None and (self.block.shard or len(self.recipe) < _MAX_WRITES):
+            self.recipe += (write,)
+        else:
+            self.block.execute(self.compute(), (write,), zeros=False)
+
+    def compute(self) -> torch.Tensor:
+        """The tensor that torch computes with: master values where they are wanted and not too large, else memory."""
+        if self.memory is not None:
+            return self.memory
+        if self.values is None:
+            master = torch.float32 if self.dtype in HALVES else self.dtype
+            if not self.needs_master or numel(self.shape) * master.itemsize > LARGEST_MASTER:
+                return self.materialize()
+            values = allocate(self.shape, master, _HOST)
+            self.block.execute(values, self.recipe or ())
+            self.values, self.recipe = values, None
+        self.block.touch(self)
+        return self.values
+
+    def materialize(self) -> torch.Tensor:
+        """The memory with its final values; allocated and written, unless it is resident."""
+        if self.memory is None:
+            memory = allocate(self.shape, self.dtype, self.device, name_of=lambda: self.block.name_of(self))
+            if self.values is not None:
+                memory.copy_(self.values)
+            else:
+                self.block.execute(memory, self.recipe or ())
+            self.become_resident(memory)
+        assert self.memory is not None
+        return self.memory
+
+    def become_resident(self, memory: torch.Tensor) -> None:
+        """Take memory that has the final values."""
+        self.memory, self.recipe, self.values = memory, None, None
+
+    def forked(self) -> Record:
+        """Another record of the same content."""
+        copies = [None if each is None else each.clone() for each in (self.values, self.memory)]
+        record = Record(self.block, self.shape, self.dtype, self.device, self.recipe, *copies)
+        record.recorded = self.recorded
+        return record
+
+
+_HOST = torch.device("cpu")
+
+
+def concrete(device: str | int | torch.device) -> torch.device:
+    """A device with its index: ``cuda`` means the current one."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+class Placeholder(torch.Tensor):
+    """A tensor without storage that stands for a region of a record; see the module's docstring.
+
+    Defined here is what reaches a tensor below torch's dispatcher. An object changes its class when it becomes real, so
+    that this class must not add fields to Tensor's.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    _record: Record
+    _region: Region | None
+
+    # What an operator does to placeholders: fastinit.record.dispatch, which is above this module, puts it here.
+    dispatch: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """What ``type(tensor)(...)`` means: a parameter if a tensor is given, else what torch.Tensor makes."""
+        if args and isinstance(args[0], torch.Tensor):
+            return torch.nn.Parameter(args[0], kwargs.get("requires_grad", True))
+        return torch.Tensor(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with lock:
+            return Placeholder.dispatch(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) in memo:
+            known: torch.Tensor = memo[id(self)]
+            return known
+        with modes_off(), lock:
+            if not self.is_leaf:
+                become_real(self)
+                return copy.deepcopy(self, memo)  # torch's refusal
+            # Tensors that share a storage share it in the copy, too.
+            record = memo.get(id(self._record))
+            if record is None:
+                record = memo[id(self._record)] = self._record.forked()
+            result = stand_for(record, self._region).requires_grad_(self.requires_grad)
+            memo[id(self)] = result
+            if self.grad is not None:
+                result.grad = copy.deepcopy(self.grad, memo)
+            for name, value in self.__dict__.items():
+                if name not in ("_record", "_region"):
+                    setattr(result, name, copy.deepcopy(value, memo))
+        return result
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        with modes_off():
+            return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        with modes_off(), lock:
+            set_data(self, value)
+
+    @property
+    def grad(self) -> torch.Tensor | None:  # type: ignore[override]
+        with modes_off():
+            gradient: torch.Tensor | None = _torch_grad.__get__(self)
+            return gradient
+
+    @grad.setter
+    def grad(self, value: torch.Tensor | None) -> None:
+        with modes_off():
+            if isinstance(value, Placeholder):
+                become_real(value)  # the engine adds to the gradient that it finds
+            _torch_grad.__set__(self, value)
+
+    def tolist(self) -> Any:
+        with lock, modes_off(), torch.no_grad():
+            return view_of(self._record.compute(), self._region).tolist()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        with lock, modes_off(), torch.no_grad():
+            values = view_of(self._record.compute(), self._region).to(self.device, self.dtype)
+            return repr(values.requires_grad_(self.requires_grad))
+
+    @property
+    def __cuda_array_interface__(self) -> Any:
+        become_real(self)
+        return self.__cuda_array_interface__
+
+    def set_(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        source = args[0] if args else kwargs.get("source")
+        with modes_off(), lock:
+            if isinstance(source, torch.Tensor) and source.dtype == self.dtype and len(args) + len(kwargs) == 1:
+                if source is not self:
+                    set_data(self, source)
+                return self
+            become_real(self)
+            result: torch.Tensor = torch._C.TensorBase.set_(self, *args, **kwargs)
+            return result
+
+
+_torch_grad: Any = torch.Tensor.grad
+_torch_data: Any = torch.Tensor.data
+
+
+def _real_first(name: str) -> Callable[..., Any]:
+    def method(self: Placeholder, *args: Any, **kwargs: Any) -> Any:
+        become_real(self)
+        return getattr(self, name)(*args, **kwargs)
+
+    return method
+
+
+# Methods that no dispatcher sees, or only after an address was taken: they find a tensor with memory and values.
+for _name in (
+    *"__array__ __dlpack__ __dlpack_device__ __reduce_ex__ as_subclass backward data_ptr".split(),
+    *"detach_ is_pinned is_set_to is_shared numpy pin_memory record_stream resize_ resize_as_ share_memory_".split(),
+    *"storage storage_type untyped_storage _typed_storage".split(),
+):
+    setattr(Placeholder, _name, _real_first(_name))
+
+
+def stand_for(record: Record, region: Region | None = None) -> Placeholder:
+    """A new placeholder for a record, or for a region of it."""
+    if torch.is_inference_mode_enabled():
+        # An inference tensor is of no use outside of that mode; a model's should be, whenever it was made.
+        with torch.inference_mode(False):
+            return stand_for(record, region)
+    if region is None:
+        tensor: Placeholder = _make(Placeholder, record.shape, dtype=record.dtype, device=record.device)
+    else:
+        offset, sizes, strides = region
+        tensor = _make(
+            Placeholder, sizes, strides=strides, storage_offset=offset, dtype=record.dtype, device=record.device
+        )
+    tensor._record, tensor._region = record, region
+    record.tensors.append(weakref.ref(tensor))
+    return tensor
+
+
+_make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+
+
+def view_of(memory: torch.Tensor, region: Region | None) -> torch.Tensor:
+    """The part of a record's values or memory that a region covers."""
+    return memory if region is None else memory.as_strided(region.sizes, region.strides, region.offset)
+
+
+def has_master(tensor: torch.Tensor) -> bool:
+    """Whether torch computes with other values of a tensor than those in its final memory."""
+    return type(tensor) is Placeholder and tensor._record.needs_master and tensor._record.memory is None
+
+
+def is_whole(record: Record, region: Region | None) -> bool:
+    """Whether a region covers all elements of its record, each once, in whatever order."""
+    if region is None:
+        return True
+    return numel(region.sizes) == numel(record.shape) and is_dense(region)
+
+
+def is_dense(region: Region) -> bool:
+    """Whether a region covers each element of some range once, in whatever order."""
+    dims = sorted((dim for dim in zip(region.strides, region.sizes, strict=True) if dim[1] != 1), reverse=True)
+    return tuple(dim[0] for dim in dims) == contiguous_strides([dim[1] for dim in dims])
+
+
+def is_in_order(record: Record, region: Region | None) -> bool:
+    """Whether a region covers all elements of its record in their order, in whatever shape."""
+    if region is None:
+        return True
+    same = numel(region.sizes) == numel(record.shape)
+    return same and all(
+        stride == expected or size == 1
+        for size, stride, expected in zip(
+            region.sizes, region.strides, contiguous_strides(region.sizes), strict=True
+        )
+    )
+
+
+# --- becoming real --------------------------------------------------------------------------------------------------
+
+
+def become_real(tensor: torch.Tensor) -> None:
+    """Make a placeholder an ordinary tensor with memory and values; it stays the same object."""
+    if type(tensor) is not Placeholder:
+        return
+    with lock, modes_off(), torch.no_grad(), _disable_current_modes():
+        if type(tensor) is Placeholder:  # no other thread has done it meanwhile
+            swap_in(tensor, view_of(tensor._record.materialize(), tensor._region))
+
+
+def swap_in(tensor: Placeholder, memory: torch.Tensor) -> None:
+    """Let a placeholder have memory of its shape: torch's hooks, gradient and graph stay with it."""
+    record, region = tensor._record, tensor._region
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            swap_in(tensor, memory)
+        return
+    requires_grad = tensor.requires_grad
+    real = memory.detach()
+    hooks = post = grad = None
+    if requires_grad:
+        if is_leaf(tensor):
+            real.requires_grad_()
+            hooks, post, grad = tensor._backward_hooks, tensor._post_accumulate_grad_hooks, tensor.grad
+            if grad is not None:
+                become_real(grad)
+        else:
+            with torch.enable_grad():
+                real = _WithMemory.apply(tensor, real)
+    attributes = tensor.__dict__
+    del attributes["_record"], attributes["_region"]
+    is_parameter = attributes.pop("_is_param", False)
+    torch._C._swap_tensor_impl(tensor, real)
+    tensor.__class__ = torch.nn.Parameter if is_parameter else torch.Tensor  # type: ignore[assignment]
+    if hooks is not None:
+        tensor._backward_hooks = hooks
+    if post is not None:
+        tensor._post_accumulate_grad_hooks = post
+    if grad is not None:
+        tensor.grad = grad
+    if real._use_count() > 1:
+        _leave_behind(real, record, region, tensor if requires_grad and tensor.is_leaf else None)
+
+
+def is_leaf(tensor: torch.Tensor) -> bool:
+    """Whether no graph leads to a tensor; also for a view that torch forbids to ask, after its base was modified."""
+    try:
+        return tensor.is_leaf
+    except RuntimeError:
+        return True
+
+
+class _WithMemory(torch.autograd.Function):
+    """The graph of a placeholder that some operation computed, for the tensor that takes its place."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        return memory.view_as(memory)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], None
+
+
+def _leave_behind(old: Any, record: Record, region: Region | None, leaf: torch.Tensor | None) -> None:
+    """What a C++ object still holds of a placeholder that has become real: it stays one, over the same memory."""
+    old.__class__ = Placeholder
+    old._record, old._region = record, region
+    if leaf is None:
+        return
+    old.requires_grad_()
+
+    def pass_on(accumulated: torch.Tensor) -> None:
+        gradient, accumulated.grad = accumulated.grad, None
+        if gradient is not None:
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+
+    old.register_post_accumulate_grad_hook(pass_on)
+
+
+def set_data(tensor: Placeholder, value: torch.Tensor) -> None:
+    """``tensor.data = value``: the tensor is about the other one's content from here on."""
+    if type(value) is not Placeholder:
+        if not torch._has_compatible_shallow_copy_type(tensor, value) or value.device != tensor.device:
+            become_real(tensor)
+            _torch_data.__set__(tensor, value)  # torch's refusal
+            return
+        swap_in(tensor, value.detach())
+        return
+    _torch_data.__set__(tensor, value)  # sizes and strides, or torch's refusal
+    tensor._record, tensor._region = value._record, value._region
+    value._record.tensors.append(weakref.ref(tensor))

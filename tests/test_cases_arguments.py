@@ -1,0 +1,335 @@
+"""Arguments by torch's documented names, views of another dtype, and the dtype that a result has."""
+
+import numpy as np
+import pytest
+import torch
+from cases import SOURCES, check, in_torch, inside, operands, over_dtypes, over_sources, quiet
+from models import DTYPES, plain, same_bits, structure
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+KEYWORDS = {
+    "zeros_like": lambda t: torch.zeros_like(input=t(2)),
+    "ones_like": lambda t: torch.ones_like(input=t(2), dtype=torch.float32),
+    "full_like": lambda t: torch.full_like(input=t(2), fill_value=0.1),
+    "empty_like": lambda t: torch.empty_like(input=t(2)).fill_(value=0.1),
+    "new_full": lambda t: t(2).new_full(size=(3,), fill_value=0.1),
+    "new_zeros": lambda t: t(2).new_zeros(size=(3,)),
+    "zeros": lambda t: torch.zeros(size=(2, 3)),
+    "full": lambda t: torch.full(size=(2,), fill_value=0.1),
+    "ones": lambda t: torch.ones(size=(2,), out=None, requires_grad=False),
+    "eye": lambda t: torch.eye(n=2, m=3),
+    "arange": lambda t: torch.arange(start=0, end=2, step=0.5),
+    "arange of an end": lambda t: torch.arange(end=3),
+    "linspace": lambda t: torch.linspace(start=0, end=1, steps=4),
+    "tensor": lambda t: torch.tensor(data=[0.1, 0.2]),
+    "as_tensor": lambda t: torch.as_tensor(data=[0.1, 0.2]),
+    "asarray": lambda t: torch.asarray(obj=[0.1]),
+    "scalar_tensor": lambda t: torch.scalar_tensor(s=0.1),
+    "from_numpy": lambda t: torch.as_tensor(data=np.ones(2, dtype=np.float32)),
+    "flatten": lambda t: torch.flatten(input=t(2, 2), start_dim=0),
+    "unflatten": lambda t: torch.unflatten(input=t(4), dim=0, sizes=(2, 2)),
+    "reshape": lambda t: torch.reshape(input=t(4), shape=(2, 2)),
+    "view": lambda t: t(4).view(size=(2, 2)),
+    "unsqueeze": lambda t: torch.unsqueeze(input=t(2), dim=0),
+    "unsqueeze of integers": lambda t: torch.unsqueeze(input=torch.arange(2), dim=0),
+    "squeeze": lambda t: torch.squeeze(input=t(1, 2), dim=0),
+    "transpose": lambda t: torch.transpose(input=t(2, 3), dim0=0, dim1=1),
+    "permute": lambda t: torch.permute(input=t(2, 3), dims=(1, 0)),
+    "narrow": lambda t: torch.narrow(input=t(4), dim=0, start=1, length=2),
+    "select": lambda t: torch.select(input=t(2, 3), dim=1, index=0),
+    "chunk": lambda t: torch.chunk(input=t(4), chunks=2, dim=0),
+    "split": lambda t: torch.split(tensor=t(4), split_size_or_sections=3),
+    "unbind": lambda t: torch.unbind(input=t(2, 2), dim=1),
+    "expand": lambda t: t(1).expand(size=(3,)),
+    "repeat": lambda t: t(2).repeat(repeats=(2,)),
+    "tile": lambda t: torch.tile(input=t(2), dims=(2,)),
+    "movedim": lambda t: torch.movedim(input=t(2, 3), source=0, destination=1),
+    "clone": lambda t: torch.clone(input=t(2), memory_format=torch.preserve_format),
+    "detach": lambda t: torch.detach(input=t(2)),
+    "clamp": lambda t: torch.clamp(input=t(2), min=0.4),
+    "clamp_": lambda t: torch.clamp_(input=t(2), max=0.4),
+    "mul": lambda t: torch.mul(input=t(2), other=2),
+    "add": lambda t: torch.add(input=t(2), other=1, alpha=0.5),
+    "sub": lambda t: torch.sub(input=t(2), other=t(2), alpha=2),
+    "div": lambda t: torch.div(input=t(2), other=3, rounding_mode=None),
+    "pow": lambda t: torch.pow(input=t(2), exponent=2),
+    "pow of a number": lambda t: torch.pow(self=2, exponent=t(2)),
+    "method add_": lambda t: t(2).add_(other=1, alpha=2),
+    "method mul_": lambda t: t(2).mul_(other=3),
+    "method copy_": lambda t: t(2).copy_(other=t(2), non_blocking=False),
+    "method masked_fill_": lambda t: t(2).masked_fill_(mask=torch.tensor([True, False]), value=0.1),
+    "method clamp_": lambda t: t(2).clamp_(min=0.4, max=0.5),
+    "method to": lambda t: t(2).to(dtype=torch.float32, copy=True),
+    "method type": lambda t: t(2).type(dtype=torch.float64),
+    "method requires_grad_": lambda t: t(2).requires_grad_(requires_grad=True),
+    "constant_": lambda t: nn.init.constant_(tensor=t(2), val=0.1),
+    "zeros_": lambda t: nn.init.zeros_(tensor=t(2)),
+    "eye_": lambda t: nn.init.eye_(tensor=t(2, 2)),
+    "bernoulli": lambda t: torch.bernoulli(input=t(2).ceil()),
+    "normal": lambda t: torch.normal(mean=t(2), std=torch.zeros(2)),
+    "where": lambda t: torch.where(condition=t(2) > 0, input=t(2), other=0.1),
+    "cat": lambda t: torch.cat(tensors=[t(2), t(3)], dim=0),
+    "stack": lambda t: torch.stack(tensors=(t(2), t(2)), dim=1),
+    "sum": lambda t: torch.sum(input=t(2, 2), dim=0, keepdim=True),
+    "mean": lambda t: torch.mean(input=t(2, 2), dim=(0,)),
+    "norm": lambda t: torch.norm(input=t(3), p=2),
+    "cumsum": lambda t: torch.cumsum(input=t(3), dim=0),
+    "sort": lambda t: torch.sort(input=t(3), dim=0, descending=True),
+    "outer": lambda t: torch.outer(input=t(2), vec2=t(3)),
+    "matmul": lambda t: torch.matmul(input=t(2, 2), other=t(2, 2)),
+    "mm": lambda t: torch.mm(input=t(2, 2), mat2=t(2, 2)),
+    "addmm": lambda t: torch.addmm(input=t(2), mat1=t(2, 3), mat2=t(3, 2), beta=0.5),
+    "triu": lambda t: torch.triu(input=t(2, 2), diagonal=1),
+    "diag": lambda t: torch.diag(input=t(2), diagonal=0),
+    "qr": lambda t: torch.linalg.qr(A=t(2, 2).float(), mode="reduced"),
+    "inv": lambda t: torch.linalg.inv(A=(torch.eye(2) + t()).float()),
+    "vector_norm": lambda t: torch.linalg.vector_norm(x=t(3), ord=2),
+    "linear": lambda t: F.linear(input=t(2, 3), weight=t(4, 3), bias=None),
+    "normalize": lambda t: F.normalize(input=t(3), p=2.0, dim=0),
+    "pad": lambda t: F.pad(input=t(2), pad=(1, 1), mode="constant", value=0.1),
+    "Parameter": lambda t: nn.Parameter(data=t(2), requires_grad=False),
+    "Buffer": lambda t: nn.Buffer(data=t(2), persistent=False),
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+@over_dtypes
+def test_arguments_may_be_given_by_the_names_that_torch_documents(name, dtype):
+    check(KEYWORDS[name], dtype, "computed")
+
+
+RANDOM_KEYWORDS = {
+    "rand": lambda w: torch.rand(size=(5,)),
+    "randn": lambda w: torch.randn(size=(5,), generator=None),
+    "rand_like": lambda w: torch.rand_like(input=w),
+    "randn_like": lambda w: torch.randn_like(input=w),
+    "normal_": lambda w: w.normal_(mean=0.0, std=2.0),
+    "uniform_": lambda w: w.uniform_(to=2.0),
+    "init.normal_": lambda w: nn.init.normal_(tensor=w, mean=0.0, std=2.0, generator=None),
+    "init.uniform_": lambda w: nn.init.uniform_(tensor=w, a=0.0, b=2.0),
+    "dropout": lambda w: F.dropout(input=torch.ones(5), p=0.5, training=True),
+    "randint": lambda w: torch.randint(low=0, high=9, size=(5,)),
+    "randperm": lambda w: torch.randperm(n=5),
+    "multinomial": lambda w: torch.multinomial(input=torch.ones(5), num_samples=2),
+    "bernoulli_": lambda w: w.bernoulli_(p=0.5),
+    "exponential_": lambda w: w.exponential_(lambd=2.0),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM_KEYWORDS)
+@over_dtypes
+def test_random_functions_take_names_too_and_give_what_they_give_without(name, dtype):
+    with_names = inside(lambda: RANDOM_KEYWORDS[name](torch.empty(5)), dtype)
+    positional = {
+        "rand": lambda w: torch.rand(5),
+        "randn": lambda w: torch.randn(5),
+        "rand_like": lambda w: torch.rand_like(w),
+        "randn_like": lambda w: torch.randn_like(w),
+        "normal_": lambda w: w.normal_(0.0, 2.0),
+        "uniform_": lambda w: w.uniform_(0.0, 2.0),
+        "init.normal_": lambda w: nn.init.normal_(w, 0.0, 2.0),
+        "init.uniform_": lambda w: nn.init.uniform_(w, 0.0, 2.0),
+        "dropout": lambda w: F.dropout(torch.ones(5), 0.5, True),
+        "randint": lambda w: torch.randint(0, 9, (5,)),
+        "randperm": lambda w: torch.randperm(5),
+        "multinomial": lambda w: torch.multinomial(torch.ones(5), 2),
+        "bernoulli_": lambda w: w.bernoulli_(0.5),
+        "exponential_": lambda w: w.exponential_(2.0),
+    }[name]
+    assert same_bits(with_names, inside(lambda: positional(torch.empty(5)), dtype))
+
+
+# Views of another dtype -----------------------------------------------------------------------------------------------
+
+
+VIEWS = {
+    "int32": lambda x: x.view(torch.int32),
+    "int16": lambda x: x.view(torch.int16),
+    "uint8": lambda x: x.view(torch.uint8),
+    "uint8 of rows": lambda x: x.view(2, 4).view(torch.uint8),
+    "int64": lambda x: x.view(torch.int64),
+    "float16": lambda x: x.view(torch.float16),
+    "float64": lambda x: x.view(torch.float64),
+    "back again": lambda x: x.view(torch.uint8).view(x.dtype) * 2,
+    "sign bits": lambda x: x.view(torch.uint8)[x.element_size() - 1 :: x.element_size()] >> 7,
+    "written through": lambda x: (x.view(torch.int16).bitwise_and_(-(2**15)), x)[1],
+    "written by zeros": lambda x: (x.view(torch.uint8)[: x.element_size()].zero_(), x)[1],
+    "written afterwards": lambda x: (x.view(torch.int16), x.mul_(2.0))[0],
+    "a row of it": lambda x: x.view(2, 4)[1].view(torch.int16),
+    "by name": lambda x: torch.Tensor.view(x, dtype=torch.int16),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@over_dtypes
+@over_sources
+def test_a_view_of_another_dtype_sees_the_stored_bits(name, dtype, source):
+    (exact,) = operands([(8,)], source)
+    right = VIEWS[name](exact.to(DTYPES[dtype]))
+    kept = inside(lambda: VIEWS[name](SOURCES[source](8)), dtype)
+    assert kept.dtype == right.dtype and kept.stride() == right.stride() and same_bits(kept, right)
+    read = inside(lambda: VIEWS[name](SOURCES[source](8)).tolist(), dtype)
+    assert read == right.tolist() or right.is_floating_point()
+
+
+@over_dtypes
+def test_a_view_of_a_parameters_bits_is_the_parameters_memory(dtype):
+    def construct():
+        module = nn.Linear(4, 4)
+        module.bits = module.weight.detach().view(torch.int16)
+        nn.init.uniform_(module.weight)
+        return module
+
+    module = inside(construct, dtype)
+    assert module.bits.data_ptr() == module.weight.data_ptr()
+    assert torch.equal(module.bits, module.weight.detach().view(torch.int16))
+
+
+# Dtypes ---------------------------------------------------------------------------------------------------------------
+
+
+RESULTS = {
+    "tensor of numpy fp32 scalars": lambda: torch.tensor([np.float32(1)]),
+    "tensor of numpy fp64 scalars": lambda: torch.tensor([np.float64(1)]),
+    "tensor of a numpy scalar": lambda: torch.tensor(np.float32(1)),
+    "tensor of a list of arrays": lambda: torch.tensor(np.array([np.ones(2, np.float32)])),
+    "tensor of tensors of fp64": lambda: torch.tensor([torch.ones((), dtype=torch.float64)]),
+    "tensor of integers and a float": lambda: torch.tensor([1, 2.5]),
+    "sparse_coo_tensor": lambda: torch.sparse_coo_tensor([[0], [0]], torch.ones(1), (1, 1)),
+    "sparse_coo_tensor of a list": lambda: torch.sparse_coo_tensor([[0], [0]], [1.0], (1, 1)),
+    "sparse_csr_tensor": lambda: torch.sparse_csr_tensor([0, 1], [0], torch.ones(1), (1, 1)),
+    "to_sparse": lambda: torch.eye(2).to_sparse(),
+    "to_sparse_csr": lambda: torch.eye(2).to_sparse_csr(),
+    "dequantize": lambda: torch.quantize_per_tensor(torch.ones(1).float(), 1.0, 0, torch.qint8).dequantize(),
+    "full of a tensor": lambda: torch.full((1,), torch.ones(())),
+    "full of an integer": lambda: torch.full((1,), 1),
+    "bincount": lambda: torch.bincount(torch.tensor([0]), weights=torch.ones(1)),
+    "numpy of fp16": lambda: torch.ones(1, dtype=torch.float16).numpy(),
+    "numpy of fp32": lambda: torch.ones(1, dtype=torch.float32).numpy(),
+    "view_as_complex of fp16": lambda: torch.view_as_complex(torch.ones(1, 2, dtype=torch.float16)),
+    "complex of fp32": lambda: torch.complex(torch.ones(1, dtype=torch.float32), torch.ones(1, dtype=torch.float32)),
+    "polar of fp64": lambda: torch.polar(torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)),
+    "integer division": lambda: torch.arange(3) / 2,
+    "mean of integers as a float": lambda: torch.arange(3).float().mean(),
+    "integers times a float": lambda: torch.arange(3) * 0.5,
+    "sqrt of integers": lambda: torch.arange(3).sqrt(),
+    "bool times a float": lambda: torch.tensor([True]) * 0.5,
+    "sum of fp16 and a scalar": lambda: torch.ones(2, dtype=torch.float16) + torch.ones(()),
+    "product with an fp32 scalar": lambda: torch.ones(2) * torch.ones((), dtype=torch.float32),
+    "product with fp32": lambda: torch.ones(2) * torch.ones(2, dtype=torch.float32),
+    "product with fp64": lambda: torch.ones(2) * torch.ones(1, dtype=torch.float64),
+    "sum in fp32": lambda: torch.ones(2).sum(dtype=torch.float32),
+    "softmax in fp32": lambda: F.softmax(torch.ones(2), 0, dtype=torch.float32),
+    "type_as": lambda: torch.ones(2, dtype=torch.float64).type_as(torch.ones(1)),
+    "result_type": lambda: torch.result_type(torch.ones(2), torch.arange(2)),
+    "promote": lambda: torch.ones(2, dtype=torch.float16) * torch.ones(2, dtype=torch.bfloat16),
+    "where of numbers": lambda: torch.where(torch.tensor([True]), 1.0, 2.0),
+    "window": lambda: (torch.hann_window(4), torch.kaiser_window(4), torch.blackman_window(4)),
+    "fftfreq": lambda: (torch.fft.fftfreq(4), torch.fft.rfftfreq(4)),
+    "complex of the default": lambda: torch.ones(2).to(torch.complex64),
+    "logspace": lambda: torch.logspace(0, 1, 3),
+    "histc": lambda: torch.histc(torch.ones(3, dtype=torch.float32), 3),
+    "one_hot": lambda: F.one_hot(torch.arange(3)).to(torch.get_default_dtype()),
+    "cumsum of integers": lambda: torch.arange(3).cumsum(0),
+    "var of fp64": lambda: torch.arange(3, dtype=torch.float64).var(),
+    "norm in fp32": lambda: torch.linalg.vector_norm(torch.ones(3), dtype=torch.float32),
+    "prod of bools": lambda: torch.tensor([True]).prod(),
+    "legacy": lambda: (torch.Tensor([1]), torch.FloatTensor([1]), torch.HalfTensor([1]), torch.DoubleTensor([1])),
+    "legacy of sizes": lambda: (torch.Tensor(2).zero_(), torch.FloatTensor(2).zero_(), torch.BFloat16Tensor(2).zero_()),
+    "frombuffer": lambda: torch.frombuffer(bytearray(8), dtype=torch.float32),
+    "from a list of numpy arrays": lambda: torch.as_tensor(np.ones(2)),
+    "item and back": lambda: torch.tensor(torch.ones(()).item()),
+    "default dtype": lambda: torch.zeros((), dtype=torch.get_default_dtype()),
+    "float method": lambda: torch.ones(1).float(),
+    "half method": lambda: torch.ones(1).half(),
+    "cast by type": lambda: torch.ones(1).type("torch.DoubleTensor"),
+    "rand_like of fp64": lambda: torch.rand_like(torch.ones(1, dtype=torch.float64)) * 0,
+    "randn in fp64": lambda: torch.randn(2, dtype=torch.float64) * 0,
+    "randn in complex": lambda: torch.randn(2, dtype=torch.complex64) * 0,
+    "normal of fp64": lambda: torch.normal(torch.zeros(2, dtype=torch.float64), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+@over_dtypes
+def test_a_result_has_the_dtype_that_it_has_under_torchs_default_dtype(name, dtype):
+    def function():
+        return quiet(RESULTS[name])
+
+    right = in_torch(function, dtype)
+    got = tree_leaves(inside(function, dtype))
+    assert [_kind(leaf) for leaf in got] == [_kind(leaf) for leaf in right]
+    for ours, theirs in zip(got, right, strict=True):
+        if isinstance(ours, torch.Tensor):
+            ours, theirs = (each.to_dense().to(torch.complex128) for each in (ours, theirs))
+            assert torch.allclose(ours, theirs, rtol=0.02, atol=0.01), (ours, theirs)
+
+
+def _kind(leaf):
+    return (type(leaf), leaf.dtype, getattr(leaf, "layout", None)) if hasattr(leaf, "dtype") else leaf
+
+
+@over_dtypes
+def test_numpy_sees_half_precision_where_the_code_names_it(dtype):
+    def arrays():
+        weight, ones = torch.randn(2, 3).half(), torch.ones(2, dtype=torch.float16)
+        return [
+            each.numpy() if isinstance(each, torch.Tensor) else each
+            for each in (
+                *(weight.cpu(), weight, np.asarray(weight), ones, ones.cpu(), ones * 2, weight.detach().cpu()),
+                *(np.array(ones), weight.to("cpu"), ones.view(2, 1), ones.clone(), torch.full((2,), 0.1).half()),
+            )
+        ]
+
+    got, right = (quiet(lambda run=run: run(arrays, dtype)) for run in (inside, plain))
+    assert {array.dtype for array in got} == {np.dtype(np.float16)} == {array.dtype for array in right}
+    assert [array.shape for array in got] == [array.shape for array in right]
+    for ours, theirs in list(zip(got, right, strict=True))[3:6]:
+        assert (ours == theirs).all()
+    assert (got[-1] == np.float16(0.1)).all() and (got[0] == got[1]).all() and (got[1] == got[2]).all()
+
+
+# A default dtype that the constructor sets ---------------------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    """Sets float64 for a part of itself, as scientific code does."""
+
+    def __init__(self, inner=torch.float64):
+        super().__init__()
+        before = torch.get_default_dtype()
+        self.register_buffer("first", torch.tensor(0.1))
+        torch.set_default_dtype(inner)
+        try:
+            self.seen = torch.get_default_dtype(), torch.empty(0).dtype, torch.zeros(1).new_empty(0).dtype
+            self.linear = nn.Linear(2, 2)
+            self.register_buffer("scalar", torch.tensor(0.1))
+            self.register_buffer("quotient", torch.arange(3) / 7)
+            self.register_buffer("legacy", torch.Tensor([0.1]))
+            self.register_buffer("legacy_of_sizes", torch.Tensor(2).fill_(0.1))
+            self.register_buffer("line", torch.linspace(0, 1, 5))
+            self.register_buffer("mixed", self.first * self.scalar.view(1))
+            self.register_buffer("array", torch.as_tensor(np.array([0.1])))
+            self.register_buffer("listed", torch.tensor([0.1, torch.tensor(0.2)]))
+            self.register_buffer("full", torch.full((2,), 0.1))
+            self.parameter = nn.Parameter(torch.rand(3))
+        finally:
+            torch.set_default_dtype(before)
+        self.last = nn.Linear(2, 2)
+        self.register_buffer("after", torch.tensor(0.1))
+
+
+@pytest.mark.parametrize("inner", [torch.float64, torch.float16, torch.float32], ids=str)
+@over_dtypes
+def test_a_default_dtype_that_the_constructor_sets_is_the_one_that_counts(dtype, inner):
+    def construct():
+        return Doubled(inner)
+
+    ours, theirs = inside(construct, dtype), plain(construct, dtype)
+    assert structure(ours) == structure(theirs) and ours.seen == theirs.seen
+    if inner == torch.float64:
+        for name in ("scalar", "quotient", "legacy", "legacy_of_sizes", "line", "array", "full"):
+            assert same_bits(getattr(ours, name), getattr(theirs, name)), name
+    assert torch.get_default_dtype() == torch.float32
