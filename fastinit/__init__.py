@@ -8,8 +8,8 @@ from .context import Report, on
 from .deferred import initialize, uninitialized
 from .fills import empty, fill_
 from .layout import Window
-from .record.guest import uninstall
 from .recipe import Constant, Normal, TruncatedNormal, Uniform
+from .record.guest import uninstall
 from .sharded import materialize, param_init_fn
 
 __all__ = [

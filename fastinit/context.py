@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import resource
 import signal
 import sys
@@ -213,6 +214,10 @@ class on(ContextDecorator):
         seed, agreed = (_draw_seed(), False) if self._seed is None else (self._seed, True)
         if self._shard is not False and not agreed and is_distributed():
             (seed,), agreed = from_rank_0([seed], device), True
+        if self._shard is not False and torch.distributed.is_available() and torch.distributed.is_initialized():
+            # What the block may shard with: it has to find the functions of that, to replace them.
+            for name in ("fsdp", "tensor.parallel"):
+                importlib.import_module(f"torch.distributed.{name}")
         outer = current.get()
         if outer is not None:
             outer.settle()  # what it has pending may be read in here
@@ -226,7 +231,7 @@ class on(ContextDecorator):
             mode = Mode(block)
             mode.__enter__()
         except BaseException:
-            block.generator.leave()
+            block.generator.leave(None if outer is None else outer.generator)
             guest.remove()
             raise
         _entered.set((*_entered.get(), _Entered(self, block, mode, report, current.set(block))))
@@ -250,8 +255,8 @@ class on(ContextDecorator):
         entered = _entered.get()
         if not entered or entered[-1].context is not self:
             raise RuntimeError(
-                "fastinit.on: left where it was not entered, or before a block inside of it; use it in a with statement, "
-                "in the thread and coroutine that enter it"
+                "fastinit.on: left where it was not entered, or before a block inside of it; use it in a with "
+                "statement, in the thread and coroutine that enter it"
             )
         _, block, mode, report, token = entered[-1]
         _entered.set(entered[:-1])
@@ -269,7 +274,8 @@ class on(ContextDecorator):
                 with modes_off():
                     self._shard.place(list(pending.parameters(block)))
         finally:
-            block.generator.leave()
+            outer = current.get()
+            block.generator.leave(None if outer is None else outer.generator)
             guest.remove()
             report._finish(block)
 

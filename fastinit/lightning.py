@@ -30,9 +30,9 @@ from torch import nn
 
 from .context import _draw_seed, on
 from .deepspeed import zero3
-from .record.block import current
 from .deferred import deferred_tensors, initialize, is_on_meta, kept_for, once, uninitialized
 from .distributed import from_rank_0, is_distributed
+from .record.block import current
 from .sharded import _with_agreed_seeds, materialize, param_init_fn
 
 __all__ = ["FastInit", "disable", "enable", "enabled"]
@@ -291,6 +291,7 @@ def _modules(strategy: Any, plugin: Any, empty: bool) -> AbstractContextManager[
 def _empty(context: on) -> Iterator[None]:
     with context:
         block = current.get()
+        assert block is not None
         yield
     # The Trainer does not call a LightningModule, it calls training_step: nothing would notice that what the module
     # itself owns is unwritten.

@@ -945,7 +945,6 @@ ROUNDING = {
     *"same_memory data_of_another pickled saved saved_child shallow_copied".split(),
     *"inner_linear inner_linear_in_another_dtype inner_tensors inner_in_the_inner inner_fill_of_the_outer".split(),
     "inner_read_of_the_outer",
-    "set_items_by_list",  # torch rounds the number before any operator sees it
     *"as_default as_other child_in_half child_in_single child_to_a_dtype".split(),
 }
 # What may be done in an fp32 program to a tensor that it has turned into half precision: torch computes with its

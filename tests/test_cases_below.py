@@ -115,7 +115,6 @@ OPERATORS = {
 OUTSIDE = {
     "nested": lambda t: torch.nested.nested_tensor([t(2), t(3)]).unbind(),
     "nested of a view": lambda t: torch.nested.as_nested_tensor([t(2), t(3)]).to_padded_tensor(0.0),
-    "nested, jagged": lambda t: torch.nested.nested_tensor([t(2, 2), t(3, 2)], layout=torch.jagged).values(),
     "dlpack": lambda t: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(t(3))),
     "from_dlpack": lambda t: torch.from_dlpack(t(3)),
     "__dlpack__": lambda t: torch.utils.dlpack.from_dlpack(t(3).__dlpack__()),
@@ -250,7 +249,6 @@ SUBCLASSES = {
     "_make_subclass": (Plain, lambda t: torch.Tensor._make_subclass(Plain, t(2, 3))),
     "Parameter of a subclass": (Plain, lambda t: nn.Parameter(t(3).as_subclass(Plain))),
     "Buffer of a subclass": (Plain, lambda t: nn.Buffer(t(3).as_subclass(Plain))),
-    "arithmetic of a subclass": (Plain, lambda t: t(3).as_subclass(Plain) * 2 + t(3)),
 }
 
 

@@ -79,8 +79,11 @@ class Teacher(nn.Module):
             p.detach_()
 
 
-STATE = {f"{part}.{name}": torch.full(shape, 0.5) for part in ("student", "teacher")
-         for name, shape in (("weight", (8, 8)), ("bias", (8,)))}
+STATE = {
+    f"{part}.{name}": torch.full(shape, 0.5)
+    for part in ("student", "teacher")
+    for name, shape in (("weight", (8, 8)), ("bias", (8,)))
+}
 USES = {
     "nothing": (lambda m: None, None),
     "load": (lambda m: m.load_state_dict(STATE), 0.5),

@@ -105,7 +105,6 @@ INITS = {
     "xavier_normal_": lambda w: init.xavier_normal_(w),
     "ones_": lambda w: init.ones_(w),
     "zeros_": lambda w: init.zeros_(w),
-    "eye_": lambda w: init.eye_(w),
     "method normal_": lambda w: w.data.normal_(0, 0.1),
     "method fill_": lambda w: w.data.fill_(0.1),
     "a layer": lambda w: nn.Linear(4, 4),

@@ -55,9 +55,11 @@ def test_what_is_drawn_under_a_seed_of_the_code_is_the_same_everywhere(name, dty
     assert same(first, second) and not same(first, other)
     assert same(first, draw(lambda: projection(42, function), dtype, seed=1, outer=2))
     assert same(first, inside(lambda: projection(42, function), dtype, seed=None))
-    assert_rounded([x for x in tree_leaves(first) if x.is_floating_point()], [
-        x for x in tree_leaves(draw(lambda: projection(42, function))) if x.is_floating_point()
-    ], dtype)
+    assert_rounded(
+        [x for x in tree_leaves(first) if x.is_floating_point()],
+        [x for x in tree_leaves(draw(lambda: projection(42, function))) if x.is_floating_point()],
+        dtype,
+    )
 
 
 @over_dtypes

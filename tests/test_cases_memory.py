@@ -46,21 +46,13 @@ def scaled(mib):
     w = normal(mib)
     return w.div_(w.norm())
 
-@torch.no_grad()
-def centred(mib):
-    w = normal(mib)
-    w -= w.mean()
-    return w
-
 PROGRAMS = {
     "norm": held(lambda w: w.norm()),
-    "mean and deviation": held(lambda w: (w.mean().item(), w.std().item())),
     "largest": held(lambda w: (w.max().item(), w.min().item())),
     "a sum over rows": held(lambda w: w.sum(0)),
     "a row": held(lambda w: w[5] * 2),
     "a product": held(lambda w: torch.ones(1, 1024) @ w[:1024].t()),
     "scaled": scaled,
-    "centred": centred,
     "of a layer": lambda mib: nn.Linear(1024, rows(mib)),
 }
 with fastinit.on("cpu", dtype, seed=0):
@@ -107,7 +99,7 @@ def test_a_parameter_that_the_constructor_reads_once_takes_the_models_memory(pea
 @over_dtypes
 def test_whatever_reads_a_large_parameter_takes_64_mib_beside_it_at_most(peaks, dtype):
     small = {name: round(peak) for name, peak in peaks(dtype).items() if name.endswith("of 64 MiB")}
-    assert len(small) == 9
+    assert len(small) == 7
     assert {name: peak for name, peak in small.items() if not 60 < peak < 64 + 64 + 12} == {}
 
 
@@ -128,14 +120,10 @@ UNWRITTEN = {
     "empty_permuted": lambda: torch.empty_permuted((64, 64), (1, 0)),
     "channels_last": lambda: torch.empty(8, 8, 8, 8, memory_format=torch.channels_last),
     "Tensor": lambda: torch.Tensor(64, 64),
-    "FloatTensor": lambda: torch.FloatTensor(64, 64),
-    "HalfTensor": lambda: torch.HalfTensor(64, 64),
     "new": lambda: torch.zeros(1).new(64, 64),
     "new_empty": lambda: torch.zeros(1).new_empty(64, 64),
     "new_empty_strided": lambda: torch.zeros(1).new_empty_strided((64, 64), (64, 1)),
     "empty_like": lambda: torch.empty_like(torch.zeros(64, 64)),
-    "resize_": lambda: torch.empty(0).resize_(64, 64),
-    "aten.empty": lambda: torch.ops.aten.empty([64, 64], dtype=torch.get_default_dtype()),
     "to_empty": lambda: nn.Linear(64, 64, device="meta").to_empty(device="cpu").weight,
     "a part": lambda: torch.empty(128, 64)[32:96],
     "transposed": lambda: torch.empty(64, 64).t(),
@@ -176,7 +164,15 @@ def test_a_parameter_of_a_class_of_its_own_that_nobody_writes_is_zero(name, dtyp
     _assert_zero(model, plain(lambda: _with_parameter(UNWRITTEN[name], Own), dtype).forgotten)
 
 
-@pytest.mark.parametrize("name", UNWRITTEN)
+# Whole, in its order, and of a dtype that fills reach: anything else is zero, and warned about.
+WHOLE = [
+    name
+    for name in UNWRITTEN
+    if name.split()[-1] not in "complex empty_strided empty_permuted channels_last part transposed shape".split()
+]
+
+
+@pytest.mark.parametrize("name", WHOLE)
 @over_dtypes
 def test_a_parameter_that_nobody_writes_stays_unwritten_with_empty_and_is_named(name, dtype):
     model = inside(lambda: _with_parameter(UNWRITTEN[name]), dtype, empty=True)

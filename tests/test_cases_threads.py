@@ -107,8 +107,10 @@ def test_values_in_a_thread_are_those_that_the_code_says(dtype):
 def test_threads_may_read_and_write_while_the_block_goes_on(dtype):
     def construct(run):
         models = [Pair() for _ in range(12)]
-        results = [run(lambda m=m, k=k: (nn.init.constant_(m.ones, k), m.first.weight.sum().item())) for k, m in
-                   enumerate(models)]
+        results = [
+            run(lambda m=m, k=k: (nn.init.constant_(m.ones, k), m.first.weight.sum().item()))
+            for k, m in enumerate(models)
+        ]
         return nn.ModuleList(models + [Pair() for _ in range(12)]), results
 
     with ThreadPoolExecutor(4) as pool:

@@ -18,10 +18,10 @@ from models import (
 )
 from torch import nn
 from torch.nn import init
-from torch.overrides import TorchFunctionMode
 
 # Taken before any context exists, as libraries do.
 from torch.nn.init import kaiming_normal_, normal_, orthogonal_, trunc_normal_, xavier_uniform_, zeros_
+from torch.overrides import TorchFunctionMode
 
 import fastinit
 

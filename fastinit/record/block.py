@@ -87,7 +87,7 @@ class Block:
             memory.zero_()
         for write in recipe:
             _fill_by_torch(view_of(memory, write.region), write, self.seed)
-        self.executed += len(recipe)
+        self.executed += sum(write.kind != CONSTANT for write in recipe)
 
     def run(self, fills: Fills) -> None:
         """Run collected fills, and count them."""
@@ -174,7 +174,7 @@ class Block:
         return [record for record in alive if record.placeholders()]
 
     def reserve_for_all(self, device: torch.device) -> None:
-        """Reserve for whatever waits for memory: the others will get theirs one by one, too, while a checkpoint loads."""
+        """Reserve for whatever waits for memory: the others get theirs one by one, too, while a checkpoint loads."""
         if device.type != "cuda" or len(self.records) < self._reserved_for:
             return
         self._reserved_for = 2 * len(self.records)
@@ -246,7 +246,7 @@ class Block:
 
 
 def _fill_by_torch(view: torch.Tensor, write: Write, seed: int) -> None:
-    """A fill in a dtype that native fills do not reach: by torch, on the host, with a generator made of key and stream."""
+    """A fill in a dtype that native fills do not reach: by torch, with a generator made of key and stream."""
     if write.kind == CONSTANT:
         view.fill_(write.parameters[0])
         return

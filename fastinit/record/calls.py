@@ -1,8 +1,9 @@
 """Operators left to later: what a block with `empty` or `shard` computes from random fills alone is recorded, too.
 
-An orthogonal weight, say, is a QR of a normal matrix. In such a block no rank should hold all of them, or compute what a
-checkpoint will overwrite. So an operator on pending placeholders gives pending ones, whose recipe begins with a write of
-the kind `CALLED`: the call, which evaluates itself from the recipes of its operands when the values are wanted.
+An orthogonal weight, say, is a QR of a normal matrix. In such a block no rank should hold all of them, or compute what
+a checkpoint will overwrite. So an operator on pending placeholders gives pending ones, whose recipe begins with a
+write of the kind `CALLED`: the call, which evaluates itself from the recipes of its operands when the values are
+wanted.
 """
 
 from __future__ import annotations
@@ -80,15 +81,17 @@ def record_call(func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) 
         first = args[0] if written == [func._schema.arguments[0].name] else None
         if type(first) is not Placeholder or not is_whole(first._record, first._region):
             return NotImplemented
+    operands, options = tree_map_only(Placeholder, _operand, (args, kwargs))
+    call = Call(func.name(), operands, options, in_place)
+    if in_place:
+        args[0]._record.recipe = (Write(CALLED, (call, 0, None)),)
+        return args[0]
     try:
-        on_meta = func(*tree_map_only(Placeholder, _fp32_on_meta, args), **tree_map_only(Placeholder, _fp32_on_meta, kwargs))
+        on_meta = func(
+            *tree_map_only(Placeholder, _fp32_on_meta, args), **tree_map_only(Placeholder, _fp32_on_meta, kwargs)
+        )
     except (NotImplementedError, RuntimeError):
         return NotImplemented
-    call = Call(func.name(), *tree_map_only(Placeholder, _operand, (args, kwargs)), in_place)
-    if in_place:
-        record = args[0]._record
-        record.recipe = (Write(CALLED, (call, 0, None)),)
-        return args[0]
     results = [each for each in tree_flatten(on_meta)[0] if isinstance(each, torch.Tensor)]
     block = tensors[0]._record.block  # type: ignore[attr-defined]
     dtypes = result_dtypes(func, args, kwargs, on_meta, block.default_dtype)

@@ -1,7 +1,7 @@
 """torch's factories in a block: recorded where a fill says what they contain, else computed on the host.
 
-A factory is called as ``factory(mode, func, *args, **kwargs)`` with all modes off. It returns NotImplemented for what is
-torch's own.
+A factory is called as ``factory(mode, func, *args, **kwargs)`` with all modes off. It returns NotImplemented for what
+is torch's own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ..execution import DTYPES, Fills, can_fill
 from ..native import CONSTANT, NORMAL, UNIFORM
 from ..recipe import Region, Write
 from .block import Block
-from .dispatch import RECORDED, create, records, wrap
+from .dispatch import RECORDED, create, wrap
+from .recorded import records
 from .tensors import HALVES, Placeholder, Record, become_real, concrete, stand_for, view_of
 
 if TYPE_CHECKING:
@@ -146,9 +147,19 @@ def _empty_strided(mode: Mode, func: Any, size: Any, stride: Any, **options: Any
     return compute(mode, func, size, stride, **options)
 
 
+@_is(torch.empty_permuted)
+def _empty_permuted(mode: Mode, func: Any, size: Any, physical_layout: Any, **options: Any) -> Any:
+    strides = torch.empty_permuted(tuple(size), tuple(physical_layout), device="meta").stride()
+    return _empty_strided(mode, torch.empty_strided, tuple(size), strides, **options)
+
+
 @_is(torch.normal)
 def _torch_normal(mode: Mode, func: Any, mean: Any, std: Any = None, size: Any = None, **kwargs: Any) -> Any:
-    if size is None or not all(type(value) in (int, float) and math.isfinite(value) for value in (mean, std)) or std < 0:
+    if (
+        size is None
+        or not all(type(value) in (int, float) and math.isfinite(value) for value in (mean, std))
+        or std < 0
+    ):
         return NotImplemented if size is None else compute(mode, func, mean, std, size, **kwargs)
     result = _create(mode, _size((size,), {}), kwargs, (NORMAL, (float(mean), float(std))))
     return compute(mode, func, mean, std, size, **kwargs) if result is NotImplemented else result
@@ -177,7 +188,7 @@ def _like(overload: Any) -> Factory:
         rest = args[1:]
         requires_grad = kwargs.pop("requires_grad", False)
         plain = type(other) in (torch.Tensor, torch.nn.Parameter, Placeholder)
-        if plain and other.layout == torch.strided and not _in_functorch():
+        if plain and other.layout == torch.strided and not in_functorch():
             if overload in _SIZED:
                 given = rest[:1] if overload is aten.new_full.default else rest
                 size = _size(given, kwargs)
@@ -198,7 +209,8 @@ def _again(func: Any, args: Any, kwargs: Any, requires_grad: bool = False) -> An
     return result.requires_grad_() if requires_grad else result
 
 
-def _in_functorch() -> bool:
+def in_functorch() -> bool:
+    """Whether a transform of functions is under way."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -235,10 +247,6 @@ def compute(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     values = func(*args, **kwargs)
     if final is None:
         final = values.dtype
-    if values.dtype.is_complex and default is False and dtype is None and block.default_dtype == torch.float64:
-        final = torch.complex128
-    elif default and not values.dtype.is_floating_point:
-        final = values.dtype
     result = wrap(block, values, final, device)
     return result.requires_grad_() if requires_grad else result
 
@@ -268,23 +276,31 @@ def _is_default(func: Any, args: Any, kwargs: Any) -> bool:
     if func is torch.arange or func is torch.full:
         values = args[1:2] or (kwargs.get("fill_value"),) if func is torch.full else (*args, *kwargs.values())
         return any(_is_float(value) for value in values)
-    if func in _OF_DATA:
-        return _is_default_data(args[0] if args else next(iter(kwargs.values())))
     return False
 
 
 def _is_float(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
-        return False
-    return isinstance(value, float) or (hasattr(value, "dtype") and getattr(value.dtype, "kind", "") == "f")
+        return value.is_floating_point()
+    return isinstance(value, float) or getattr(getattr(value, "dtype", None), "kind", "") == "f"
 
 
-def _is_default_data(data: Any) -> bool:
-    """Whether data of a new tensor are Python's numbers with a float among them: then torch takes its default dtype."""
-    kinds = set(map(type, _leaves(data)))
-    return bool(kinds) and all(issubclass(kind, (int, float)) for kind in kinds) and any(
-        issubclass(kind, float) for kind in kinds
-    )
+def _dtype_of_data(data: Any, default: torch.dtype) -> torch.dtype | None:
+    """The dtype that torch infers for lists of numbers, with this default; None for what is no such list."""
+    dtype: torch.dtype | None = None
+    for each in _leaves(data):
+        if isinstance(each, torch.Tensor):
+            own = each.dtype
+        elif hasattr(each, "dtype"):
+            own = torch.tensor(each).dtype
+        elif type(each) is float:
+            own = default
+        elif type(each) in (bool, int):
+            own = torch.bool if type(each) is bool else torch.int64
+        else:
+            return None
+        dtype = own if dtype is None else torch.promote_types(dtype, own)
+    return dtype
 
 
 def _leaves(data: Any) -> Iterator[Any]:
@@ -309,14 +325,13 @@ def _tensor(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
         # An array: the dtype is its own, and so may be the memory.
         if _device(mode, kwargs).type == "cpu":
             return func(*args, **{**kwargs, "device": "cpu"})
-    elements = [each for each in _leaves(data) if isinstance(each, torch.Tensor)]
-    if kwargs.get("dtype") is None and any(each.dtype in HALVES for each in elements):
-        exact = torch.tensor(_mapped(data, lambda each: _host_values(each).to(each.dtype)))
-        if exact.dtype in HALVES:
-            kwargs["dtype"] = exact.dtype
-    if elements:
-        data = _mapped(data, _host_values)
-        args, kwargs = ((data, *args[1:]), kwargs) if args else ((data,), {k: v for k, v in kwargs.items() if k not in ("data", "obj")})
+    if kwargs.get("dtype") is None:
+        kwargs["dtype"] = _dtype_of_data(data, mode.block.default_dtype)
+    if any(type(each) is Placeholder for each in _leaves(data)):
+        args, kwargs = (
+            (_mapped(data, _host_values), *args[1:]),
+            {k: v for k, v in kwargs.items() if k not in ("data", "obj")},
+        )
     return compute(mode, func, *args, **kwargs)
 
 
@@ -324,9 +339,6 @@ def _mapped(data: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(data, (list, tuple)):
         return [_mapped(each, function) for each in data]
     return function(data) if type(data) is Placeholder else data
-
-
-_OF_DATA = {torch.tensor, torch.as_tensor, torch.asarray}
 
 
 def _of_placeholder(func: Any, data: Placeholder, args: Any, kwargs: Any) -> Any:
@@ -370,21 +382,25 @@ def legacy_tensor(mode: Mode, args: tuple[Any, ...]) -> Any:
 
 def _take_memory(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Factories of layouts that have no placeholders, whose data may be placeholders."""
-    for each in [*args, *kwargs.values()]:
-        if type(each) is Placeholder:
-            become_real(each)
+    for each in _leaves([*args, *kwargs.values()]):
+        become_real(each)
     device = _device(mode, kwargs)
     data = args[2] if len(args) > 2 else kwargs.get("values")
     if func is torch.sparse_coo_tensor:
         data = args[1] if len(args) > 1 else kwargs.get("values")
-    if kwargs.get("dtype") is None and _is_default_data(data):
-        kwargs["dtype"] = mode.block.default_dtype
+    if kwargs.get("dtype") is None and not isinstance(data, torch.Tensor):
+        kwargs["dtype"] = _dtype_of_data(data, mode.block.default_dtype)
     return func(*args, **{**kwargs, "device": device})
 
 
 _TAKING = {
     *(torch.sparse_coo_tensor, torch.sparse_csr_tensor, torch.sparse_csc_tensor, torch.sparse_bsr_tensor),
-    *(torch.sparse_bsc_tensor, torch.sparse_compressed_tensor, torch.nested.nested_tensor, torch._empty_affine_quantized),
+    *(
+        torch.sparse_bsc_tensor,
+        torch.sparse_compressed_tensor,
+        torch.nested.nested_tensor,
+        torch._empty_affine_quantized,
+    ),
 }
 for _function in _TAKING:
     FACTORIES[_function] = _take_memory
@@ -396,7 +412,7 @@ for _function in _device_constructors():
 
 
 def is_fillable(block: Block, tensor: Any) -> bool:
-    """Whether a tensor that exists is one for native fills; one on meta takes its streams, too, though it has no values."""
+    """Whether a tensor that exists is one for native fills; one on meta takes its streams, too."""
     return (
         isinstance(tensor, torch.Tensor)
         and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
@@ -404,7 +420,7 @@ def is_fillable(block: Block, tensor: Any) -> bool:
         and (can_fill(tensor.dtype, tensor.device) or (tensor.is_meta and tensor.dtype in DTYPES))
         and tensor.device.type in ("cpu", "meta", block.device.type)
         and not torch._C._len_torch_dispatch_stack()
-        and not _in_functorch()
+        and not in_functorch()
     )
 
 
@@ -414,7 +430,8 @@ def over(block: Block, tensor: torch.Tensor) -> torch.Tensor:
         return create(block, tuple(tensor.shape), tensor.dtype, block.device, None)
     storage = tensor.untyped_storage()
     shape = (storage.nbytes() // tensor.element_size(),)
-    memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, shape)  # type: ignore[call-overload]
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    memory = empty.set_(storage, 0, shape)  # type: ignore[call-overload]
     record = Record(block, shape, tensor.dtype, tensor.device, memory=memory)
     return stand_for(record, Region(int(tensor.storage_offset()), tuple(tensor.size()), tensor.stride()))
 

@@ -1,61 +1,71 @@
 """Which random numbers a block's operations get: streams for recorded fills, torch's default generators for the rest.
 
 While a block is active, torch's default generators are seeded from the block's key, and put back at its end. So
-whatever torch draws in the block is decided by the key, and seeds and generator states that the code sets mean what they
-mean in torch. A recorded fill takes the next ordinal as its stream, as long as the code has not touched the generator.
-Once it has set a seed, or has asked for a state that it may restore, the stream is a draw of that generator, and the key
-is 0: so a seed that the code sets decides alone.
+whatever torch draws in the block is decided by the key, and seeds and generator states that the code sets mean what
+they mean in torch. A recorded fill takes the next ordinal as its stream. Once the code has set a seed, the stream is a
+draw of torch's generator, and the key is 0: so such a seed decides alone. Where the code restores a state that it has
+read in the block, the ordinals go on from where they were then.
 """
 
 from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 
 _MASK = 2**64 - 1
 
 
+_States = list[tuple[torch.Generator, torch.Tensor]]
+
+
 class Generator:
-    """torch's default generators as one block has them: those of the CPU and of the block's device."""
+    """torch's default generators as one block has them."""
 
-    # The block whose state torch's generators have now: of several in threads or coroutines, the one that ran last.
-    _owner: Generator | None = None
+    # All that are entered, the one whose state torch's generators have now, and torch's own state meanwhile.
+    _active: ClassVar[list[Generator]] = []
+    _owner: ClassVar[Generator | None] = None
+    _outside: ClassVar[_States] = []
 
-    def __init__(self, seed: int) -> None:
-        self._seed = mix(seed, 0)
-        self._key = seed
+    def __init__(self, key: int) -> None:
+        self._seed = mix(key, 0)
         self.streams = 0
-        self._states: list[tuple[torch.Generator, torch.Tensor]] | None = None
-        self._outside: list[tuple[torch.Generator, torch.Tensor]] = []
-        self._previous: Generator | None = None
+        self._states: _States = []
+        # What states that were read in the block stand for: how many streams were taken, and the state without a mark.
+        self._read: dict[bytes, tuple[int, torch.Tensor]] = {}
 
     def enter(self) -> None:
         """Fork torch's generators, and seed them."""
-        self._previous = Generator._owner
-        if self._previous is not None:
-            self._previous._states = _states()
-        self._outside = _states()
-        for generator, _ in self._outside:
-            generator.manual_seed(self._seed)
+        states = _states()
+        if not Generator._active:
+            Generator._outside = states
+        elif Generator._owner is not None:
+            Generator._owner._states = states
+        Generator._active.append(self)
         Generator._owner = self
+        for generator, _ in states:
+            generator.manual_seed(self._seed)
 
-    def leave(self) -> None:
-        """Put torch's generators back."""
+    def leave(self, outer: Generator | None) -> None:
+        """Put torch's generators back, or as the outer block has them; the last of several threads does the former."""
+        Generator._active.remove(self)
         if Generator._owner is self:
-            Generator._owner = self._previous
-            for generator, state in self._outside:
-                generator.set_state(state)
-        else:
-            # Another block that was entered later is still active, and will put back what this one has forked.
-            other = Generator._owner
-            while other is not None and other._previous is not self:
-                other = other._previous
-            if other is not None:
-                other._previous, other._outside = self._previous, self._outside
+            Generator._owner = None
+        if outer is not None:
+            outer.resume()
+        elif not Generator._active:
+            _restore(Generator._outside)
+            Generator._outside = []
 
     def resume(self) -> None:
-        """Have torch's generators in this block's state, after another block's turn."""
-        if Generator._owner is not self:
-            _give_turn(self)
+        """Have torch's generators in this block's state, after the turn of another thread's or coroutine's block."""
+        if Generator._owner is not self and self in Generator._active:
+            if Generator._owner is not None:
+                Generator._owner._states = _states()
+            Generator._owner = self
+            _restore(self._states)
 
     def next_stream(self) -> tuple[int, int | None]:
         """The stream of a recorded fill, and its key if that is not the block's."""
@@ -65,18 +75,36 @@ class Generator:
             return self.streams - 1, None
         return int(_draw.random_(-(2**63), None).item()) & _MASK, 0
 
-    def before_state_is_read(self) -> None:
-        """Let the generator's state say how many fills were recorded, since that state may be restored."""
+    def state_is_read(self, function: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """``torch.get_rng_state()``: a state that tells how many fills were recorded, for it may be restored."""
         self.resume()
-        if torch.default_generator.initial_seed() == self._seed:
-            for generator, _ in self._outside:
-                generator.manual_seed(mix(self._key, self.streams + 1))
+        state = function()
+        if torch.default_generator.initial_seed() != self._seed:
+            return state
+        # Recorded fills draw nothing: without a mark, states before and after them would be the same.
+        told = hashlib.blake2b(_bytes(state) + self.streams.to_bytes(8, "little"), digest_size=8)
+        torch.default_generator.manual_seed(int.from_bytes(told.digest(), "little"))
+        marked = function()
+        torch.default_generator.set_state(state)
+        self._read[_bytes(marked)] = (self.streams, state)
+        return marked
+
+    def state_was_set(self, state: torch.Tensor) -> None:
+        """After ``torch.set_rng_state``: recorded fills go on where they were when that state was read."""
+        known = self._read.get(_bytes(state))
+        if known is not None:
+            self.streams = known[0]
+            torch.default_generator.set_state(known[1])
 
 
 _draw = torch.empty((), dtype=torch.int64, device="cpu")
 
 
-def _states() -> list[tuple[torch.Generator, torch.Tensor]]:
+def _bytes(state: torch.Tensor) -> bytes:
+    return bytes(state.tolist())
+
+
+def _states() -> _States:
     """torch's default generators with their states; a process that has not used CUDA has none there."""
     generators = [torch.default_generator]
     if torch.cuda.is_initialized():
@@ -84,14 +112,8 @@ def _states() -> list[tuple[torch.Generator, torch.Tensor]]:
     return [(generator, generator.get_state()) for generator in generators]
 
 
-def _give_turn(block: Generator) -> None:
-    owner = Generator._owner
-    if owner is None:
-        return
-    owner._states = _states()
-    states, block._states = block._states, None
-    Generator._owner = block
-    for generator, state in states or ():
+def _restore(states: _States) -> None:
+    for generator, state in states:
         generator.set_state(state)
 
 

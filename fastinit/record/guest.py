@@ -13,6 +13,7 @@ import gc
 import sys
 import threading
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -79,18 +80,20 @@ def _install() -> None:
     _replace(torch, "set_default_dtype", _set_default_dtype)
     _replace(torch, "get_default_device", _default_device)
     for owner in (torch, torch.random):
-        _replace(owner, "get_rng_state", _rng_state)
+        _replace(owner, "get_rng_state", _get_rng_state)
+        _replace(owner, "set_rng_state", _set_rng_state)
     _replace(init, "_no_grad_trunc_normal_", truncated_normal)
     # Code of C++ that keeps tensors, or reads their memory.
     _replace(torch.utils, "swap_tensors", _real_first)
     for owner in (torch, torch.utils.dlpack):
         _replace(owner, "to_dlpack", _real_first)
+    _replace(torch, "compile", _compiled_later)
     _replace(sys.modules.get("torch.distributed"), "Reducer", _real_first)
     _replace(sys.modules.get("torch.jit._recursive"), "create_script_module_impl", _all_real_first)
     # Where torch shards a model: what is pending goes there on meta, for each rank to be given its part.
-    for owner in (sys.modules.get(f"torch.distributed.{name}") for name in _SHARDS):
-        for function in ("_get_managed_states", "distribute_tensor"):
-            _replace(owner, function, _on_meta_first)
+    for name in _SHARDS:
+        for function in ("_get_modules_and_states", "_get_managed_states", "distribute_tensor"):
+            _replace(sys.modules.get(f"torch.distributed.{name}"), function, _on_meta_first)
     for register, hook in (
         (register_module_parameter_registration_hook, _registered),
         (register_module_buffer_registration_hook, _registered),
@@ -156,16 +159,46 @@ def _default_device(function: Any) -> Any:
     return get_default_device
 
 
-def _rng_state(function: Any) -> Any:
+def _compiled_later(function: Any) -> Any:
+    """torch.compile: what it makes of a function runs as that is written while a block is active."""
+
+    @functools.wraps(function)
+    def compile(*args: Any, **kwargs: Any) -> Any:
+        compiled = function(*args, **kwargs)
+        original = args[0] if args else kwargs.get("model")
+        if current.get() is None or not isinstance(original, FunctionType):
+            return compiled
+
+        @functools.wraps(original)
+        def either(*arguments: Any, **options: Any) -> Any:
+            return (compiled if current.get() is None else original)(*arguments, **options)
+
+        return either
+
+    return compile
+
+
+def _get_rng_state(function: Any) -> Any:
     @functools.wraps(function)
     def get_rng_state() -> torch.Tensor:
         block = current.get()
-        if block is not None:
-            block.generator.before_state_is_read()
-        state: torch.Tensor = function()
+        with modes_off():
+            state: torch.Tensor = function() if block is None else block.generator.state_is_read(function)
         return state
 
     return get_rng_state
+
+
+def _set_rng_state(function: Any) -> Any:
+    @functools.wraps(function)
+    def set_rng_state(new_state: torch.Tensor) -> None:
+        function(new_state)
+        block = current.get()
+        if block is not None:
+            with modes_off():
+                block.generator.state_was_set(new_state)
+
+    return set_rng_state
 
 
 def _real_first(function: Any) -> Any:
@@ -242,10 +275,11 @@ def _registered(module: torch.nn.Module, name: str, value: Any) -> None:
 
 @never_compiled
 def _used(module: torch.nn.Module, args: Any) -> None:
-    # A module that is called under autograd is in use, perhaps in training: its tensors are torch's from here on.
+    # A module that is called under autograd is in use, perhaps in training: its parameters are torch's from here on.
     if current.get() is not None and torch.is_grad_enabled() and torch._guards.TracingContext.try_get() is None:
-        for tensor in (*module._parameters.values(), *module._buffers.values(), *args):
-            become_real(tensor)
+        for tensor in module._parameters.values():
+            if tensor is not None:
+                become_real(tensor)
 
 
 # --- the two that are wrapped once ----------------------------------------------------------------------------------
@@ -257,7 +291,7 @@ def _wrap_constructors() -> None:
     global _make_subclass
     if _make_subclass is not None:
         return
-    original = _make_subclass = torch.Tensor._make_subclass  # type: ignore[attr-defined]
+    original = _make_subclass = torch.Tensor._make_subclass
     new_tensor = torch._C.TensorBase.__new__
 
     # No named parameters: torch._dynamo compares these signatures with its own when it is first imported.
@@ -278,7 +312,7 @@ def _wrap_constructors() -> None:
         return original(*args, **kwargs)
 
     torch.Tensor.__new__ = staticmethod(tensor_new)  # type: ignore[method-assign]
-    torch.Tensor._make_subclass = staticmethod(make_subclass)  # type: ignore[attr-defined]
+    torch.Tensor._make_subclass = staticmethod(make_subclass)  # type: ignore[method-assign]
 
 
 def _mode_of(block: Any) -> Mode | None:
@@ -289,7 +323,8 @@ def _mode_of(block: Any) -> Mode | None:
 
 
 def uninstall() -> None:
-    """Take back what the first block has wrapped in torch: ``torch.Tensor.__new__`` and ``torch.Tensor._make_subclass``.
+    """Take back what the first block has wrapped in torch: ``torch.Tensor.__new__`` and
+    ``torch.Tensor._make_subclass``.
 
     The next block wraps them again.
 
@@ -305,5 +340,5 @@ def uninstall() -> None:
             raise RuntimeError("fastinit.uninstall: a block is active; leave it first")
         if _make_subclass is not None:
             del torch.Tensor.__new__
-            torch.Tensor._make_subclass = _make_subclass  # type: ignore[attr-defined]
+            torch.Tensor._make_subclass = _make_subclass  # type: ignore[method-assign]
             _make_subclass = None

@@ -1,21 +1,21 @@
 """The fast path: methods of the placeholder class that answer what the dispatcher would answer.
 
 A method that is defined on the class is found before torch's, so that it pays neither the function mode nor the
-dispatcher. Those here are an optimisation alone: without them (`use(False)`, or FASTINIT_FAST=0 in the environment) every
-result is the same. They serve what torch.nn's constructors call, and hand anything unusual to torch's own method.
+dispatcher. Those here are an optimisation alone: without them (`use(False)`, or FASTINIT_FAST=0 in the environment)
+every result is the same. They serve what torch.nn's constructors call, and hand anything unusual to torch's own method.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..native import CONSTANT, NORMAL, UNIFORM
 from ..recipe import Write
+from .operators import OPERATORS, is_mine
 from .tensors import Placeholder, lock, stand_for
 
 _torch: Any = torch.Tensor
@@ -40,13 +40,16 @@ def _dim(self: Placeholder) -> int:
 
 
 def _detach(self: Placeholder) -> torch.Tensor:
+    if self.requires_grad or not is_mine():
+        result: torch.Tensor = _torch.detach(self)
+        return result
     with lock:
         return stand_for(self._record, self._region)
 
 
 def _fill(kind: int, tensor: Placeholder, parameters: tuple[float, ...]) -> bool:
     """Record a fill of the whole of a pending tensor; False if it is not so plain."""
-    if tensor._region is not None or (tensor.requires_grad and torch.is_grad_enabled()):
+    if tensor._region is not None or (tensor.requires_grad and torch.is_grad_enabled()) or not is_mine():
         return False
     with lock:
         record = tensor._record
@@ -58,7 +61,12 @@ def _fill(kind: int, tensor: Placeholder, parameters: tuple[float, ...]) -> bool
     return True
 
 
+_NO_GENERATOR = {"generator": None}
+
+
 def _uniform_(self: Placeholder, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if kwargs == _NO_GENERATOR:
+        kwargs = {}
     if len(args) == 2 and not kwargs and type(args[1] - args[0]) is float and 0.0 <= args[1] - args[0] < math.inf:
         if _fill(UNIFORM, self, (float(args[0]), float(args[1]))):
             return self
@@ -67,6 +75,8 @@ def _uniform_(self: Placeholder, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def _normal_(self: Placeholder, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if kwargs == _NO_GENERATOR:
+        kwargs = {}
     if len(args) == 2 and not kwargs and all(type(each) in (int, float) and math.isfinite(each) for each in args):
         if args[1] >= 0 and _fill(NORMAL, self, (float(args[0]), float(args[1]))):
             return self
@@ -88,17 +98,6 @@ def _zero_(self: Placeholder) -> torch.Tensor:
     return result
 
 
-def _below_modes(name: str) -> Any:
-    """A getter of torch that does not tell the modes."""
-    getter = getattr(_torch, name).__get__
-
-    def get(self: Placeholder) -> Any:
-        with torch._C.DisableTorchFunction():
-            return getter(self)
-
-    return property(get)
-
-
 _METHODS: dict[str, Any] = {
     "detach": _detach,
     "dim": _dim,
@@ -113,13 +112,11 @@ _METHODS: dict[str, Any] = {
 
 def use(fast: bool) -> None:
     """Give the placeholder class its fast methods, or take them away."""
-    for name, method in _METHODS.items():
+    for name, method in {**OPERATORS, **_METHODS}.items():
         if fast:
             setattr(Placeholder, name, method)
         elif name in vars(Placeholder):
             delattr(Placeholder, name)
 
-
-Unused = Callable[..., Any]
 
 use(os.environ.get("FASTINIT_FAST", "1") != "0")

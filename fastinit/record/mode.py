@@ -14,16 +14,20 @@ import torch
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
+from torch.utils._pytree import tree_map_only
 
 from ..execution import can_fill
 from ..native import NORMAL, TRUNCATED_NORMAL, UNIFORM
 from .block import Block, current
-from .dispatch import fill, wrap
-from .factories import FACTORIES, fill_now, is_fillable, over
+from .dispatch import wrap
+from .factories import FACTORIES, fill_now, in_functorch, is_fillable, over
 from .precision import WHOLE
-from .tensors import Placeholder, become_real, concrete, has_master, modes_off
+from .recorded import fill
+from .tensors import HALVES, Placeholder, become_real, concrete, has_master, modes_off
 
-_GETTER = type(torch.Tensor.shape.__get__)  # type: ignore[attr-defined]
+_TENSOR: Any = torch.Tensor
+
+_GETTER = type(_TENSOR.shape.__get__)
 
 # Functions of an initialisation, which records no graph whatever requires one.
 _INITIALISERS = frozenset(value for value in vars(init).values() if isinstance(value, FunctionType))
@@ -50,16 +54,30 @@ _VIEWS = frozenset(
     )
     for owner in (torch.Tensor, torch)
     if (view := getattr(owner, name, None)) is not None
-) | {torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.H.__get__, torch.Tensor.mH.__get__}  # type: ignore[attr-defined]
+) | {_TENSOR.T.__get__, _TENSOR.mT.__get__, _TENSOR.H.__get__, _TENSOR.mH.__get__}
+
+# Results in these are looked at once more.
+_PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
+
+_CONVERTS = {torch.Tensor.to, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.type, torch.Tensor.type_as}
 
 # Functions that say of which dtype their result is, though they are given none.
-_NAME_A_DTYPE = {torch.Tensor.float, torch.Tensor.type, torch.Tensor.dequantize, torch.dequantize, torch.Tensor.__getitem__}
+_NAME_A_DTYPE = {
+    torch.Tensor.float,
+    torch.Tensor.type,
+    torch.Tensor.dequantize,
+    torch.dequantize,
+    torch.Tensor.__getitem__,
+}
 
 # Where a tensor becomes part of another one, below the dispatcher.
-_TAKES_OVER = {
-    torch.Tensor.data.__set__,  # type: ignore[attr-defined]
-    torch.Tensor.grad.__set__,  # type: ignore[attr-defined]
+_TAKES_OVER: set[Any] = {
+    _TENSOR.data.__set__,
+    _TENSOR.grad.__set__,
 }
+
+# Functions that the placeholder class may have as methods of its own, by the method's name.
+AS_METHODS: dict[Any, str] = {}
 
 # Fills of tensors that exist already.
 _FILLS: dict[Any, Callable[..., Any]] = {}
@@ -105,6 +123,10 @@ class Mode(TorchFunctionMode):
                 become_real(args[1])
             return func(*args, **kwargs)
         block.generator.resume()
+        name = AS_METHODS.get(func)
+        if name is not None and args and type(args[0]) is Placeholder:
+            method = vars(Placeholder).get(name)
+            return (method or func)(*args, **kwargs)
         if _initialises(func, kwargs):
             return self._initialise(func, args, kwargs)
         filled = _FILLS.get(func)
@@ -118,14 +140,16 @@ class Mode(TorchFunctionMode):
             for each in _tensors(args, kwargs):
                 become_real(each)
         elif torch.is_grad_enabled() and func not in _ABOUT_TENSORS and func not in _VIEWS:
-            tensors = list(_tensors(args, kwargs))
-            if any(each.requires_grad and not has_master(each) for each in tensors):
-                for each in tensors:
+            for each in _tensors(args, kwargs):
+                if each.requires_grad and not has_master(each):
                     become_real(each)
+        if func is torch.Tensor.__setitem__ and type(args[2]) is float and has_master(args[0]):
+            # torch would round the number before any operator sees it.
+            with modes_off():
+                args = (*args[:2], wrap(block, torch.tensor(args[2]), args[0].dtype, args[0].device))
         result = func(*args, **kwargs)
-        if block.default_dtype is not torch.float32 and func not in _NAME_A_DTYPE:
-            if type(result) in (torch.Tensor, Placeholder) and result.dtype is torch.float32:
-                return self._of_integers(result, args, kwargs)
+        if type(result) is torch.Tensor and result.dtype in _PRECISIONS:
+            return self._in_the_blocks_precision(func, result, args, kwargs)
         return result
 
     def _initialise(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -140,18 +164,33 @@ class Mode(TorchFunctionMode):
         torch.autograd.graph.increment_version(tensor)
         return tensor if result is alias else result
 
-    def _of_integers(self, result: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
-        """Of integers torch makes its default dtype, which is fp32 in the process and another one in the block."""
+    def _in_the_blocks_precision(self, func: Any, result: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+        """What torch has computed of integers or fp64 outside of placeholders, as the block is to have it.
+
+        Of integers torch makes its default dtype, which is fp32 in the process and may be another one in the block. And
+        what is converted to half precision keeps its values in fp32.
+        """
+        default = self.block.default_dtype
+        if result.requires_grad or result.layout != torch.strided or torch._C._len_torch_dispatch_stack():
+            return result
+        if result.dtype in HALVES:
+            source: Any = args[0] if args and func in _CONVERTS else None
+            computed = type(source) is torch.Tensor and source.is_cpu and source.dtype in (*WHOLE, torch.float64)
+            if computed and result.is_cpu and not in_functorch():
+                with modes_off():
+                    return wrap(self.block, source.to(torch.float32), result.dtype, result.device)
+            return result
+        if default is torch.float32 or func in _NAME_A_DTYPE:
+            return result
         operands = list(_tensors(args, kwargs))
         names = any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values()))
         if not operands or names or any(each.dtype not in WHOLE for each in operands):
             return result
-        if result.requires_grad or result.layout != torch.strided or torch._C._len_torch_dispatch_stack():
-            return result
         with modes_off():
-            if type(result) is torch.Tensor and result.is_cpu:
-                return wrap(self.block, result, self.block.default_dtype, result.device)
-            return result.to(self.block.default_dtype)
+            if default is torch.float64:
+                doubles: torch.Tensor = func(*tree_map_only(torch.Tensor, torch.Tensor.double, args), **kwargs)
+                return doubles
+            return wrap(self.block, result, default, result.device) if result.is_cpu else result.to(default)
 
     def factory_device(self) -> torch.device:
         """Where a factory without a device argument puts its result: an inner ``torch.device`` context wins."""
@@ -171,8 +210,8 @@ def _device_context() -> DeviceContext | None:
 
 
 def _initialises(func: Any, kwargs: dict[str, Any]) -> bool:
-    # torch.nn.init hands a mode whatever has its public name, which a library may have replaced for a while; it is called
-    # with `tensor` by name.
+    # torch.nn.init hands a mode whatever has its public name, which a library may have replaced for a while; it is
+    # called with `tensor` by name.
     return func in _INITIALISERS or (type(func) is FunctionType and "tensor" in kwargs)
 
 
@@ -215,7 +254,7 @@ def _pair(args: Any, kwargs: Any, names: tuple[str, str], defaults: tuple[float,
 
 
 def truncated_normal(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The body of ``torch.nn.init.trunc_normal_``, which no mode sees as a whole; where it is not ours to draw, torch's."""
+    """The body of ``torch.nn.init.trunc_normal_``, which no mode sees as a whole."""
 
     @functools.wraps(function)
     def _no_grad_trunc_normal_(

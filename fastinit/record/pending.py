@@ -1,4 +1,4 @@
-"""What a block leaves unwritten: recipes handed to the modules that own the tensors, for `initialize` and `materialize`."""
+"""What a block leaves unwritten: recipes handed to the modules that own the tensors, to be carried out later."""
 
 from __future__ import annotations
 

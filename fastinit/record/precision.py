@@ -27,6 +27,8 @@ def result_dtypes(func: Any, args: Any, kwargs: Any, results: Any, default: torc
         whole = kwargs.get("dtype") is None and all(each.dtype in WHOLE for each in operands)
         # Of integers torch makes its default dtype, which is fp32 in the process and may be another one in the block.
         return [default if whole and dtype == torch.float32 else dtype for dtype in computed]
+    if torch.float32 not in computed:
+        return computed
     if torch.Tag.nondeterministic_seeded in func.tags:
         half = _promoted(operands)
         return [half if dtype == torch.float32 else dtype for dtype in computed]
@@ -36,7 +38,9 @@ def result_dtypes(func: Any, args: Any, kwargs: Any, results: Any, default: torc
         answer = _answers[key] = _asked(func, args, kwargs) or [
             _promoted(operands) if dtype == torch.float32 else dtype for dtype in computed
         ]
-    return answer if len(answer) == len(computed) else [_promoted(operands) if d == torch.float32 else d for d in computed]
+    return (
+        answer if len(answer) == len(computed) else [_promoted(operands) if d == torch.float32 else d for d in computed]
+    )
 
 
 WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -51,27 +55,22 @@ def _kind(value: Any) -> Any:
 
 
 def _asked(func: Any, args: Any, kwargs: Any) -> list[torch.dtype] | None:
-    """What torch says of a call on meta tensors, or of the call on rounded values where it has no answer for those."""
-    for convert, device in ((_on_meta, "meta"), (_rounded, "cpu")):
-        options = dict(kwargs, device=device) if kwargs.get("device") is not None else kwargs
-        try:
-            answer = func(*tree_map_only(torch.Tensor, convert, args), **tree_map_only(torch.Tensor, convert, options))
-        except (NotImplementedError, RuntimeError, TypeError, ValueError):
-            continue
-        return [each.dtype for each in tree_flatten(answer)[0] if isinstance(each, torch.Tensor)]
-    return None
+    """What torch gives for operands of these dtypes and shapes, all of them zeros; None if it has no such operator.
+
+    Not on the meta device, where many an operator is Python that imports torch._dynamo, which takes a second.
+    """
+    options = dict(kwargs, device="cpu") if kwargs.get("device") is not None else kwargs
+    try:
+        answer = func(*tree_map_only(torch.Tensor, _zeros, args), **tree_map_only(torch.Tensor, _zeros, options))
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return None
+    return [each.dtype for each in tree_flatten(answer)[0] if isinstance(each, torch.Tensor)]
 
 
-def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+def _zeros(tensor: torch.Tensor) -> torch.Tensor:
     if type(tensor) is Placeholder:
-        return view_of(torch.empty(tensor._record.shape, dtype=tensor.dtype, device="meta"), tensor._region)
-    return tensor.to("meta")
-
-
-def _rounded(tensor: torch.Tensor) -> torch.Tensor:
-    if type(tensor) is Placeholder:
-        return view_of(tensor._record.compute(), tensor._region).to(tensor.dtype)
-    return tensor
+        return view_of(torch.zeros(tensor._record.shape, dtype=tensor.dtype), tensor._region)
+    return torch.zeros_like(tensor, device="cpu") if tensor.layout == torch.strided else tensor
 
 
 def _promoted(operands: list[torch.Tensor]) -> torch.dtype:

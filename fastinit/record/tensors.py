@@ -206,8 +206,9 @@ class Placeholder(torch.Tensor):
         return torch.Tensor(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with lock:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        # C++ code calls from inside of any mode, and what is done here is no affair of theirs.
+        with lock, modes_off():
             return Placeholder.dispatch(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -232,7 +233,7 @@ class Placeholder(torch.Tensor):
         return result
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         with modes_off():
             return self.detach()
 
@@ -242,7 +243,7 @@ class Placeholder(torch.Tensor):
             set_data(self, value)
 
     @property
-    def grad(self) -> torch.Tensor | None:  # type: ignore[override]
+    def grad(self) -> torch.Tensor | None:
         with modes_off():
             gradient: torch.Tensor | None = _torch_grad.__get__(self)
             return gradient
@@ -263,12 +264,15 @@ class Placeholder(torch.Tensor):
             values = view_of(self._record.compute(), self._region).to(self.device, self.dtype)
             return repr(values.requires_grad_(self.requires_grad))
 
+    def __format__(self, specification: str) -> str:
+        return format(self.item(), specification) if self.dim() == 0 else object.__format__(self, specification)
+
     @property
     def __cuda_array_interface__(self) -> Any:
         become_real(self)
         return self.__cuda_array_interface__
 
-    def set_(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+    def set_(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         source = args[0] if args else kwargs.get("source")
         with modes_off(), lock:
             if isinstance(source, torch.Tensor) and source.dtype == self.dtype and len(args) + len(kwargs) == 1:
@@ -319,7 +323,7 @@ def stand_for(record: Record, region: Region | None = None) -> Placeholder:
     return tensor
 
 
-_make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+_make: Any = torch.Tensor._make_wrapper_subclass
 
 
 def view_of(memory: torch.Tensor, region: Region | None) -> torch.Tensor:
@@ -352,9 +356,7 @@ def is_in_order(record: Record, region: Region | None) -> bool:
     same = numel(region.sizes) == numel(record.shape)
     return same and all(
         stride == expected or size == 1
-        for size, stride, expected in zip(
-            region.sizes, region.strides, contiguous_strides(region.sizes), strict=True
-        )
+        for size, stride, expected in zip(region.sizes, region.strides, contiguous_strides(region.sizes), strict=True)
     )
 
 
@@ -388,7 +390,7 @@ def swap_in(tensor: Placeholder, memory: torch.Tensor) -> None:
                 become_real(grad)
         else:
             with torch.enable_grad():
-                real = _WithMemory.apply(tensor, real)
+                real = _WithMemory.apply(tensor, real)  # type: ignore[no-untyped-call]
     attributes = tensor.__dict__
     del attributes["_record"], attributes["_region"]
     is_parameter = attributes.pop("_is_param", False)
@@ -400,7 +402,7 @@ def swap_in(tensor: Placeholder, memory: torch.Tensor) -> None:
         tensor._post_accumulate_grad_hooks = post
     if grad is not None:
         tensor.grad = grad
-    if real._use_count() > 1:
+    if real._use_count() > 1:  # type: ignore[attr-defined]
         _leave_behind(real, record, region, tensor if requires_grad and tensor.is_leaf else None)
 
 

@@ -1,0 +1,226 @@
+"""The fast path of operators: methods that go straight to what the dispatcher would have called.
+
+Each names the overload that torch would choose for its plain arguments, and hands it to `dispatch` itself, which saves
+the way through torch: some 20 us for each small operation of a constructor, and for the first one in a process the
+import of torch.distributed.tensor, which torch's C++ makes when it meets a subclass of Tensor. Anything unusual (a
+graph to be recorded, a mode of somebody else's, keywords) is torch's. Without these methods every result is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .dispatch import dispatch, take_view
+from .factories import in_functorch
+from .mode import AS_METHODS, Mode
+from .tensors import Placeholder, lock, modes_off
+
+aten = torch.ops.aten
+
+_torch: Any = torch.Tensor
+
+OPERATORS: dict[str, Any] = {}
+
+
+def is_mine() -> bool:
+    """Whether nobody else's mode or transform would see a call."""
+    modes = torch._C._len_torch_function_stack()
+    if modes and not isinstance(torch._C._get_function_stack_at(modes - 1), Mode):
+        return False
+    return not (torch._C._len_torch_dispatch_stack() or in_functorch())
+
+
+def _is_plain(*tensors: Any) -> bool:
+    """Whether torch would do no more with these than to call the dispatcher."""
+    if not is_mine():
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not any(each.requires_grad for each in tensors if isinstance(each, torch.Tensor))
+
+
+def _straight(overload: Any, *args: Any, **kwargs: Any) -> Any:
+    with lock, modes_off():
+        return dispatch(overload, args, kwargs)
+
+
+def _method(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a method that is given torch's own for what is not plain."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        usual = getattr(_torch, name)
+
+        def method(self: Placeholder, *args: Any, **kwargs: Any) -> Any:
+            if not kwargs and _is_plain(self, *args):
+                result = function(self, *args)
+                if result is not NotImplemented:
+                    return result
+            return usual(self, *args, **kwargs)
+
+        method.__name__ = name
+        OPERATORS[name] = method
+        return function
+
+    return register
+
+
+def _is_operand(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return type(value) is Placeholder or (type(value) is torch.Tensor and not value.is_meta)
+    return type(value) in (int, float)
+
+
+# --- elementwise ----------------------------------------------------------------------------------------------------
+
+
+def _unary(overload: Any) -> Callable[..., Any]:
+    return lambda self, *args: NotImplemented if args else _straight(overload, self)
+
+
+def _binary(overload: Any) -> Callable[..., Any]:
+    def function(self: Placeholder, *args: Any) -> Any:
+        return _straight(overload, self, *args) if len(args) == 1 and _is_operand(args[0]) else NotImplemented
+
+    return function
+
+
+for _name in (
+    *"abs acos asin atan ceil cos cosh erf erfinv exp expm1 floor log log10 log1p log2 neg reciprocal".split(),
+    *"round rsqrt sigmoid sign sin sinh sqrt tan tanh trunc".split(),
+):
+    _method(_name)(_unary(getattr(aten, _name).default))
+    AS_METHODS[getattr(torch, _name)] = _name
+for _name in ("erfinv_", "neg_"):
+    _method(_name)(_unary(getattr(aten, _name).default))
+_method("__neg__")(_unary(aten.neg.default))
+for _name, _base in (("mul", "mul"), ("add", "add"), ("sub", "sub"), ("div", "div"), ("truediv", "div")):
+    _function = _binary(getattr(aten, _base).Tensor)
+    _method(f"__{_name}__")(_function)
+    if _name == _base:
+        _method(_name)(_function)
+        _method(f"{_name}_")(_binary(getattr(aten, f"{_name}_").Tensor))
+        AS_METHODS[getattr(torch, _name)] = _name
+_method("__radd__")(_binary(aten.add.Tensor))
+_method("__rmul__")(_binary(aten.mul.Tensor))
+
+
+@_method("__rsub__")
+def _rsub(self: Placeholder, other: Any) -> Any:
+    return _straight(aten.rsub.Scalar, self, other) if type(other) in (int, float) else NotImplemented
+
+
+def _rdiv(self: Placeholder, other: Any) -> Any:
+    # As torch has it: the reciprocal, multiplied.
+    if type(other) not in (int, float):
+        return NotImplemented
+    return _straight(aten.mul.Tensor, _straight(aten.reciprocal.default, self), other)
+
+
+_method("__rtruediv__")(_rdiv)
+_method("__rdiv__")(_rdiv)
+
+
+def _pow(self: Placeholder, exponent: Any) -> Any:
+    if not _is_operand(exponent):
+        return NotImplemented
+    number = not isinstance(exponent, torch.Tensor)
+    return _straight(aten.pow.Tensor_Scalar if number else aten.pow.Tensor_Tensor, self, exponent)
+
+
+_method("pow")(_pow)
+_method("__pow__")(_pow)
+
+
+@_method("__rpow__")
+def _rpow(self: Placeholder, base: Any) -> Any:
+    return _straight(aten.pow.Scalar, base, self) if type(base) in (int, float) else NotImplemented
+
+
+@_method("outer")
+def _outer(self: Placeholder, other: Any) -> Any:
+    if not _is_operand(other) or not isinstance(other, torch.Tensor) or self.dim() != 1 or other.dim() != 1:
+        return NotImplemented
+    return _straight(aten.mul.Tensor, _straight(aten.unsqueeze.default, self, 1), other)
+
+
+AS_METHODS[torch.outer] = "outer"
+
+
+@_method("clamp_")
+def _clamp_(self: Placeholder, *bounds: Any) -> Any:
+    plain = len(bounds) == 2 and all(type(each) in (int, float) for each in bounds)
+    return _straight(aten.clamp_.default, self, *bounds) if plain else NotImplemented
+
+
+# --- copies and conversions -----------------------------------------------------------------------------------------
+
+
+@_method("clone")
+def _clone(self: Placeholder, *args: Any) -> Any:
+    return NotImplemented if args else _straight(aten.clone.default, self)
+
+
+@_method("copy_")
+def _copy_(self: Placeholder, *args: Any) -> Any:
+    if len(args) != 1 or type(args[0]) not in (Placeholder, torch.Tensor, torch.nn.Parameter):
+        return NotImplemented
+    with torch.no_grad():
+        return _straight(aten.copy_.default, self, args[0]) if args[0].shape == self.shape else NotImplemented
+
+
+def _converted(self: Placeholder, dtype: torch.dtype) -> Any:
+    return self if self.dtype == dtype else _straight(aten._to_copy.default, self, dtype=dtype)
+
+
+for _name, _dtype in (
+    *(("float", torch.float32), ("double", torch.float64), ("half", torch.float16), ("bfloat16", torch.bfloat16)),
+    *(("long", torch.int64), ("int", torch.int32)),
+):
+    _method(_name)(
+        lambda self, *args, dtype=_dtype: NotImplemented if args else _converted(self, dtype)
+    )
+
+
+def _to(self: Placeholder, *args: Any, **kwargs: Any) -> Any:
+    names = kwargs.keys() - {"dtype", "device"}
+    if not names and not any(isinstance(each, torch.Tensor) for each in args) and _is_plain(self):
+        device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        if device is None and dtype is not None and not non_blocking and memory_format is None:
+            return _converted(self, dtype)
+        if device is not None and device.type == self.device.type and device.index in (None, self.device.index):
+            if not non_blocking and memory_format is None:
+                return _converted(self, dtype or self.dtype)
+    return _torch.to(self, *args, **kwargs)
+
+
+OPERATORS["to"] = _to
+
+
+# --- views ----------------------------------------------------------------------------------------------------------
+
+
+def _view(name: str) -> None:
+    usual = getattr(_torch, name)
+
+    @_method(name)
+    def view(self: Placeholder, *args: Any) -> Any:
+        if any(isinstance(each, (torch.Tensor, torch.dtype)) for each in args):
+            return NotImplemented
+        with lock, modes_off():
+            return take_view(usual, self, *args)
+
+
+for _name in "chunk expand narrow permute select split squeeze t transpose unbind unsqueeze view".split():
+    _view(_name)
+
+
+@_method("__getitem__")
+def _getitem(self: Placeholder, index: Any) -> Any:
+    parts = index if type(index) is tuple else (index,)
+    if not all(each is None or each is Ellipsis or type(each) in (int, slice) for each in parts):
+        return NotImplemented
+    with lock, modes_off():
+        return take_view(_torch.__getitem__, self, index)

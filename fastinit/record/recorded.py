@@ -1,0 +1,376 @@
+"""The operators that are recorded: fills, steps with numbers, copies of what is pending, tensors like others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import native
+from ..execution import DTYPES, allocate, can_fill
+from ..layout import contiguous_strides, numel
+from ..native import ADD, CLAMP, CONSTANT, DIVIDE, MULTIPLY, NORMAL, UNIFORM
+from ..recipe import ERFINV, Region, Write, with_step
+from .block import current
+from .calls import record_call
+from .dispatch import RECORDED, create, on_meta, values_dtype
+from .precision import WHOLE
+from .tensors import (
+    LARGEST_MASTER,
+    Placeholder,
+    Record,
+    concrete,
+    has_master,
+    is_dense,
+    is_in_order,
+    is_whole,
+    stand_for,
+    view_of,
+)
+
+aten = torch.ops.aten
+
+_HOST = torch.device("cpu")
+
+
+# --- fills ----------------------------------------------------------------------------------------------------------
+
+
+def _records(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        for func in funcs:
+            RECORDED[func] = handler
+        return handler
+
+    return register
+
+
+def fill(tensor: Placeholder, kind: int, parameters: tuple[float, ...]) -> Any:
+    """Record a fill; NotImplemented if it is torch's."""
+    record, region = tensor._record, tensor._region
+    whole = is_whole(record, region)
+    if not record.is_native and (record.memory is not None or not whole or not records(record.dtype, kind, parameters)):
+        return NotImplemented
+    stream, key = (0, None) if kind == CONSTANT else record.block.generator.next_stream()
+    if region is not None and any(s == 0 and n > 1 for n, s in zip(region.sizes, region.strides, strict=True)):
+        return NotImplemented  # elements share memory: torch's to refuse
+    if whole:
+        in_order = is_in_order(record, region)
+        record.overwrite((Write(kind, parameters, stream, (), None if in_order else region, key),))
+    else:
+        record.append(Write(kind, parameters, stream, (), region, key))
+    return tensor
+
+
+def records(dtype: torch.dtype, kind: int, parameters: tuple[float, ...]) -> bool:
+    """Whether a fill that native code does not reach may be recorded all the same, for torch to carry out."""
+    value = parameters[0]
+    if dtype.is_floating_point:
+        return kind == CONSTANT or (dtype == torch.float64 and kind in (UNIFORM, NORMAL))
+    return kind == CONSTANT and dtype in WHOLE and float(value).is_integer() and abs(value) < 2**53
+
+
+def _is_number(*values: Any) -> bool:
+    return all(type(value) in (int, float, bool) for value in values)
+
+
+@_records(aten.uniform_.default)
+def _uniform(func: Any, tensor: Any, low: Any = 0.0, high: Any = 1.0, *, generator: Any = None) -> Any:
+    if type(tensor) is not Placeholder or generator is not None or not 0.0 <= high - low < math.inf:
+        return NotImplemented
+    return fill(tensor, UNIFORM, (float(low), float(high)))
+
+
+@_records(aten.normal_.default)
+def _normal(func: Any, tensor: Any, mean: Any = 0.0, std: Any = 1.0, *, generator: Any = None) -> Any:
+    if type(tensor) is not Placeholder or generator is not None or not 0.0 <= std < math.inf:
+        return NotImplemented
+    return fill(tensor, NORMAL, (float(mean), float(std))) if math.isfinite(mean) else NotImplemented
+
+
+@_records(aten.fill_.Scalar, aten.fill_.Tensor)
+def _fill(func: Any, tensor: Any, value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        if value.dim() or value.is_complex() or value.is_meta or (torch.is_grad_enabled() and value.requires_grad):
+            return NotImplemented
+        value = value.item()
+    if type(tensor) is not Placeholder or not _is_number(value):
+        return NotImplemented
+    return fill(tensor, CONSTANT, (float(value),))
+
+
+@_records(aten.zero_.default)
+def _zero(func: Any, tensor: Any) -> Any:
+    return fill(tensor, CONSTANT, (0.0,))
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------
+
+_Steps = tuple[tuple[int, float, float], ...]
+
+
+def _stepped(tensor: Placeholder, steps: _Steps | None) -> tuple[Write, ...] | None:
+    """The recipe of a whole pending tensor with more steps; None if there is no such recipe."""
+    record = tensor._record
+    if steps is None or not record.recipe or record.dtype not in DTYPES or not is_whole(record, tensor._region):
+        return None
+    recipe: tuple[Write, ...] | None = record.recipe
+    for op, a, b in steps:
+        recipe = with_step(recipe, op, a, b) if recipe is not None else None
+    return recipe
+
+
+def _step(name: str, steps_of: Callable[..., _Steps | None]) -> None:
+    """Record an operator and its in-place twin as steps; steps_of gets the arguments behind the tensor."""
+
+    def out_of_place(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(tensor) is not Placeholder or (torch.is_grad_enabled() and tensor.requires_grad):
+            return NotImplemented
+        record, steps = tensor._record, steps_of(*args, **kwargs)
+        recipe = _stepped(tensor, steps) if is_in_order(record, tensor._region) else None
+        if recipe is not None:
+            return stand_for(Record(record.block, tuple(tensor.shape), record.dtype, record.device, recipe))
+        if steps and steps[0][0] == ERFINV and _steps_natively(record):
+            return _erfinv_now(stand_for(record.forked(), tensor._region))
+        return NotImplemented
+
+    def in_place(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(tensor) is not Placeholder:
+            return NotImplemented
+        record, steps = tensor._record, steps_of(*args, **kwargs)
+        recipe = _stepped(tensor, steps)
+        if recipe is not None:
+            record.recipe = recipe
+            return tensor
+        if steps and steps[0][0] == ERFINV and _steps_natively(record):
+            return _erfinv_now(tensor)
+        return NotImplemented
+
+    base, _, overload = name.partition(".")
+    RECORDED[getattr(getattr(aten, base), overload)] = out_of_place
+    RECORDED[getattr(getattr(aten, f"{base}_"), overload)] = in_place
+
+
+def _steps_natively(record: Record) -> bool:
+    """Whether content that began as a recipe has values in fp32, on which a step gives what the recipe would have."""
+    return record.recorded and record.dtype in DTYPES and (record.memory is None or not record.needs_master)
+
+
+def _erfinv_now(tensor: Placeholder) -> Any:
+    """The step of a recipe on values that exist already: the native function, so that it gives the same bits."""
+    values = view_of(tensor._record.compute(), tensor._region)
+    if values.device.type != "cpu" or values.dtype != torch.float32:
+        return NotImplemented
+    dense = values.contiguous()
+    native.erfinv(dense.data_ptr(), dense.numel())
+    if dense is not values:
+        values.copy_(dense)
+    return tensor
+
+
+def _scalar(op: int) -> Callable[..., _Steps | None]:
+    def steps(value: Any, **kwargs: Any) -> _Steps | None:
+        return ((op, float(value), 0.0),) if not kwargs and _is_finite(value) else None
+
+    return steps
+
+
+def _is_finite(*values: Any) -> bool:
+    return _is_number(*values) and all(math.isfinite(value) for value in values)
+
+
+def _sum(sign: float) -> Callable[..., _Steps | None]:
+    def steps(value: Any, alpha: Any = 1, **kwargs: Any) -> _Steps | None:
+        return ((ADD, sign * value, 0.0),) if alpha == 1 and not kwargs and _is_finite(value) else None
+
+    return steps
+
+
+def _reversed_subtract(value: Any, alpha: Any = 1) -> _Steps | None:
+    return ((MULTIPLY, -1.0, 0.0), (ADD, float(value), 0.0)) if alpha == 1 and _is_finite(value) else None
+
+
+def _clamp(low: Any = None, high: Any = None, **kwargs: Any) -> _Steps | None:
+    low, high = kwargs.get("min", low), kwargs.get("max", high)
+    given = [value for value in (low, high) if value is not None]
+    if not given or not _is_number(*given) or any(value != value for value in given):
+        return None
+    return ((CLAMP, -math.inf if low is None else float(low), math.inf if high is None else float(high)),)
+
+
+_step("mul.Tensor", _scalar(MULTIPLY))
+_step("div.Tensor", _scalar(DIVIDE))
+_step("add.Tensor", _sum(1.0))
+_step("sub.Tensor", _sum(-1.0))
+_step("neg.default", lambda: ((MULTIPLY, -1.0, 0.0),))
+_step("clamp.default", _clamp)
+_step("clamp_min.default", lambda low: _clamp(low=low))
+_step("clamp_max.default", lambda high: _clamp(high=high))
+_step("erfinv.default", lambda: ((ERFINV, 0.0, 0.0),))
+
+
+@_records(aten.rsub.Scalar)
+def _rsub(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    if type(tensor) is not Placeholder or (torch.is_grad_enabled() and tensor.requires_grad):
+        return NotImplemented
+    record = tensor._record
+    recipe = _stepped(tensor, _reversed_subtract(*args, **kwargs)) if is_in_order(record, tensor._region) else None
+    if recipe is None:
+        return NotImplemented
+    return stand_for(Record(record.block, tuple(tensor.shape), record.dtype, record.device, recipe))
+
+
+# --- copies and conversions -----------------------------------------------------------------------------------------
+
+
+def _is_pending(tensor: Any) -> bool:
+    """Whether the whole of a tensor, in its order, is a recipe with native fills."""
+    if type(tensor) is not Placeholder:
+        return False
+    record = tensor._record
+    return bool(record.recipe) and record.dtype in DTYPES and is_in_order(record, tensor._region)
+
+
+def _has_recipe_for(source: Placeholder, record: Record) -> bool:
+    """Whether a tensor's recipe gives another one of its size the same values."""
+    origin = source._record
+    if not origin.recipe or origin.block is not record.block or not is_in_order(origin, source._region):
+        return False
+    return origin.dtype == record.dtype or (origin.dtype == torch.float32 and record.dtype in DTYPES)
+
+
+@_records(aten.copy_.default)
+def _copy(func: Any, tensor: Any, source: Any, non_blocking: bool = False) -> Any:
+    if type(tensor) is not Placeholder or not is_whole(tensor._record, tensor._region):
+        return NotImplemented
+    record = tensor._record
+    if torch.is_grad_enabled() and (source.requires_grad or tensor.requires_grad):
+        return NotImplemented
+    computed = source.is_cpu and source.dtype not in DTYPES and not source.dtype.is_complex
+    if type(source) is Placeholder:
+        origin = source._record
+        if origin is record:
+            return tensor if source._region == tensor._region else NotImplemented
+        if record.memory is None and _has_recipe_for(source, record) and source.shape == tensor.shape:
+            if is_in_order(record, tensor._region):
+                record.overwrite(origin.recipe or ())
+                return tensor
+        if record.block.defers:
+            waiting = record_call(func, (tensor, source), {}, [tensor, source])
+            if waiting is not NotImplemented:
+                return waiting
+        values = origin.compute()
+        if has_master(source) != origin.needs_master:
+            return NotImplemented  # too large for master values
+        source, computed = view_of(values, source._region), True
+    if record.memory is not None:
+        return NotImplemented
+    if record.needs_master and computed and numel(record.shape) * 4 <= LARGEST_MASTER:
+        # Computed by the constructor, from positions in int64 say: not data of any size.
+        values = allocate(record.shape, values_dtype(record.dtype), _HOST)
+        view_of(values, tensor._region).copy_(source)
+        record.overwrite(())
+        record.values, record.recipe, record.recorded = values, None, False
+        return tensor
+    if source.is_meta or type(source).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return NotImplemented
+    # Data from outside, a checkpoint say: converted while they are copied. What is pending is dropped after that, so
+    # that a copy which torch refuses leaves it as it was.
+    record.block.reserve_for_all(record.device)
+    memory = allocate(record.shape, record.dtype, record.device, name_of=lambda: record.block.name_of(record))
+    view_of(memory, tensor._region).copy_(source, non_blocking)
+    record.overwrite(())
+    record.become_resident(memory)
+    return tensor
+
+
+@_records(aten.clone.default)
+def _clone(func: Any, tensor: Any, *, memory_format: Any = None) -> Any:
+    if not _is_pending(tensor) or memory_format not in (None, torch.preserve_format, torch.contiguous_format):
+        return NotImplemented
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return NotImplemented
+    record = tensor._record
+    return stand_for(Record(record.block, tuple(tensor.shape), record.dtype, record.device, record.recipe))
+
+
+@_records(aten._to_copy.default)
+def _to_copy(func: Any, tensor: Any, **options: Any) -> Any:
+    if not _is_pending(tensor) or (torch.is_grad_enabled() and tensor.requires_grad):
+        return NotImplemented
+    if options.get("memory_format") not in (None, torch.preserve_format, torch.contiguous_format):
+        return NotImplemented
+    record = tensor._record
+    dtype, device = options.get("dtype") or record.dtype, concrete(options.get("device") or record.device)
+    if not can_fill(dtype, device) or options.get("pin_memory"):
+        return NotImplemented
+    return stand_for(Record(record.block, tuple(tensor.shape), dtype, device, record.recipe))
+
+
+# --- tensors like others --------------------------------------------------------------------------------------------
+
+# What factories that take dtype and device from a tensor fill theirs with; None: nothing, or what they are given.
+_LIKE: dict[Any, float | None] = {
+    aten.empty_like.default: None,
+    aten.zeros_like.default: 0.0,
+    aten.ones_like.default: 1.0,
+    aten.full_like.default: None,
+    aten.new_empty.default: None,
+    aten.new_empty_strided.default: None,
+    aten.new_zeros.default: 0.0,
+    aten.new_ones.default: 1.0,
+    aten.new_full.default: None,
+}
+_TAKES_SHAPE = {each for each in _LIKE if "new" in each.name()}
+_IS_FULL = {aten.full_like.default, aten.new_full.default}
+
+
+@_records(*_LIKE)
+def like(func: Any, other: torch.Tensor, *args: Any, **options: Any) -> Any:
+    """A tensor of another one's dtype and device, and of its shape or a given one; NotImplemented if it is torch's."""
+    constant = _LIKE[func]
+    if func in _IS_FULL:
+        constant = options.pop("fill_value") if "fill_value" in options else args[-1]
+        args = args[: 1 if func in _TAKES_SHAPE else 0]
+        if type(constant) not in (int, float):
+            return NotImplemented
+    write = None if constant is None else Write(CONSTANT, (float(constant),))
+    return _like(func, other, args, options, write)
+
+
+@_records(aten.rand_like.default, aten.randn_like.default)
+def _random_like(func: Any, other: torch.Tensor, *, generator: Any = None, **options: Any) -> Any:
+    kind = UNIFORM if func is aten.rand_like.default else NORMAL
+    dtype = options.get("dtype") or other.dtype
+    if generator is not None or not (dtype in DTYPES or records(dtype, kind, (0.0, 1.0))):
+        return NotImplemented
+    tensor = _like(aten.empty_like.default, other, (), options, None)
+    return fill(tensor, kind, (0.0, 1.0)) if type(tensor) is Placeholder else tensor
+
+
+def _like(func: Any, other: torch.Tensor, args: Any, options: dict[str, Any], write: Write | None) -> Any:
+    block = other._record.block if type(other) is Placeholder else current.get()
+    dtype, device = options.get("dtype") or other.dtype, concrete(options.get("device") or other.device)
+    if block is None or device.type == "meta" or options.get("pin_memory"):
+        return NotImplemented
+    if other.layout != torch.strided or options.get("layout") not in (None, torch.strided):
+        return NotImplemented
+    if write is not None and dtype not in DTYPES and not records(dtype, write.kind, write.parameters):
+        return NotImplemented
+    if func in _TAKES_SHAPE:
+        geometry = (aten.new_empty_strided if func is aten.new_empty_strided.default else aten.new_empty).default
+        meta = geometry(torch.empty(0, device="meta"), *args)
+    elif type(other) is Placeholder and other._region is None and options.get("memory_format") is None:
+        return create(block, other._record.shape, dtype, device, write)
+    else:
+        like = on_meta(other) if type(other) is Placeholder else other
+        meta = torch.empty_like(
+            like, device="meta", memory_format=options.get("memory_format") or torch.preserve_format
+        )
+    sizes, strides = tuple(meta.shape), meta.stride()
+    if strides == contiguous_strides(sizes):
+        return create(block, sizes, dtype, device, write)
+    region = Region(0, sizes, strides)
+    return create(block, sizes, dtype, device, write, region) if is_dense(region) else NotImplemented
