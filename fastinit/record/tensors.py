@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..execution import allocate, can_fill
+from ..execution import allocate, can_fill, refuse_capture
 from ..layout import contiguous_strides, numel
 from ..recipe import Region, Write
 
@@ -143,6 +143,7 @@ class Record:
             master = torch.float32 if self.dtype in HALVES else self.dtype
             if not self.needs_master or numel(self.shape) * master.itemsize > LARGEST_MASTER:
                 return self.materialize()
+            refuse_capture(self.device)
             values = allocate(self.shape, master, _HOST)
             self.block.execute(values, self.recipe or ())
             self.values, self.recipe = values, None
