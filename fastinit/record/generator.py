@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import torch
 
+from .. import native
+
 _MASK = 2**64 - 1
 
 
-class Generator:
-    """torch's default generators as one block has them: those of the CPU and of the block's device."""
+class Generator(native.Generator):
+    """torch's default generators as one block has them: those of the CPU and of the block's device.
 
-    # The block whose state torch's generators have now: of several in threads or coroutines, the one that ran last.
-    _owner: Generator | None = None
+    `native.turn` is the one whose state torch's generators have now: of several in threads or coroutines, that of the
+    block that ran last.
+    """
 
     def __init__(self, seed: int) -> None:
         self._seed = mix(seed, 0)
@@ -30,23 +33,23 @@ class Generator:
 
     def enter(self) -> None:
         """Fork torch's generators, and seed them."""
-        self._previous = Generator._owner
+        self._previous = _turn()
         if self._previous is not None:
             self._previous._states = _states()
         self._outside = _states()
         for generator, _ in self._outside:
             generator.manual_seed(self._seed)
-        Generator._owner = self
+        native.give_turn(self)
 
     def leave(self) -> None:
         """Put torch's generators back."""
-        if Generator._owner is self:
-            Generator._owner = self._previous
+        if native.turn() is self:
+            native.give_turn(self._previous)
             for generator, state in self._outside:
                 generator.set_state(state)
         else:
             # Another block that was entered later is still active, and will put back what this one has forked.
-            other = Generator._owner
+            other = _turn()
             while other is not None and other._previous is not self:
                 other = other._previous
             if other is not None:
@@ -54,7 +57,7 @@ class Generator:
 
     def resume(self) -> None:
         """Have torch's generators in this block's state, after another block's turn."""
-        if Generator._owner is not self:
+        if native.turn() is not self:
             _give_turn(self)
 
     def next_stream(self) -> tuple[int, int | None]:
@@ -76,6 +79,11 @@ class Generator:
 _draw = torch.empty((), dtype=torch.int64, device="cpu")
 
 
+def _turn() -> Generator | None:
+    generator: Generator | None = native.turn()
+    return generator
+
+
 def _states() -> list[tuple[torch.Generator, torch.Tensor]]:
     """torch's default generators with their states; a process that has not used CUDA has none there."""
     generators = [torch.default_generator]
@@ -85,12 +93,12 @@ def _states() -> list[tuple[torch.Generator, torch.Tensor]]:
 
 
 def _give_turn(block: Generator) -> None:
-    owner = Generator._owner
+    owner = _turn()
     if owner is None:
         return
     owner._states = _states()
     states, block._states = block._states, None
-    Generator._owner = block
+    native.give_turn(block)
     for generator, state in states or ():
         generator.set_state(state)
 

@@ -15,6 +15,7 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
+from .. import native
 from ..execution import can_fill
 from ..native import NORMAL, TRUNCATED_NORMAL, UNIFORM
 from .block import Block, current
@@ -26,7 +27,7 @@ from .tensors import Placeholder, become_real, concrete, has_master, modes_off
 _GETTER = type(torch.Tensor.shape.__get__)  # type: ignore[attr-defined]
 
 # Functions of an initialisation, which records no graph whatever requires one.
-_INITIALISERS = frozenset(value for value in vars(init).values() if isinstance(value, FunctionType))
+INITIALISERS = frozenset(value for value in vars(init).values() if isinstance(value, FunctionType))
 
 # Methods that say what a tensor is, or that autograd itself answers for one without memory.
 _ABOUT_TENSORS = frozenset(
@@ -56,7 +57,7 @@ _VIEWS = frozenset(
 _NAME_A_DTYPE = {torch.Tensor.float, torch.Tensor.type, torch.Tensor.dequantize, torch.dequantize, torch.Tensor.__getitem__}
 
 # Where a tensor becomes part of another one, below the dispatcher.
-_TAKES_OVER = {
+TAKES_OVER = {
     torch.Tensor.data.__set__,  # type: ignore[attr-defined]
     torch.Tensor.grad.__set__,  # type: ignore[attr-defined]
 }
@@ -65,7 +66,7 @@ _TAKES_OVER = {
 _FILLS: dict[Any, Callable[..., Any]] = {}
 
 
-class Mode(TorchFunctionMode):
+class Mode(native.Mode, TorchFunctionMode):
     """The mode of one block, in the thread or coroutine that has entered it."""
 
     def __init__(self, block: Block) -> None:
@@ -101,7 +102,7 @@ class Mode(TorchFunctionMode):
                 return result
             return func(*args, **kwargs)
         if type(func) is _GETTER:
-            if func in _TAKES_OVER:
+            if func in TAKES_OVER:
                 become_real(args[1])
             return func(*args, **kwargs)
         block.generator.resume()
@@ -173,7 +174,7 @@ def _device_context() -> DeviceContext | None:
 def _initialises(func: Any, kwargs: dict[str, Any]) -> bool:
     # torch.nn.init hands a mode whatever has its public name, which a library may have replaced for a while; it is called
     # with `tensor` by name.
-    return func in _INITIALISERS or (type(func) is FunctionType and "tensor" in kwargs)
+    return func in INITIALISERS or (type(func) is FunctionType and "tensor" in kwargs)
 
 
 def _tensors(*values: Any) -> Iterator[torch.Tensor]:
