@@ -365,7 +365,8 @@ PyObject* torch_function(PyObject* self, PyObject* const* given, Py_ssize_t coun
                     if (!contains(state.takes_over, func)) return checked(PyObject_Call(func, args, kwargs));
                 } else if (PyObject* const filling = item(state.factories, func)) {
                     if (py::object tensor = create(block, filling, args, kwargs)) return tensor;
-                } else if (block->generator == state.turn && initialises(func, args, kwargs)) {
+                } else if (block->generator == state.turn &&
+                           (contains(state.passed, func) || initialises(func, args, kwargs))) {
                     return checked(PyObject_Call(func, args, kwargs));
                 }
             }
@@ -373,6 +374,24 @@ PyObject* torch_function(PyObject* self, PyObject* const* given, Py_ssize_t coun
         std::vector<PyObject*> all{self};
         all.insert(all.end(), given, given + count + (kwnames ? PyTuple_GET_SIZE(kwnames) : 0));
         return checked(PyObject_Vectorcall(state.torch_function, all.data(), count + 1, kwnames));
+    });
+}
+
+// has_torch_function_variadic(*tensors), for torch.nn.init as long as a block is active: whether a function there has to
+// tell anybody what it is called on. The mode of a block has nothing to add where the tensor is a placeholder, so that
+// it is told only if others are, too. To tell costs as much as all of the fill.
+PyObject* has_torch_function(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    return for_python([&] {
+        if (count == 1 && is_placeholder(given[0]) && PyEval_GetGlobals() == state.init) {
+            const py::object modes = call(state.function_modes);
+            if (PyLong_AsLong(modes.ptr()) == 1) {
+                const py::object mode = call(state.mode_at, {state.zero});
+                if (reinterpret_cast<PyObject*>(Py_TYPE(mode.ptr())) == state.mode &&
+                    reinterpret_cast<Mode*>(mode.ptr())->block == current().ptr())
+                    return borrow(Py_False);
+            }
+        }
+        return checked(PyObject_Vectorcall(state.has_torch_function, given, count, nullptr));
     });
 }
 
@@ -428,6 +447,8 @@ PyGetSetDef getters[] = {
 };
 PyMethodDef torch_function_def = {"__torch_function__", as_c_function(torch_function), METH_FASTCALL | METH_KEYWORDS,
                                   nullptr};
+PyMethodDef has_torch_function_def = {"has_torch_function_variadic", as_c_function(has_torch_function), METH_FASTCALL,
+                                      nullptr};
 PyMethodDef registered_def = {"registered", as_c_function(registered), METH_FASTCALL, nullptr};
 
 }  // namespace
@@ -443,6 +464,8 @@ py::dict methods_of_placeholder() {
 py::object method_of_mode(PyObject* type) {
     return checked(PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type), &torch_function_def));
 }
+
+py::object has_torch_function_of_init() { return checked(PyCFunction_New(&has_torch_function_def, nullptr)); }
 
 py::object registration_hook() { return checked(PyCFunction_New(&registered_def, nullptr)); }
 

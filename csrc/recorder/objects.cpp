@@ -109,7 +109,8 @@ PyType_Spec block_spec = {"fastinit._native.Block", sizeof(Block), 0, flags | Py
 PyType_Spec mode_spec = {"fastinit._native.Mode", sizeof(Mode), 0, flags | Py_TPFLAGS_HAVE_GC, mode_slots};
 PyType_Spec generator_spec = {"fastinit._native.Generator", sizeof(Generator), 0, flags, generator_slots};
 
-// connect(**connected) -> (methods of Placeholder by name, Mode.__torch_function__, the hook of registrations)
+// connect(**connected) -> (methods of Placeholder by name, Mode.__torch_function__, the hook of registrations,
+// has_torch_function_variadic)
 py::tuple connect(const py::kwargs& connected) {
     const auto keep = [](py::object object) { return object.release().ptr(); };
 #define X(name) state.name = keep(connected[#name]);
@@ -146,7 +147,11 @@ py::tuple connect(const py::kwargs& connected) {
     state.shape_getter = keep(tensor.attr("shape").attr("__get__"));
     state.no_steps = keep(py::tuple());
     state.zero = keep(py::int_(0));
-    return py::make_tuple(methods_of_placeholder(), method_of_mode(state.mode), registration_hook());
+    state.init = keep(py::module_::import("torch.nn.init").attr("__dict__"));
+    state.mode_at = keep(low.attr("_get_function_stack_at"));
+    state.has_torch_function = keep(torch.attr("overrides").attr("has_torch_function_variadic"));
+    return py::make_tuple(methods_of_placeholder(), method_of_mode(state.mode), registration_hook(),
+                          has_torch_function_of_init());
 }
 
 }  // namespace

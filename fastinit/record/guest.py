@@ -27,7 +27,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ..deferred import never_compiled
-from . import methods
+from . import fast, methods
 from .block import current
 from .factories import legacy_tensor
 from .mode import Mode, truncated_normal
@@ -82,6 +82,8 @@ def _install() -> None:
     for owner in (torch, torch.random):
         _replace(owner, "get_rng_state", _rng_state)
     _replace(init, "_no_grad_trunc_normal_", truncated_normal)
+    if fast.in_use:
+        _replace(torch.overrides, "has_torch_function_variadic", lambda function: methods.has_torch_function)
     # Code of C++ that keeps tensors, or reads their memory.
     _replace(torch.utils, "swap_tensors", _real_first)
     for owner in (torch, torch.utils.dlpack):

@@ -32,7 +32,10 @@ _FACTORIES = {
     torch.randn: (NORMAL, (0.0, 1.0)),
 }
 
-_METHODS, _torch_function, _registered = native.connect(
+# What the mode passes on: each entry and exit of torch.no_grad calls it.
+_PASSED = frozenset({torch._C._set_grad_enabled})
+
+_METHODS, _torch_function, _registered, has_torch_function = native.connect(
     placeholder=Placeholder,
     record=Record,
     mode=Mode,
@@ -44,6 +47,7 @@ _METHODS, _torch_function, _registered = native.connect(
     factories=_FACTORIES,
     initialisers=INITIALISERS,
     takes_over=TAKES_OVER,
+    passed=_PASSED,
     stand_for=stand_for,
     leave_behind=leave_behind,
     torch_function=_in_python,
