@@ -18,7 +18,7 @@
 #if defined(FASTINIT_WITH_CUDA)
 #include "cuda/fill.h"
 #endif
-#include "recorder/hot_path.h"
+#include "recorder/recorder.h"
 
 namespace py = pybind11;
 
@@ -171,5 +171,5 @@ PYBIND11_MODULE(_native, m) {
     m.def("cpu_isa", [] { return std::string(default_kernel().isa); });
     m.def("cpu_isas", &cpu_isas);
     m.def("build_info", &build_info);
-    add_hot_path(m);
+    recorder::add_recorder(m);
 }

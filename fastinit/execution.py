@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -11,9 +11,6 @@ from . import native
 from .layout import Box, compose, contiguous_strides, nested_parts, with_dims
 from .native import CONSTANT, TRUNCATED_NORMAL
 from .recipe import CALLED, Region, Write, canonical
-
-if TYPE_CHECKING:
-    import weakref
 
 DTYPES = {torch.float32: native.FLOAT32, torch.float16: native.FLOAT16, torch.bfloat16: native.BFLOAT16}
 
@@ -188,31 +185,18 @@ class Fills:
                 memory.zero_()
             self.add(memory.data_ptr(), memory.numel(), memory.dtype, recipe)
 
-    def settle(
-        self,
-        segment: list[Any],
-        start: int,
-        by_id: dict[int, tuple[weakref.ref[torch.Tensor], Any, Any]],
-        given: list[Any],
-        prototypes: dict[torch.dtype, torch.Tensor],
-        limit: int,
+    def give_memory(
+        self, records: list[Any], start: int, given: list[tuple[Any, torch.Tensor]], limit: int
     ) -> tuple[int, int]:
-        """Give memory to entries of the recorder and add their fills, from one place of a segment on.
+        """Give records of this device memory and add their fills, from number `start` on, as far as they are plain.
 
         Stops before one that is not plain, or once they are of `limit` bytes.
 
-        Args:
-            segment: list of entries.
-            by_id, given, prototypes: see Recorder; entries whose dtype has no prototype are not plain.
-
         Returns:
-            Where the next entry is, and the bytes of those before it.
+            The number of the next record, and the bytes of those before it; `given` gets the others with their memory.
         """
         largest = _HUGE_PAGES_FROM - 1 if self.device.type == "cpu" else 2**63
-        batch = self._batch(0)
-        done, nbytes, count = native.settle(
-            segment, start, by_id, given, batch, self._seed, prototypes, DTYPES, largest, limit
-        )
+        done, nbytes, count = native.give_memory(records, start, given, self._batch(0), self._seed, largest, limit)
         self.count += count
         return done, nbytes
 

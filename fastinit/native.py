@@ -2,8 +2,8 @@
 
 A :class:`Batch` collects fills of raw memory and runs them together; what a fill writes is specified in
 docs/stream-v1.md. It works on addresses and sizes and knows nothing of torch: who calls it keeps the memory alive
-until the batch has run, and on CUDA until the stream has. The rest is the recorder's hot path: :class:`Entry`, and the
-functions that fastinit.recorder connects to torch and to itself.
+until the batch has run, and on CUDA until the stream has. The rest is the fast path of fastinit.record: the bases of
+its classes, which hold the state that both sides change, and what fastinit.record.methods connects to torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from __future__ import annotations
 try:
     from fastinit._native import (
         Batch,
-        Entry,
+        Block,
+        Generator,
+        Mode,
+        Record,
         advise_huge_pages,
         apply_steps,
         build_info,
@@ -19,12 +22,11 @@ try:
         cpu_isa,
         cpu_isas,
         erfinv,
-        forget_classes,
-        pending_shape,
-        record,
-        set_method,
-        settle,
+        give_memory,
+        give_turn,
+        swap_in,
         tally,
+        turn,
         waiting,
     )
 except ImportError as error:
@@ -49,7 +51,10 @@ __all__ = [
     "TRUNCATED_NORMAL",
     "UNIFORM",
     "Batch",
-    "Entry",
+    "Block",
+    "Generator",
+    "Mode",
+    "Record",
     "advise_huge_pages",
     "apply_steps",
     "build_info",
@@ -57,12 +62,11 @@ __all__ = [
     "cpu_isa",
     "cpu_isas",
     "erfinv",
-    "forget_classes",
-    "pending_shape",
-    "record",
-    "set_method",
-    "settle",
+    "give_memory",
+    "give_turn",
+    "swap_in",
     "tally",
+    "turn",
     "waiting",
 ]
 

@@ -12,11 +12,13 @@ from typing import Literal
 
 import torch
 
+from .. import native
 from ..deferred import warn_never_initialised
 from ..execution import DTYPES, Fills, advise_huge_pages, allocate, can_fill, reserve
 from ..layout import numel
 from ..native import CONSTANT, UNIFORM
 from ..recipe import Write
+from . import fast
 from .generator import Generator, mix
 from .tensors import Record, lock, modes_off, swap_in, view_of
 
@@ -36,7 +38,7 @@ _SEGMENT_BYTES = 8 << 30
 _BATCH_BYTES = 1 << 30
 
 
-class Block:
+class Block(native.Block):
     """One entered block.
 
     Attributes:
@@ -48,7 +50,12 @@ class Block:
         allocation_seconds, run_seconds: host time for giving tensors memory, and for running fills or enqueueing them.
         fill_events: pairs of events around what was enqueued on a GPU.
         records: weak references, in the order of creation.
+        modules: weak references to those that have been given a tensor or a child, by id, in the order of the first time.
     """
+
+    generator: Generator
+    records: list[weakref.ref[Record]]
+    modules: dict[int, weakref.ref[torch.nn.Module]]
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, seed: int, empty: Empty | None = None, shard: bool = False
@@ -66,10 +73,10 @@ class Block:
         self.allocation_seconds = 0.0
         self.run_seconds = 0.0
         self.fill_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self.records: list[weakref.ref[Record]] = []
+        self.records = []
         self.generator = Generator(seed)
         self._masters: OrderedDict[Record, None] = OrderedDict()
-        self._modules: dict[int, weakref.ref[torch.nn.Module]] = {}
+        self.modules = {}
         self._reserved_for = 0
 
     # --- fills --------------------------------------------------------------------------------------------------
@@ -128,15 +135,15 @@ class Block:
 
     def saw(self, module: torch.nn.Module) -> None:
         """A module has been given a tensor or a child."""
-        known = self._modules.get(id(module))
+        known = self.modules.get(id(module))
         if known is None or known() is not module:
             # An id that a dead module had must not put this one in its place in the order.
-            self._modules.pop(id(module), None)
-            self._modules[id(module)] = weakref.ref(module)
+            self.modules.pop(id(module), None)
+            self.modules[id(module)] = weakref.ref(module)
 
     def seen_modules(self) -> Iterator[torch.nn.Module]:
         """The modules that the block has seen, and those below them, in one order on every rank."""
-        waiting = deque(module for ref in list(self._modules.values()) if (module := ref()) is not None)
+        waiting = deque(module for ref in list(self.modules.values()) if (module := ref()) is not None)
         seen = set(map(id, waiting))
         while waiting:
             module = waiting.popleft()
@@ -161,6 +168,9 @@ class Block:
 
     def parameters(self) -> tuple[int, int]:
         """Elements and bytes of the parameters of all modules that the block has seen, each counted once."""
+        if fast.in_use:
+            with modes_off():
+                return native.tally([module._parameters for module in self.seen_modules()])
         tensors = {id(p): p for module in self.seen_modules() for p in module._parameters.values() if p is not None}
         with modes_off():
             return sum(p.numel() for p in tensors.values()), sum(p.numel() * p.element_size() for p in tensors.values())
@@ -169,6 +179,9 @@ class Block:
 
     def waiting(self) -> list[Record]:
         """Records that placeholders still stand for, in the order of their creation."""
+        if fast.in_use:
+            waiting: list[Record] = native.waiting(self)
+            return waiting
         alive = [record for ref in self.records if (record := ref()) is not None]
         self.records = [weakref.ref(record) for record in alive]
         return [record for record in alive if record.placeholders()]
@@ -185,57 +198,80 @@ class Block:
         with lock, modes_off(), torch.no_grad():
             records = self.waiting()
             unwritten = [record for record in records if record.recipe == () and not record.deferred]
+            resident = [record for record in records if record.memory is not None]
             given: list[tuple[Record, torch.Tensor]] = []
+            plain: list[tuple[Record, torch.Tensor]] = []
             for segment in _segments([record for record in records if record.memory is None]):
-                self._give_memory(segment, given)
+                self._give_memory(segment, given, plain)
             # Only now, when nothing is left that fails.
             for record, memory in given:
                 record.become_resident(memory)
-            for record in records:
+            for record in (*resident, *(record for record, _ in given), *native.swap_in(plain)):
                 for tensor in record.placeholders():
                     assert record.memory is not None
                     swap_in(tensor, view_of(record.memory, tensor._region))
             self._masters.clear()
             self._warn(unwritten)
 
-    def _give_memory(self, segment: list[Record], given: list[tuple[Record, torch.Tensor]]) -> None:
+    def _give_memory(
+        self, segment: list[Record], given: list[tuple[Record, torch.Tensor]], plain: list[tuple[Record, torch.Tensor]]
+    ) -> None:
+        """Add records of one device with their memory to `given`, or to `plain` what the fast path has served."""
         started, ran = time.perf_counter(), self.run_seconds
         device = segment[0].device
         reserve([record.nbytes for record in segment], device)
         fills, size = Fills(self.seed, device), 0
         marks, marked = Fills(self.seed, device), []
-        for record in segment:
-            if record.values is not None and not record.needs_master:
-                given.append((record, record.values))
-                continue
-            memory = allocate(
-                record.shape,
-                record.dtype,
-                device,
-                huge_pages=not record.deferred,
-                name_of=lambda record=record: self.name_of(record),  # type: ignore[misc]
-            )
-            given.append((record, memory))
-            if record.values is not None:
-                memory.copy_(record.values)
-            elif record.dtype in DTYPES and can_fill(record.dtype, device):
-                if record.deferred:
-                    marks.add(memory.data_ptr(), memory.numel(), memory.dtype, record.recipe or ())
-                    marked.append(memory)
-                else:
-                    fills.write(memory, record.recipe or ())
-                size += record.nbytes
-                if size >= _BATCH_BYTES:
-                    self.run(fills)
-                    size = 0
-            else:
-                self.execute(memory, record.recipe or ())
+        done = 0
+        while done < len(segment):
+            if fast.in_use:
+                done, nbytes = fills.give_memory(segment, done, plain, _BATCH_BYTES - size)
+                size += nbytes
+            if done < len(segment) and size < _BATCH_BYTES:
+                size += self._give_memory_to(segment[done], given, fills, marks, marked)
+                done += 1
+            if size >= _BATCH_BYTES:
+                self.run(fills)
+                size = 0
         self.run(fills)
         marks.run()
         # Only now: a mark must not fetch a huge page, which is cleared whole, for a few bytes.
         for memory in marked:
             advise_huge_pages(memory)
         self.allocation_seconds += time.perf_counter() - started - (self.run_seconds - ran)
+
+    def _give_memory_to(
+        self,
+        record: Record,
+        given: list[tuple[Record, torch.Tensor]],
+        fills: Fills,
+        marks: Fills,
+        marked: list[torch.Tensor],
+    ) -> int:
+        """Give one record memory; the bytes that its fills add to the batch."""
+        if record.values is not None and not record.needs_master:
+            given.append((record, record.values))
+            return 0
+        memory = allocate(
+            record.shape,
+            record.dtype,
+            record.device,
+            huge_pages=not record.deferred,
+            name_of=lambda: self.name_of(record),
+        )
+        given.append((record, memory))
+        if record.values is not None:
+            memory.copy_(record.values)
+            return 0
+        if not record.is_native:
+            self.execute(memory, record.recipe or ())
+            return 0
+        if record.deferred:
+            marks.add(memory.data_ptr(), memory.numel(), memory.dtype, record.recipe or ())
+            marked.append(memory)
+        else:
+            fills.write(memory, record.recipe or ())
+        return record.nbytes
 
     def _warn(self, unwritten: list[Record]) -> None:
         for record in unwritten:

@@ -15,18 +15,19 @@ from typing import ClassVar
 
 import torch
 
+from .. import native
+
 _MASK = 2**64 - 1
 
 
 _States = list[tuple[torch.Generator, torch.Tensor]]
 
 
-class Generator:
-    """torch's default generators as one block has them."""
+class Generator(native.Generator):
+    """torch's default generators as one block has them; `native.turn` is the one whose state they have now."""
 
-    # All that are entered, the one whose state torch's generators have now, and torch's own state meanwhile.
+    # All that are entered, and torch's own state meanwhile.
     _active: ClassVar[list[Generator]] = []
-    _owner: ClassVar[Generator | None] = None
     _outside: ClassVar[_States] = []
 
     def __init__(self, key: int) -> None:
@@ -41,18 +42,18 @@ class Generator:
         states = _states()
         if not Generator._active:
             Generator._outside = states
-        elif Generator._owner is not None:
-            Generator._owner._states = states
+        elif (owner := _turn()) is not None:
+            owner._states = states
         Generator._active.append(self)
-        Generator._owner = self
+        native.give_turn(self)
         for generator, _ in states:
             generator.manual_seed(self._seed)
 
     def leave(self, outer: Generator | None) -> None:
         """Put torch's generators back, or as the outer block has them; the last of several threads does the former."""
         Generator._active.remove(self)
-        if Generator._owner is self:
-            Generator._owner = None
+        if _turn() is self:
+            native.give_turn(None)
         if outer is not None:
             outer.resume()
         elif not Generator._active:
@@ -61,10 +62,11 @@ class Generator:
 
     def resume(self) -> None:
         """Have torch's generators in this block's state, after the turn of another thread's or coroutine's block."""
-        if Generator._owner is not self and self in Generator._active:
-            if Generator._owner is not None:
-                Generator._owner._states = _states()
-            Generator._owner = self
+        owner = _turn()
+        if owner is not self and self in Generator._active:
+            if owner is not None:
+                owner._states = _states()
+            native.give_turn(self)
             _restore(self._states)
 
     def next_stream(self) -> tuple[int, int | None]:
@@ -102,6 +104,11 @@ _draw = torch.empty((), dtype=torch.int64, device="cpu")
 
 def _bytes(state: torch.Tensor) -> bytes:
     return bytes(state.tolist())
+
+
+def _turn() -> Generator | None:
+    generator: Generator | None = native.turn()
+    return generator
 
 
 def _states() -> _States:

@@ -28,6 +28,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ..deferred import never_compiled
+from . import methods
 from .block import current
 from .factories import legacy_tensor
 from .mode import Mode, truncated_normal
@@ -94,12 +95,12 @@ def _install() -> None:
     for name in _SHARDS:
         for function in ("_get_modules_and_states", "_get_managed_states", "distribute_tensor"):
             _replace(sys.modules.get(f"torch.distributed.{name}"), function, _on_meta_first)
-    for register, hook in (
-        (register_module_parameter_registration_hook, _registered),
-        (register_module_buffer_registration_hook, _registered),
-        (register_module_module_registration_hook, _registered),
+    for register in (
+        register_module_parameter_registration_hook,
+        register_module_buffer_registration_hook,
+        register_module_module_registration_hook,
     ):
-        _restore.append(register(hook).remove)
+        _restore.append(register(methods.registered()).remove)
     _restore.append(register_module_forward_pre_hook(_used).remove)
 
 
@@ -262,15 +263,6 @@ def _on_meta_first(function: Any) -> Any:
         return function(*args, **kwargs)
 
     return called
-
-
-def _registered(module: torch.nn.Module, name: str, value: Any) -> None:
-    block = current.get()
-    if block is None:
-        return
-    block.saw(module)
-    if type(value) is Placeholder:
-        value._record.owner = (type(module), name)
 
 
 @never_compiled

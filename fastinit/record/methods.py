@@ -1,122 +1,84 @@
-"""The fast path: methods of the placeholder class that answer what the dispatcher would answer.
+"""The fast path: native methods of placeholders and of the mode, which are found before torch's and pay no dispatcher.
 
-A method that is defined on the class is found before torch's, so that it pays neither the function mode nor the
-dispatcher. Those here are an optimisation alone: without them (`use(False)`, or FASTINIT_FAST=0 in the environment)
-every result is the same. They serve what torch.nn's constructors call, and hand anything unusual to torch's own method.
+They are of the class alone: without them (`use(False)`, or FASTINIT_FAST=0 in the environment) every result is the same.
+They serve what torch.nn's constructors call, and hand anything unusual to torch, or to the Python code of the mode.
 """
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from .. import native
+from ..execution import DTYPES, can_fill
 from ..native import CONSTANT, NORMAL, UNIFORM
 from ..recipe import Write
-from .operators import OPERATORS, is_mine
-from .tensors import Placeholder, lock, stand_for
+from . import fast as fast_path
+from .block import current
+from .mode import INITIALISERS, TAKES_OVER, Mode
+from .operators import OPERATORS
+from .tensors import Placeholder, Record, leave_behind, lock, stand_for
 
-_torch: Any = torch.Tensor
+_in_python: Any = Mode.__torch_function__
 
-
-def _size(self: Placeholder, dim: Any = None) -> Any:
-    region = self._region
-    sizes = self._record.shape if region is None else region.sizes
-    if dim is None:
-        return torch.Size(sizes)
-    return sizes[dim] if type(dim) is int and -len(sizes) <= dim < len(sizes) else _torch.size(self, dim)
-
-
-def _shape(self: Placeholder) -> torch.Size:
-    region = self._region
-    return torch.Size(self._record.shape if region is None else region.sizes)
-
-
-def _dim(self: Placeholder) -> int:
-    region = self._region
-    return len(self._record.shape if region is None else region.sizes)
-
-
-def _detach(self: Placeholder) -> torch.Tensor:
-    if self.requires_grad or not is_mine():
-        result: torch.Tensor = _torch.detach(self)
-        return result
-    with lock:
-        return stand_for(self._record, self._region)
-
-
-def _fill(kind: int, tensor: Placeholder, parameters: tuple[float, ...]) -> bool:
-    """Record a fill of the whole of a pending tensor; False if it is not so plain."""
-    if tensor._region is not None or (tensor.requires_grad and torch.is_grad_enabled()) or not is_mine():
-        return False
-    with lock:
-        record = tensor._record
-        if record.recipe is None or not record.is_native:
-            return False
-        stream, key = (0, None) if kind == CONSTANT else record.block.generator.next_stream()
-        record.overwrite((Write(kind, parameters, stream, (), None, key),))
-        torch.autograd.graph.increment_version(tensor)
-    return True
-
-
-_NO_GENERATOR = {"generator": None}
-
-
-def _uniform_(self: Placeholder, *args: Any, **kwargs: Any) -> torch.Tensor:
-    if kwargs == _NO_GENERATOR:
-        kwargs = {}
-    if len(args) == 2 and not kwargs and type(args[1] - args[0]) is float and 0.0 <= args[1] - args[0] < math.inf:
-        if _fill(UNIFORM, self, (float(args[0]), float(args[1]))):
-            return self
-    result: torch.Tensor = _torch.uniform_(self, *args, **kwargs)
-    return result
-
-
-def _normal_(self: Placeholder, *args: Any, **kwargs: Any) -> torch.Tensor:
-    if kwargs == _NO_GENERATOR:
-        kwargs = {}
-    if len(args) == 2 and not kwargs and all(type(each) in (int, float) and math.isfinite(each) for each in args):
-        if args[1] >= 0 and _fill(NORMAL, self, (float(args[0]), float(args[1]))):
-            return self
-    result: torch.Tensor = _torch.normal_(self, *args, **kwargs)
-    return result
-
-
-def _fill_(self: Placeholder, *args: Any, **kwargs: Any) -> torch.Tensor:
-    if len(args) == 1 and not kwargs and type(args[0]) in (int, float) and _fill(CONSTANT, self, (float(args[0]),)):
-        return self
-    result: torch.Tensor = _torch.fill_(self, *args, **kwargs)
-    return result
-
-
-def _zero_(self: Placeholder) -> torch.Tensor:
-    if _fill(CONSTANT, self, (0.0,)):
-        return self
-    result: torch.Tensor = _torch.zero_(self)
-    return result
-
-
-_METHODS: dict[str, Any] = {
-    "detach": _detach,
-    "dim": _dim,
-    "fill_": _fill_,
-    "normal_": _normal_,
-    "shape": property(_shape),
-    "size": _size,
-    "uniform_": _uniform_,
-    "zero_": _zero_,
+# Factories that are recorded, with the kind and the parameters of their fill.
+_FACTORIES = {
+    torch.empty: None,
+    torch.zeros: (CONSTANT, (0.0,)),
+    torch.ones: (CONSTANT, (1.0,)),
+    torch.rand: (UNIFORM, (0.0, 1.0)),
+    torch.randn: (NORMAL, (0.0, 1.0)),
 }
+
+# What the mode passes on: each entry and exit of torch.no_grad calls it.
+_PASSED = frozenset({torch._C._set_grad_enabled})
+
+_METHODS, _torch_function, _registered = native.connect(
+    placeholder=Placeholder,
+    record=Record,
+    mode=Mode,
+    write=Write,
+    current=current,
+    lock=lock,
+    can_fill=can_fill,
+    dtypes=DTYPES,
+    factories=_FACTORIES,
+    initialisers=INITIALISERS,
+    takes_over=TAKES_OVER,
+    passed=_PASSED,
+    stand_for=stand_for,
+    leave_behind=leave_behind,
+    torch_function=_in_python,
+)
 
 
 def use(fast: bool) -> None:
-    """Give the placeholder class its fast methods, or take them away."""
+    """Give the classes their fast methods, or take them away; outside of any block."""
     for name, method in {**OPERATORS, **_METHODS}.items():
         if fast:
             setattr(Placeholder, name, method)
         elif name in vars(Placeholder):
             delattr(Placeholder, name)
+    Mode.__torch_function__ = _torch_function if fast else _in_python  # type: ignore[method-assign]
+    fast_path.in_use = fast
+
+
+def registered() -> Callable[[torch.nn.Module, str, Any], None]:
+    """The hook of torch.nn.Module for what is registered: a block keeps its modules and the names of its tensors."""
+    hook: Callable[[torch.nn.Module, str, Any], None] = _registered if fast_path.in_use else _registered_in_python
+    return hook
+
+
+def _registered_in_python(module: torch.nn.Module, name: str, value: Any) -> None:
+    block = current.get()
+    if block is None:
+        return
+    block.saw(module)
+    if type(value) is Placeholder:
+        value._record.owner = (type(module), name)
 
 
 use(os.environ.get("FASTINIT_FAST", "1") != "0")

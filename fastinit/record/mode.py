@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_map_only
 
+from .. import native
 from ..execution import can_fill
 from ..native import NORMAL, TRUNCATED_NORMAL, UNIFORM
 from .block import Block, current
@@ -30,7 +31,7 @@ _TENSOR: Any = torch.Tensor
 _GETTER = type(_TENSOR.shape.__get__)
 
 # Functions of an initialisation, which records no graph whatever requires one.
-_INITIALISERS = frozenset(value for value in vars(init).values() if isinstance(value, FunctionType))
+INITIALISERS = frozenset(value for value in vars(init).values() if isinstance(value, FunctionType))
 
 # Methods that say what a tensor is, or that autograd itself answers for one without memory.
 _ABOUT_TENSORS = frozenset(
@@ -71,7 +72,7 @@ _NAME_A_DTYPE = {
 }
 
 # Where a tensor becomes part of another one, below the dispatcher.
-_TAKES_OVER: set[Any] = {
+TAKES_OVER: set[Any] = {
     _TENSOR.data.__set__,
     _TENSOR.grad.__set__,
 }
@@ -83,7 +84,7 @@ AS_METHODS: dict[Any, str] = {}
 _FILLS: dict[Any, Callable[..., Any]] = {}
 
 
-class Mode(TorchFunctionMode):
+class Mode(native.Mode, TorchFunctionMode):
     """The mode of one block, in the thread or coroutine that has entered it."""
 
     def __init__(self, block: Block) -> None:
@@ -119,12 +120,12 @@ class Mode(TorchFunctionMode):
                 return result
             return func(*args, **kwargs)
         if type(func) is _GETTER:
-            if func in _TAKES_OVER:
+            if func in TAKES_OVER:
                 become_real(args[1])
             return func(*args, **kwargs)
         block.generator.resume()
         name = AS_METHODS.get(func)
-        if name is not None and args and type(args[0]) is Placeholder:
+        if name is not None and args and not kwargs and type(args[0]) is Placeholder:
             method = vars(Placeholder).get(name)
             return (method or func)(*args, **kwargs)
         if _initialises(func, kwargs):
@@ -212,7 +213,7 @@ def _device_context() -> DeviceContext | None:
 def _initialises(func: Any, kwargs: dict[str, Any]) -> bool:
     # torch.nn.init hands a mode whatever has its public name, which a library may have replaced for a while; it is
     # called with `tensor` by name.
-    return func in _INITIALISERS or (type(func) is FunctionType and "tensor" in kwargs)
+    return func in INITIALISERS or (type(func) is FunctionType and "tensor" in kwargs)
 
 
 def _tensors(*values: Any) -> Iterator[torch.Tensor]:

@@ -103,24 +103,30 @@ for _name, _base in (("mul", "mul"), ("add", "add"), ("sub", "sub"), ("div", "di
         _method(_name)(_function)
         _method(f"{_name}_")(_binary(getattr(aten, f"{_name}_").Tensor))
         AS_METHODS[getattr(torch, _name)] = _name
-_method("__radd__")(_binary(aten.add.Tensor))
-_method("__rmul__")(_binary(aten.mul.Tensor))
 
 
-@_method("__rsub__")
-def _rsub(self: Placeholder, other: Any) -> Any:
-    return _straight(aten.rsub.Scalar, self, other) if type(other) in (int, float) else NotImplemented
+def _reflected(name: str, function: Callable[[Placeholder, Any], Any]) -> None:
+    """Register a method for numbers on the left; Python asks it for tensors there, too, since its class is a subclass."""
+    forward = getattr(_torch, f"__{name}__")
+
+    usual = getattr(_torch, f"__r{name}__")
+
+    def reflected(self: Placeholder, other: Any) -> Any:
+        if isinstance(other, torch.Tensor):
+            return forward(other, self)
+        return function(self, other) if type(other) in (int, float) and _is_plain(self) else usual(self, other)
+
+    OPERATORS[f"__r{name}__"] = reflected
 
 
-def _rdiv(self: Placeholder, other: Any) -> Any:
-    # As torch has it: the reciprocal, multiplied.
-    if type(other) not in (int, float):
-        return NotImplemented
-    return _straight(aten.mul.Tensor, _straight(aten.reciprocal.default, self), other)
-
-
-_method("__rtruediv__")(_rdiv)
-_method("__rdiv__")(_rdiv)
+_reflected("add", lambda self, other: _straight(aten.add.Tensor, self, other))
+_reflected("mul", lambda self, other: _straight(aten.mul.Tensor, self, other))
+_reflected("sub", lambda self, other: _straight(aten.rsub.Scalar, self, other))
+_reflected("pow", lambda self, other: _straight(aten.pow.Scalar, other, self))
+# As torch has it: the reciprocal, multiplied.
+_reflected(
+    "truediv", lambda self, other: _straight(aten.mul.Tensor, _straight(aten.reciprocal.default, self), other)
+)
 
 
 def _pow(self: Placeholder, exponent: Any) -> Any:
@@ -132,11 +138,6 @@ def _pow(self: Placeholder, exponent: Any) -> Any:
 
 _method("pow")(_pow)
 _method("__pow__")(_pow)
-
-
-@_method("__rpow__")
-def _rpow(self: Placeholder, base: Any) -> Any:
-    return _straight(aten.pow.Scalar, base, self) if type(base) in (int, float) else NotImplemented
 
 
 @_method("outer")

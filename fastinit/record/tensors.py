@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .. import native
 from ..execution import allocate, can_fill, refuse_capture
 from ..layout import contiguous_strides, numel
 from ..recipe import Region, Write
@@ -43,7 +44,7 @@ LARGEST_MASTER = 32 << 20
 _MAX_WRITES = 8
 
 
-class Record:
+class Record(native.Record):
     """What one tensor's storage is to contain.
 
     Attributes:
@@ -57,22 +58,14 @@ class Record:
         unwritten: whether nothing has written it, though it may have been read.
         owner: class of the module that has it, and the name there; or None.
         tensors: weak references to the tensors that stand or stood for it.
+        nbytes: bytes of its memory, whether it has any yet or not.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "block",
-        "deferred",
-        "device",
-        "dtype",
-        "memory",
-        "owner",
-        "recipe",
-        "recorded",
-        "shape",
-        "tensors",
-        "values",
-    )
+    __slots__ = ()
+
+    block: Block
+    owner: tuple[type[torch.nn.Module], str] | None
+    tensors: list[weakref.ref[torch.Tensor]]
 
     def __init__(
         self,
@@ -92,15 +85,8 @@ class Record:
         self.values = values
         self.memory = memory
         self.recorded = recipe is not None
-        self.deferred = False
-        self.owner: tuple[type[torch.nn.Module], str] | None = None
-        self.tensors: list[weakref.ref[torch.Tensor]] = []
+        self.tensors = []
         block.records.append(weakref.ref(self))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its memory, whether it has any yet or not."""
-        return numel(self.shape) * self.dtype.itemsize
 
     @property
     def is_native(self) -> bool:
@@ -404,7 +390,7 @@ def swap_in(tensor: Placeholder, memory: torch.Tensor) -> None:
     if grad is not None:
         tensor.grad = grad
     if real._use_count() > 1:  # type: ignore[attr-defined]
-        _leave_behind(real, record, region, tensor if requires_grad and tensor.is_leaf else None)
+        leave_behind(real, record, region, tensor if requires_grad and tensor.is_leaf else None)
 
 
 def is_leaf(tensor: torch.Tensor) -> bool:
@@ -427,7 +413,7 @@ class _WithMemory(torch.autograd.Function):
         return gradients[0], None
 
 
-def _leave_behind(old: Any, record: Record, region: Region | None, leaf: torch.Tensor | None) -> None:
+def leave_behind(old: Any, record: Record, region: Region | None, leaf: torch.Tensor | None) -> None:
     """What a C++ object still holds of a placeholder that has become real: it stays one, over the same memory."""
     old.__class__ = Placeholder
     old._record, old._region = record, region

@@ -1,0 +1,223 @@
+// The fast path of fastinit.record: what runs for every tensor of a model, without a Python frame.
+//
+// Each function does the plain case alone. For anything else it leaves everything as it was and hands over to torch, or
+// to the Python code of the same purpose, which handles every case, the plain one included: without the fast path
+// (FASTINIT_FAST=0) every result is the same. Written against CPython's public C interface, since a call through
+// pybind11 would cost about what is to be saved; torch is reached through its Python names, so that the module links
+// against no particular version of it. The GIL is held throughout.
+//
+// State that both sides change lies in C structs, which Python sees as attributes of the base classes below: no
+// attribute of a Python object is written by name here that Python code writes, too. The two exceptions are those that
+// say what a placeholder stands for: its class must not add fields to Tensor's, since objects change their class.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "batch.h"
+
+namespace fastinit::recorder {
+
+namespace py = pybind11;
+
+// --- objects ----------------------------------------------------------------------------------------------------------
+
+// Bases of the Python classes of these names, which explain the fields. A field that is null reads as None.
+struct Record {
+    PyObject_HEAD
+    PyObject *block, *shape, *dtype, *device, *recipe, *values, *memory, *owner, *tensors;
+    PyObject* weak;
+    char recorded, deferred;
+};
+
+struct Block {
+    PyObject_HEAD
+    PyObject *device, *default_dtype, *records, *generator, *modules;
+    PyObject* last_seen;  // the weak reference to the module that was seen last; of no meaning to Python
+    Py_ssize_t dropped;
+};
+
+struct Generator {
+    PyObject_HEAD
+    unsigned long long seed, streams;
+};
+
+struct Mode {
+    PyObject_HEAD
+    PyObject* block;
+};
+
+// What Python has connected, and what of torch is called. They live as long as the process.
+#define FASTINIT_CONNECTED(X) \
+    X(placeholder) X(record) X(write) X(current) X(lock) X(can_fill) X(dtypes) X(factories) X(initialisers) \
+    X(takes_over) X(passed) X(stand_for) X(leave_behind) X(mode) X(torch_function)
+#define FASTINIT_OF_TORCH(X) \
+    X(tensor) X(parameter) X(size) X(make) X(empty) X(swap_impl) X(increment_version) X(modes_off) X(enter) X(exit) \
+    X(function_modes) X(dispatch_modes) X(inference_mode) X(grad_enabled) X(initial_seed) X(acquire) X(release) \
+    X(backward_hooks) X(device) X(dtype) X(grad) X(grad_fn) X(is_cuda) X(is_leaf) X(post_hooks) X(requires_grad) \
+    X(shape_getter) X(no_steps) X(zero) X(mode_at)
+struct State {
+#define X(name) PyObject* name;
+    FASTINIT_CONNECTED(X)
+    FASTINIT_OF_TORCH(X)
+#undef X
+    PyObject* turn;  // the generator whose block has torch's generators, or null
+};
+extern State state;
+
+#define FASTINIT_NAMES(X) \
+    X(_is_param) X(_record) X(_region) X(__class__) X(device) X(dtype) X(itemsize) X(tensor) X(generator) X(next_stream) X(detach) \
+    X(requires_grad_) X(uniform_) X(normal_) X(fill_) X(zero_) X(shape) X(size) X(dim) X(numel) X(element_size) X(_use_count) X(data_ptr)
+struct Names {
+#define X(name) PyObject* const name = PyUnicode_InternFromString(#name);
+    FASTINIT_NAMES(X)
+#undef X
+};
+extern const Names* names;
+
+// --- calls ------------------------------------------------------------------------------------------------------------
+
+inline py::object steal(PyObject* object) { return py::reinterpret_steal<py::object>(object); }
+
+inline py::object borrow(PyObject* object) { return py::reinterpret_borrow<py::object>(object); }
+
+inline py::object checked(PyObject* result) {
+    if (!result) throw py::error_already_set();
+    return steal(result);
+}
+
+inline void check(int status) {
+    if (status < 0) throw py::error_already_set();
+}
+
+inline bool is_none(PyObject* object) { return object == nullptr || object == Py_None; }
+
+// Replaces an owned reference by a new one to the value.
+inline void assign(PyObject*& field, PyObject* value) {
+    PyObject* const before = field;
+    Py_XINCREF(value);
+    field = value;
+    Py_XDECREF(before);
+}
+
+inline py::object call(PyObject* function, std::initializer_list<PyObject*> args = {}) {
+    PyObject* buffer[6] = {nullptr};  // the first place is for the callee to use
+    std::copy(args.begin(), args.end(), buffer + 1);
+    return checked(PyObject_Vectorcall(function, buffer + 1, args.size() | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+}
+
+inline py::object call_method(PyObject* name, std::initializer_list<PyObject*> self_and_args) {
+    return checked(PyObject_VectorcallMethod(name, self_and_args.begin(), self_and_args.size(), nullptr));
+}
+
+inline bool truth(const py::object& value) {
+    if (value.ptr() == Py_True || value.ptr() == Py_False) return value.ptr() == Py_True;
+    const int status = PyObject_IsTrue(value.ptr());
+    check(status);
+    return status;
+}
+
+inline bool is_positive(const py::object& number) {
+    const long value = PyLong_AsLong(number.ptr());
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value > 0;
+}
+
+// The value under a key, borrowed; null if there is none.
+inline PyObject* item(PyObject* dict, PyObject* key) {
+    PyObject* const value = PyDict_GetItemWithError(dict, key);
+    if (!value && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+}
+
+// Runs a function that may throw as one that CPython calls.
+template <class Result, class Function>
+Result guarded(Result failed, Function&& function) {
+    try {
+        return function();
+    } catch (py::error_already_set& error) {
+        error.restore();
+    } catch (const std::invalid_argument& error) {
+        PyErr_SetString(PyExc_ValueError, error.what());
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return failed;
+}
+
+template <class Function>
+PyObject* for_python(Function&& function) {
+    return guarded<PyObject*>(nullptr, [&] { return function().release().ptr(); });
+}
+
+template <class Function>
+PyCFunction as_c_function(Function* function) {
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+// While it lives, torch tells neither modes nor subclasses what is called.
+class ModesOff {
+public:
+    ModesOff() : guard_(checked(PyObject_CallNoArgs(state.modes_off))) { call(state.enter, {guard_.ptr()}); }
+    ~ModesOff() {
+        PyObject *type, *value, *traceback;  // an error that is under way is not this one's to lose
+        PyErr_Fetch(&type, &value, &traceback);
+        PyObject* const args[] = {guard_.ptr(), Py_None, Py_None, Py_None};
+        Py_XDECREF(PyObject_Vectorcall(state.exit, args, 4, nullptr));
+        PyErr_Restore(type, value, traceback);
+    }
+    ModesOff(const ModesOff&) = delete;
+    ModesOff& operator=(const ModesOff&) = delete;
+
+private:
+    py::object guard_;
+};
+
+// The lock of all records: another thread may be in the middle of computing one, without the GIL.
+class Locked {
+public:
+    Locked() { call(state.acquire); }
+    ~Locked() {
+        PyObject *type, *value, *traceback;
+        PyErr_Fetch(&type, &value, &traceback);
+        Py_XDECREF(PyObject_CallNoArgs(state.release));
+        PyErr_Restore(type, value, traceback);
+    }
+    Locked(const Locked&) = delete;
+    Locked& operator=(const Locked&) = delete;
+};
+
+inline bool is_placeholder(PyObject* object) { return reinterpret_cast<PyObject*>(Py_TYPE(object)) == state.placeholder; }
+
+inline Record* as_record(const py::object& object) { return reinterpret_cast<Record*>(object.ptr()); }
+
+inline py::object attribute(PyObject* object, PyObject* name) { return checked(PyObject_GetAttr(object, name)); }
+
+// What a descriptor of torch's says of a tensor.
+inline py::object get(PyObject* descriptor, PyObject* tensor) {
+    return checked(Py_TYPE(descriptor)->tp_descr_get(descriptor, tensor, reinterpret_cast<PyObject*>(Py_TYPE(tensor))));
+}
+
+// What a weak reference refers to, or None.
+inline py::object alive(PyObject* ref) { return checked(PyObject_CallNoArgs(ref)); }
+
+// The item size of a dtype that native fills reach, else 0; `code` gets the number that fills know it by.
+inline size_t fillable(PyObject* dtype, Dtype& code) {
+    PyObject* const found = item(state.dtypes, dtype);
+    if (!found) return 0;
+    code = make_dtype(PyLong_AsLong(found));
+    return item_size(code);
+}
+
+uint64_t elements(PyObject* shape);
+uint64_t nbytes(const Record* record);
+
+py::dict methods_of_placeholder();
+py::object method_of_mode(PyObject* type);
+py::object registration_hook();
+void add_settling(py::module_& m);
+void add_recorder(py::module_& m);
+
+}  // namespace fastinit::recorder

@@ -1,0 +1,174 @@
+// How placeholders become real at the end of a block: all of the plain ones in a few loops.
+#include <unordered_set>
+#include <vector>
+
+#include "cpu/float_environment.h"
+#include "recorder/recorder.h"
+
+namespace fastinit::recorder {
+namespace {
+
+// The placeholders that stand for a record, each once.
+std::vector<py::object> placeholders(const py::object& record) {
+    std::vector<py::object> found;
+    PyObject* const tensors = as_record(record)->tensors;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {
+        py::object tensor = alive(PyList_GET_ITEM(tensors, i));
+        if (!is_placeholder(tensor.ptr()) || attribute(tensor.ptr(), names->_record).ptr() != record.ptr()) continue;
+        bool again = false;
+        for (const py::object& other : found) again = again || other.ptr() == tensor.ptr();
+        if (!again) found.push_back(std::move(tensor));
+    }
+    return found;
+}
+
+// waiting(block) -> the records that placeholders still stand for, in the order of their creation; dead ones go.
+py::list waiting(const py::object& object) {
+    auto* const block = reinterpret_cast<Block*>(object.ptr());
+    py::list waiting, refs;
+    const py::object all = borrow(block->records);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(all.ptr()); ++i) {
+        PyObject* const ref = PyList_GET_ITEM(all.ptr(), i);
+        const py::object record = alive(ref);
+        if (record.is_none()) continue;
+        check(PyList_Append(refs.ptr(), ref));
+        if (!placeholders(record).empty()) check(PyList_Append(waiting.ptr(), record.ptr()));
+    }
+    assign(block->records, refs.ptr());
+    return waiting;
+}
+
+// The fill of a recipe that is one write of a whole tensor; false if it is not, or not so plain.
+bool plain_fill(PyObject* recipe, Values& values, uint64_t& stream) {
+    if (is_none(recipe) || PyTuple_GET_SIZE(recipe) != 1) return false;
+    PyObject* const write = PyTuple_GET_ITEM(recipe, 0);
+    const auto field = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(write, i); };
+    if (PyTuple_GET_SIZE(field(3)) || field(4) != Py_None) return false;
+    const long kind = PyLong_AsLong(field(0));
+    if (kind < 0 || kind > static_cast<long>(Kind::normal)) return false;
+    std::vector<double> numbers;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(field(1)); ++i)
+        numbers.push_back(PyFloat_AsDouble(PyTuple_GET_ITEM(field(1), i)));
+    stream = PyLong_AsUnsignedLongLong(field(2));
+    if (field(5) != Py_None) values.seed = PyLong_AsUnsignedLongLong(field(5));
+    if (PyErr_Occurred()) throw py::error_already_set();
+    values.distribution = make_distribution(kind, numbers);
+    return true;
+}
+
+// give_memory(segment, start, given, batch, seed, largest, limit):
+// Gives the records of a segment, all of one device, their memory and adds their fills to a batch, beginning with number
+// start, until one is not plain or larger than `largest` bytes, or `limit` bytes are reached. Returns the number of the
+// next record, and how many bytes and fills there were; `given` gets pairs of records and memory.
+py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list& given, Batch& batch, uint64_t seed,
+                      uint64_t largest, uint64_t limit) {
+    const FloatEnvironment environment;  // parameters are rounded to float32 here
+    uint64_t bytes = 0;
+    Py_ssize_t at = start;
+    py::object dtype, options;
+    const bool usual = !is_positive(call(state.dispatch_modes)) && !truth(call(state.inference_mode));
+    for (; usual && at < PyList_GET_SIZE(segment.ptr()) && bytes < limit; ++at) {
+        PyObject* const object = PyList_GET_ITEM(segment.ptr(), at);
+        const auto* const record = reinterpret_cast<Record*>(object);
+        Values values{};
+        values.seed = seed;
+        uint64_t stream = 0;
+        const size_t size = fillable(record->dtype, values.dtype);
+        if (!size || record->deferred || !is_none(record->memory) || !plain_fill(record->recipe, values, stream)) break;
+        const uint64_t n = elements(record->shape);
+        if (n == 0 || n * size > largest) break;
+        if (record->dtype != dtype.ptr()) {
+            dtype = borrow(record->dtype), options = py::dict();
+            check(PyDict_SetItem(options.ptr(), names->dtype, record->dtype));
+            check(PyDict_SetItem(options.ptr(), names->device, record->device));
+        }
+        const py::object args = checked(PyTuple_Pack(1, record->shape));
+        const py::object memory = steal(PyObject_Call(state.empty, args.ptr(), options.ptr()));
+        if (!memory) {  // the Python side tries again, and says what there is no memory for
+            PyErr_Clear();
+            break;
+        }
+        void* const data = PyLong_AsVoidPtr(call_method(names->data_ptr, {memory.ptr()}).ptr());
+        batch.append(data, values, stream, whole_tensor(n));
+        check(PyList_Append(given.ptr(), checked(PyTuple_Pack(2, object, memory.ptr())).ptr()));
+        bytes += n * size;
+    }
+    return py::make_tuple(at, bytes, at - start);
+}
+
+// Lets the only placeholder of a record have its memory; false, and nothing done, if autograd knows more of it than that
+// it requires a gradient. What fastinit.record.tensors.swap_in does.
+bool swap_plain(const py::object& record, const py::object& tensor, const py::object& memory) {
+    if (!attribute(tensor.ptr(), names->_region).is_none()) return false;
+    const bool requires_grad = truth(get(state.requires_grad, tensor.ptr()));
+    if (requires_grad) {
+        if (!truth(get(state.is_leaf, tensor.ptr()))) return false;
+        for (PyObject* const descriptor : {state.backward_hooks, state.post_hooks, state.grad})
+            if (!get(descriptor, tensor.ptr()).is_none()) return false;
+        call_method(names->requires_grad_, {memory.ptr()});
+    }
+    const py::object is_parameter = steal(PyObject_GenericGetAttr(tensor.ptr(), names->_is_param));
+    if (!is_parameter) PyErr_Clear();
+    check(PyObject_GenericSetAttr(tensor.ptr(), names->_record, nullptr));
+    check(PyObject_GenericSetAttr(tensor.ptr(), names->_region, nullptr));
+    if (is_parameter) check(PyObject_GenericSetAttr(tensor.ptr(), names->_is_param, nullptr));
+    call(state.swap_impl, {tensor.ptr(), memory.ptr()});
+    check(PyObject_SetAttr(tensor.ptr(), names->__class__,
+                           is_parameter && truth(is_parameter) ? state.parameter : state.tensor));
+    // The object that had the memory is a placeholder now. Mostly nothing else is left of it, nor of the record.
+    if (PyLong_AsLong(call_method(names->_use_count, {memory.ptr()}).ptr()) > 1) {
+        assign(as_record(record)->memory, call_method(names->detach, {tensor.ptr()}).ptr());
+        call(state.leave_behind, {memory.ptr(), record.ptr(), Py_None, requires_grad ? tensor.ptr() : Py_None});
+    } else {
+        assign(as_record(record)->memory, tensor.ptr());
+    }
+    return true;
+}
+
+// swap_in(given) -> the records of which placeholders are left, because they are not plain.
+// Lets the placeholders of records have the memory that give_memory has made for them: nobody else knows those objects,
+// so that they may become the placeholders' own. From here on nothing fails.
+py::list swap_in(const py::list& given) {
+    py::list left;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given.ptr()); ++i) {
+        PyObject* const pair = PyList_GET_ITEM(given.ptr(), i);
+        const py::object record = borrow(PyTuple_GET_ITEM(pair, 0)), memory = borrow(PyTuple_GET_ITEM(pair, 1));
+        assign(as_record(record)->memory, memory.ptr());
+        assign(as_record(record)->recipe, nullptr);
+        assign(as_record(record)->values, nullptr);
+        const std::vector<py::object> tensors = placeholders(record);
+        if (tensors.empty()) continue;
+        if (tensors.size() > 1 || !swap_plain(record, tensors[0], memory))
+            check(PyList_Append(left.ptr(), record.ptr()));
+    }
+    return left;
+}
+
+// tally(parameters) -> the number of elements and the bytes of the tensors in dicts, each counted once.
+py::tuple tally(const py::list& dicts) {
+    uint64_t count = 0, bytes = 0;
+    std::unordered_set<PyObject*> seen;
+    const auto number = [](const py::object& value) { return PyLong_AsUnsignedLongLong(value.ptr()); };
+    for (const py::handle dict : dicts) {
+        PyObject *key, *tensor;
+        for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &tensor);) {
+            if (tensor == Py_None || !seen.insert(tensor).second) continue;
+            const uint64_t n = number(call_method(names->numel, {tensor}));
+            count += n;
+            bytes += n * number(call_method(names->element_size, {tensor}));
+        }
+    }
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return py::make_tuple(count, bytes);
+}
+
+}  // namespace
+
+void add_settling(py::module_& m) {
+    m.def("waiting", &waiting);
+    m.def("give_memory", &give_memory);
+    m.def("swap_in", &swap_in);
+    m.def("tally", &tally);
+}
+
+}  // namespace fastinit::recorder
