@@ -39,7 +39,7 @@ sanitize: $(INSTALLED) $(BUILD_TOOLS)
 	    $(PY) setup.py -q build --debug --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	LD_PRELOAD="$$(for each in asan ubsan stdc++; do printf '%s ' "$$($(CXX) -print-file-name=lib$$each.so)"; done)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib $(VENV)/bin/pytest -p no:cacheprovider \
-	    tests/test_native.py tests/test_windows.py tests/test_programs.py $(ARGS)
+	    tests/test_native.py tests/test_windows.py tests/test_fast_path.py tests/test_programs.py $(ARGS)
 
 coverage: $(INSTALLED)
 	$(PY) -m pip install --quiet -e ".[coverage]"

@@ -1,7 +1,6 @@
-"""fastinit's fill kernels, and the recorder's hot path. Import them from fastinit.native."""
+"""fastinit's fill kernels, and the fast path of fastinit.record. Import them from fastinit.native."""
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypedDict, final
 
 import torch
@@ -91,86 +90,81 @@ def cpu_isas() -> list[str]:
 def build_info() -> _BuildInfo:
     """What was compiled in: CUDA, its version and architectures, and the C++ compiler."""
 
-class Entry:
-    """The fields of fastinit.recorder.Entry, which explains them. All but the four begin as None, 0 or False."""
+class Record:
+    """The fields of fastinit.record.tensors.Record, which explains them. All begin as None or False."""
 
+    block: Any
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    recipe: Any
-    refs: list[weakref.ref[torch.Tensor]]
-    shadow: Any
-    storage_key: Any
-    storage_weak: Any
-    name: Any
-    nbytes: int
-    data_ptr: int
-    again: bool
-    resident: bool
-    filled: bool
+    recipe: tuple[Any, ...] | None
+    values: torch.Tensor | None
+    memory: torch.Tensor | None
+    owner: Any
+    tensors: Any
+    recorded: bool
     deferred: bool
+    @property
+    def nbytes(self) -> int: ...
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, recipe: Any) -> None: ...
+class Block:
+    """The fields of fastinit.record.block.Block that the fast path uses."""
 
-def connect(
-    recorder: type,
-    entry: type,
-    thread: Any,
-    handlers: dict[Any, Any],
-    pass_: Any,
-    write: type,
-    is_plain: Callable[[type[torch.nn.Module]], bool],
-    plain_types: set[type],
-) -> tuple[Any, dict[str, Any], Any]:
-    """Connect the hot path to the recorder, once in a process.
+    device: torch.device
+    default_dtype: torch.dtype
+    records: Any
+    generator: Any
+    modules: Any
+    dropped: int
 
-    Args:
-        recorder, entry, write: the classes of these names.
-        thread: its attribute ``recorder`` is the calling thread's recorder, or None.
-        handlers, pass_: fastinit.interception.HANDLERS and PASS.
-        is_plain: whether a class of modules assigns attributes as torch.nn.Module does.
-        plain_types: of attributes that are neither tensors nor modules.
+class Generator:
+    """The fields of fastinit.record.generator.Generator that the fast path uses."""
+
+    _seed: int
+    streams: int
+
+class Mode:
+    """The field of fastinit.record.mode.Mode."""
+
+    block: Any
+
+def turn() -> Any:
+    """The generator of a block that has torch's generators."""
+
+def give_turn(generator: Generator | None) -> None:
+    """Say which one has them from here on."""
+
+def connect(**connected: Any) -> tuple[dict[str, Any], Any, Any]:
+    """Connect the fast path to fastinit.record and to torch, once in a process; see csrc/recorder/recorder.h.
 
     Returns:
-        ``Recorder.__torch_function__``, methods of torch.nn.Module by their names, and ``new_parameter(original, cls,
-        data, requires_grad)`` for ``Parameter.__new__``.
+        Methods of Placeholder by name, ``Mode.__torch_function__``, the hook of registrations,
+        ``torch.overrides.has_torch_function_variadic`` for torch.nn.init, and bodies of functions of torch.nn.init.
     """
 
-def forget_classes() -> None:
-    """Keep no references to classes of modules any longer."""
+def waiting(block: Any) -> list[Any]:
+    """The records of a block that placeholders still stand for, in the order of their creation; dead ones go."""
 
-def set_method(cls: type, name: str, method: Any) -> None:
-    """``setattr(cls, name, method)``, quick for a class of many subclasses that has such a method already."""
-
-def record(tensor: torch.Tensor, kind: int, *parameters: float) -> bool:
-    """Record a fill of a tensor that is a whole entry without memory. False, and nothing done, for any other one."""
-
-def pending_shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """The shape of a tensor that is a whole entry without memory."""
-
-def waiting(by_id: dict[int, tuple[weakref.ref[torch.Tensor], Any, Any]]) -> list[Any]:
-    """The entries that any living tensor stands for, in the order of creation."""
-
-def tally(refs: list[weakref.ref[torch.Tensor]]) -> tuple[int, int]:
-    """The number of elements and the bytes of the living tensors, each counted once."""
-
-def settle(
+def give_memory(
     segment: list[Any],
     start: int,
-    by_id: dict[int, tuple[weakref.ref[torch.Tensor], Any, Any]],
-    given: list[Any],
+    given: list[tuple[Any, torch.Tensor]],
     batch: Batch,
     seed: int,
-    prototypes: dict[torch.dtype, torch.Tensor],
-    dtypes: dict[torch.dtype, int],
     largest: int,
     limit: int,
 ) -> tuple[int, int, int]:
-    """Give memory to the entries of a segment and add their fills to a batch, from number ``start`` on.
+    """Give memory to the records of a segment and add their fills to a batch, from number ``start`` on.
 
     Stops before one that is not plain or has more than ``largest`` bytes, and once ``limit`` bytes are reached.
-    ``given`` gets each entry before it has memory.
+    ``given`` gets pairs of a record and its memory.
 
     Returns:
-        The number of the next entry, and how many bytes and fills there were.
+        The number of the next record, and how many bytes and fills there were.
     """
+
+def swap_in(given: list[tuple[Any, torch.Tensor]]) -> list[Any]:
+    """Let placeholders have the memory that `give_memory` has made; the records that have others yet, not so plain."""
+
+def tally(parameters: list[Any]) -> tuple[int, int]:
+    """The number of elements and the bytes of the tensors in dicts, each counted once."""

@@ -14,7 +14,7 @@ import torch
 
 from .. import native
 from ..deferred import warn_never_initialised
-from ..execution import DTYPES, Fills, advise_huge_pages, allocate, can_fill, reserve
+from ..execution import Fills, advise_huge_pages, allocate, can_fill, reserve
 from ..layout import numel
 from ..native import CONSTANT, UNIFORM
 from ..recipe import Write
@@ -50,7 +50,8 @@ class Block(native.Block):
         allocation_seconds, run_seconds: host time for giving tensors memory, and for running fills or enqueueing them.
         fill_events: pairs of events around what was enqueued on a GPU.
         records: weak references, in the order of creation.
-        modules: weak references to those that have been given a tensor or a child, by id, in the order of the first time.
+        modules: weak references to those that have been given a tensor or a child, by id, in the order of the first
+        time.
     """
 
     generator: Generator
@@ -221,7 +222,8 @@ class Block(native.Block):
         device = segment[0].device
         reserve([record.nbytes for record in segment], device)
         fills, size = Fills(self.seed, device), 0
-        marks, marked = Fills(self.seed, device), []
+        marks = Fills(self.seed, device)
+        marked: list[torch.Tensor] = []
         done = 0
         while done < len(segment):
             if fast.in_use:

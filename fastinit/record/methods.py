@@ -1,7 +1,8 @@
 """The fast path: native methods of placeholders and of the mode, which are found before torch's and pay no dispatcher.
 
-They are of the class alone: without them (`use(False)`, or FASTINIT_FAST=0 in the environment) every result is the same.
-They serve what torch.nn's constructors call, and hand anything unusual to torch, or to the Python code of the mode.
+They are of the class alone: without them (`use(False)`, or FASTINIT_FAST=0 in the environment) every result is the
+same. They serve what torch.nn's constructors call, and hand anything unusual to torch, or to the Python code of the
+mode.
 """
 
 from __future__ import annotations

@@ -87,6 +87,8 @@ _FILLS: dict[Any, Callable[..., Any]] = {}
 class Mode(native.Mode, TorchFunctionMode):
     """The mode of one block, in the thread or coroutine that has entered it."""
 
+    block: Block
+
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block

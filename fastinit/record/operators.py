@@ -30,7 +30,7 @@ def is_mine() -> bool:
     modes = torch._C._len_torch_function_stack()
     if modes and not isinstance(torch._C._get_function_stack_at(modes - 1), Mode):
         return False
-    return not (torch._C._len_torch_dispatch_stack() or in_functorch())
+    return not (torch._C._len_torch_dispatch_stack() or in_functorch() or torch._C._get_tracing_state())
 
 
 def _is_plain(*tensors: Any) -> bool:
@@ -106,9 +106,8 @@ for _name, _base in (("mul", "mul"), ("add", "add"), ("sub", "sub"), ("div", "di
 
 
 def _reflected(name: str, function: Callable[[Placeholder, Any], Any]) -> None:
-    """Register a method for numbers on the left; Python asks it for tensors there, too, since its class is a subclass."""
+    """Register a method for numbers on the left; Python asks it for tensors there, too, as it is a subclass's."""
     forward = getattr(_torch, f"__{name}__")
-
     usual = getattr(_torch, f"__r{name}__")
 
     def reflected(self: Placeholder, other: Any) -> Any:
@@ -124,9 +123,7 @@ _reflected("mul", lambda self, other: _straight(aten.mul.Tensor, self, other))
 _reflected("sub", lambda self, other: _straight(aten.rsub.Scalar, self, other))
 _reflected("pow", lambda self, other: _straight(aten.pow.Scalar, other, self))
 # As torch has it: the reciprocal, multiplied.
-_reflected(
-    "truediv", lambda self, other: _straight(aten.mul.Tensor, _straight(aten.reciprocal.default, self), other)
-)
+_reflected("truediv", lambda self, other: _straight(aten.reciprocal.default, self) * other)
 
 
 def _pow(self: Placeholder, exponent: Any) -> Any:
@@ -144,7 +141,7 @@ _method("__pow__")(_pow)
 def _outer(self: Placeholder, other: Any) -> Any:
     if not _is_operand(other) or not isinstance(other, torch.Tensor) or self.dim() != 1 or other.dim() != 1:
         return NotImplemented
-    return _straight(aten.mul.Tensor, _straight(aten.unsqueeze.default, self, 1), other)
+    return self.unsqueeze(1) * other
 
 
 AS_METHODS[torch.outer] = "outer"
