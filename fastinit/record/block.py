@@ -15,7 +15,6 @@ import torch
 from .. import native
 from ..deferred import warn_never_initialised
 from ..execution import Fills, advise_huge_pages, allocate, can_fill, reserve
-from ..layout import numel
 from ..native import CONSTANT, UNIFORM
 from ..recipe import Write
 from . import fast
@@ -77,6 +76,7 @@ class Block(native.Block):
         self.records = []
         self.generator = Generator(seed)
         self._masters: OrderedDict[Record, None] = OrderedDict()
+        self._master_bytes = 0
         self.modules = {}
         self._reserved_for = 0
 
@@ -116,10 +116,13 @@ class Block(native.Block):
 
     def touch(self, record: Record) -> None:
         """Note that master values are in use; the oldest ones are rounded if there are too many."""
-        self._masters[record] = None
+        if record not in self._masters:
+            assert record.values is not None
+            self._master_bytes += record.values.nbytes
+            self._masters[record] = None
         self._masters.move_to_end(record)
-        if len(self._masters) % 64 and numel(record.shape) < 1 << 16:
-            return  # the sum is worth its time only now and then
+        if self._master_bytes <= _MASTER_BYTES:
+            return
         for each in list(self._masters):
             if each.values is None or not each.placeholders():
                 del self._masters[each]
@@ -131,6 +134,7 @@ class Block(native.Block):
             assert each.values is not None
             excess -= each.values.nbytes
             each.materialize()
+        self._master_bytes = sum(each.values.nbytes for each in self._masters if each.values is not None)
 
     # --- modules ------------------------------------------------------------------------------------------------
 

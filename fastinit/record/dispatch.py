@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ..layout import contiguous_strides, numel
 from ..recipe import Region, Write
@@ -29,8 +28,10 @@ from .tensors import (
     has_master,
     is_in_order,
     is_whole,
+    map_tensors,
     modes_off,
     stand_for,
+    tensors_in,
     view_of,
 )
 
@@ -132,7 +133,7 @@ def wrap(block: Block, values: torch.Tensor, dtype: torch.dtype, device: torch.d
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Let torch run an operator on the values of placeholders."""
-    tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
+    tensors = tensors_in((args, kwargs))
     placeholders = [each for each in tensors if type(each) is Placeholder]
     block = placeholders[0]._record.block
     if block.defers:
@@ -214,7 +215,8 @@ def _run_on_masters(
 ) -> Any:
     device = kwargs.get("device")
     if device is not None and torch.device(device).type == "meta":
-        return func(*tree_map_only(Placeholder, on_meta, args), **tree_map_only(Placeholder, on_meta, kwargs))
+        args, kwargs = map_tensors(_like_on_meta, (args, kwargs))
+        return func(*args, **kwargs)
     given = dict(kwargs)
     if device is not None:
         given["device"] = _HOST
@@ -234,7 +236,7 @@ def _run_on_masters(
         # Of integers torch makes its default dtype, which is another one in the process.
         floats = {id(each): value.double() for each, value in _with_values(placeholders, values)}
         results = _call(func, args, given, floats) if _is_fp32(results) else results
-    if not any(isinstance(each, torch.Tensor) for each in tree_flatten(results)[0]):
+    if not tensors_in(results):
         return results
     if device is None:
         device = next((each.device for each in placeholders if each.device.type != "cpu"), _HOST)
@@ -252,7 +254,7 @@ def _run_on_masters(
                 return stand_for(of._record, region)
         return wrap(block, result, dtype, device)
 
-    return tree_map_only(torch.Tensor, finish, results)
+    return map_tensors(finish, results)
 
 
 def values_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -266,6 +268,10 @@ def _with_values(
     return ((each, values[id(each)]) for each in placeholders)
 
 
+def _like_on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return on_meta(tensor) if type(tensor) is Placeholder else tensor
+
+
 def on_meta(tensor: Placeholder) -> torch.Tensor:
     meta = torch.empty(tensor._record.shape, dtype=tensor.dtype, device="meta")
     return view_of(meta, tensor._region)
@@ -275,7 +281,7 @@ def _call(func: Any, args: Any, kwargs: Any, values: dict[int, torch.Tensor]) ->
     def replaced(tensor: torch.Tensor) -> torch.Tensor:
         return values.get(id(tensor), tensor)
 
-    args, kwargs = tree_map_only(torch.Tensor, replaced, (args, kwargs))
+    args, kwargs = map_tensors(replaced, args), map_tensors(replaced, kwargs)
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             return func(*args, **kwargs)

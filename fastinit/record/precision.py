@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map_only
 
-from .tensors import HALVES, Placeholder, view_of
+from .tensors import HALVES, Placeholder, map_tensors, tensors_in, view_of
 
 # What torch has answered, by the operator and what the dtype of its results can depend on.
 _answers: dict[Any, list[torch.dtype]] = {}
@@ -21,8 +20,8 @@ def result_dtypes(func: Any, args: Any, kwargs: Any, results: Any, default: torc
         results: what torch has computed on their values.
         default: the default dtype of the code that calls.
     """
-    operands = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
-    computed = [each.dtype for each in tree_flatten(results)[0] if isinstance(each, torch.Tensor)]
+    operands = tensors_in((args, kwargs))
+    computed = [each.dtype for each in tensors_in(results)]
     if not any(each.dtype in HALVES for each in operands) and kwargs.get("dtype") not in HALVES:
         whole = kwargs.get("dtype") is None and all(each.dtype in WHOLE for each in operands)
         # Of integers torch makes its default dtype, which is fp32 in the process and may be another one in the block.
@@ -61,10 +60,10 @@ def _asked(func: Any, args: Any, kwargs: Any) -> list[torch.dtype] | None:
     """
     options = dict(kwargs, device="cpu") if kwargs.get("device") is not None else kwargs
     try:
-        answer = func(*tree_map_only(torch.Tensor, _zeros, args), **tree_map_only(torch.Tensor, _zeros, options))
+        answer = func(*map_tensors(_zeros, args), **map_tensors(_zeros, options))
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         return None
-    return [each.dtype for each in tree_flatten(answer)[0] if isinstance(each, torch.Tensor)]
+    return [each.dtype for each in tensors_in(answer)]
 
 
 def _zeros(tensor: torch.Tensor) -> torch.Tensor:

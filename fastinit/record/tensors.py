@@ -313,6 +313,29 @@ def stand_for(record: Record, region: Region | None = None) -> Placeholder:
 _make: Any = torch.Tensor._make_wrapper_subclass
 
 
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors among the arguments or results of an operator; much sooner than by torch's pytrees."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for each in value for tensor in tensors_in(each)]
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """The arguments or results of an operator with a function of each of their tensors in its place."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {name: map_tensors(function, each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        kind = type(value)
+        return kind([map_tensors(function, each) for each in value])
+    return value
+
+
 def view_of(memory: torch.Tensor, region: Region | None) -> torch.Tensor:
     """The part of a record's values or memory that a region covers."""
     return memory if region is None else memory.as_strided(region.sizes, region.strides, region.offset)
