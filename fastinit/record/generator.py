@@ -10,6 +10,7 @@ read in the block, the ordinals go on from where they were then.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -18,6 +19,9 @@ import torch
 from .. import native
 
 _MASK = 2**64 - 1
+
+# A change of turns is one step.
+_lock = threading.RLock()
 
 
 _States = list[tuple[torch.Generator, torch.Tensor]]
@@ -39,47 +43,57 @@ class Generator(native.Generator):
 
     def enter(self) -> None:
         """Fork torch's generators, and seed them."""
-        states = _states()
-        if not Generator._active:
-            Generator._outside = states
-        elif (owner := _turn()) is not None:
-            owner._states = states
-        Generator._active.append(self)
-        native.give_turn(self)
-        for generator, _ in states:
-            generator.manual_seed(self._seed)
+        with _lock:
+            states, owner = _states(), _turn()
+            if not Generator._active:
+                Generator._outside = states
+            elif owner is not None:
+                owner._states = states
+            Generator._active.append(self)
+            for generator, _ in states:
+                generator.manual_seed(self._seed)
+            native.give_turn(self)
 
     def leave(self, outer: Generator | None) -> None:
         """Put torch's generators back, or as the outer block has them; the last of several threads does the former."""
-        Generator._active.remove(self)
-        if _turn() is self:
-            native.give_turn(None)
-        if outer is not None:
-            outer.resume()
-        elif not Generator._active:
-            _restore(Generator._outside)
-            Generator._outside = []
+        with _lock:
+            Generator._active.remove(self)
+            if _turn() is self:
+                native.give_turn(None)
+            if outer is not None:
+                outer.resume()
+            elif not Generator._active:
+                _restore(Generator._outside)
+                Generator._outside = []
 
     def resume(self) -> None:
         """Have torch's generators in this block's state, after the turn of another thread's or coroutine's block."""
-        owner = _turn()
-        if owner is not self and self in Generator._active:
-            if owner is not None:
-                owner._states = _states()
-            native.give_turn(self)
-            _restore(self._states)
+        if _turn() is not self:
+            with _lock:
+                owner = _turn()
+                if owner is not self and self in Generator._active:
+                    if owner is not None:
+                        owner._states = _states()
+                    # The turn comes last: native code of another thread looks at it without the lock.
+                    _restore(self._states)
+                    native.give_turn(self)
 
     def next_stream(self) -> tuple[int, int | None]:
         """The stream of a recorded fill, and its key if that is not the block's."""
-        self.resume()
-        if torch.default_generator.initial_seed() == self._seed:
-            self.streams += 1
-            return self.streams - 1, None
-        return int(_draw.random_(-(2**63), None).item()) & _MASK, 0
+        with _lock:
+            self.resume()
+            if torch.default_generator.initial_seed() == self._seed:
+                self.streams += 1
+                return self.streams - 1, None
+            return int(_draw.random_(-(2**63), None).item()) & _MASK, 0
 
     def state_is_read(self, function: Callable[[], torch.Tensor]) -> torch.Tensor:
         """``torch.get_rng_state()``: a state that tells how many fills were recorded, for it may be restored."""
-        self.resume()
+        with _lock:
+            self.resume()
+            return self._marked(function)
+
+    def _marked(self, function: Callable[[], torch.Tensor]) -> torch.Tensor:
         state = function()
         if torch.default_generator.initial_seed() != self._seed:
             return state
