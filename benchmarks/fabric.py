@@ -7,7 +7,7 @@ a process of its own; with and without fastinit take turns. Before the clock sta
 initialised and a tensor has been allocated; it stops when the GPU is done. Two times per process:
 
 - first: the first model of the process. On a GPU, torch loads each kernel at its first use; for this model that is
-  mostly `pow`, `neg` and `div` of its rotary tables, which torch computes with fastinit and without;
+  mostly `pow`, `neg` and `div` of its rotary tables; with fastinit these are computed on the host;
 - cold: a second one, after the first was freed and torch's allocator gave its memory back.
 
 (The file is not called lightning.py, because a script's folder comes first where Python looks for packages.)

@@ -152,7 +152,8 @@ class on(ContextDecorator):
         seed: 64-bit key of the random values. None draws it from torch's default CPU generator, so that
             ``torch.manual_seed`` decides it; that one draw is all that the block does to torch's generators.
         empty: True leaves the parameters and persistent buffers that are random without values, for a checkpoint to
-            supply; constants and what the constructor computes are there as ever. The initialisation stays recorded
+            supply, also those that are computed of random fills alone, as `orthogonal_` does; constants and what else
+            the constructor computes are there as ever. The initialisation stays recorded
             with the modules: `uninitialized` names what nothing has written since, `initialize` writes it, and the
             first forward raises if there is any. "nan" fills them with NaN meanwhile. "unchecked" leaves raw memory
             and records nothing. A checkpoint that is loaded inside the block needs none of this.

@@ -1,7 +1,8 @@
 """Recording: placeholders, what torch's operators do to them, and how they become real tensors.
 
-tensors (records, placeholders, becoming real) < block < dispatch (operators), factories < mode, methods (the fast
-path), guest (what torch has replaced) and pending (what outlives the block).
+From the ground up: generator, tensors (records, placeholders, becoming real), block, precision (dtypes of results),
+calls (operators left to later), dispatch (any operator), recorded (those that recipes take in), factories, mode,
+operators and methods (the fast path), pending (what outlives the block), guest (what is replaced in torch).
 """
 
 from . import methods as methods

@@ -55,7 +55,7 @@ class Record(native.Record):
         values: contiguous tensor of `shape` on the host while it is computed, else None.
         memory: contiguous tensor of `shape` in the final dtype and place while it is resident, else None.
         recorded: whether its content began as a recipe.
-        unwritten: whether nothing has written it, though it may have been read.
+        deferred: its recipe has gone to the modules that own it; what is left of it marks the memory.
         owner: class of the module that has it, and the name there; or None.
         tensors: weak references to the tensors that stand or stood for it.
         nbytes: bytes of its memory, whether it has any yet or not.
