@@ -36,7 +36,7 @@ constexpr uint32_t kEntries = 1024;
 constexpr uint32_t kSections = 32;
 #endif
 
-// The kernels, see kernels.cuh, and what their values are made by: truncated normals come in two forms, with equal sides
+// The kernels (see kernels.cuh), and how their values are made. Truncated normals come in two forms: with equal sides
 // that meet at 0 and no lower limit, as nearly all are, and any.
 enum class Path { run, rows, affine_rows, any, any_erfinv, plain, general, general_erfinv };
 enum class Form { constant, uniform, normal, symmetric, truncated };

@@ -494,7 +494,7 @@ private:
             set_row_step(key.geometry, slots / entries.size(), threads);
         const uint32_t group_slots = launch.tile_slots << launch.group_log2;
         launch.tiles = 0;
-        uint32_t next[kSections];  // the place of the section's next entry
+        uint32_t next[kSections] = {};  // the place of the section's next entry
         uint32_t first_entry = 0;
         Section* section = launch.sections;
         for (size_t i = 0; i < extents.size(); ++i) {
@@ -520,7 +520,8 @@ private:
         // As many blocks as run at a time, where each has a table to load. Without one, a block for each tile: the
         // device then hands them out as multiprocessors become free, and these do not all write equally fast.
         const bool tabulated = key.form != Form::constant && key.form != Form::uniform;
-        device_.start(kernel, launch, tabulated ? std::min(launch.tiles, resident) : launch.tiles, threads);
+        const uint32_t blocks = tabulated ? std::min(launch.tiles, resident) : launch.tiles;
+        device_.start(kernel, launch, blocks, threads);
         entries.clear();
     }
 
@@ -534,8 +535,8 @@ private:
         step.at = step.stride % g.slots_per_run.divisor;
     }
 
-    // The threads of a block for entries of at most `largest` slots: as many as the kernel was compiled for, but no more
-    // than an entry gives work to.
+    // The threads of a block for entries of at most `largest` slots: as many as the kernel was compiled for, but no
+    // more than an entry gives work to.
     static uint32_t block_threads(uint32_t threads, uint32_t largest) {
         if (threads > kThreads && largest <= threads) threads = kThreads;
         while (threads > 256 && largest <= threads / 2) threads /= 2;
