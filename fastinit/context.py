@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import resource
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -133,6 +134,17 @@ class _Entered(NamedTuple):
     token: Token[Block | None]
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+# Their bodies run after the call that the decorator would put into a block.
+_SUSPENDED: dict[str, Callable[[Any], bool]] = {
+    "coroutine": inspect.iscoroutinefunction,
+    "asynchronous generator": inspect.isasyncgenfunction,
+    "generator": inspect.isgeneratorfunction,
+}
+_DECORATE_A_FUNCTION = (
+    'decorate a function that returns the model, or write "with fastinit.on(...):" around what creates it'
+)
+
 # Not on the context object, which several threads may enter.
 _entered: ContextVar[tuple[_Entered, ...]] = ContextVar("fastinit_entered", default=())
 
@@ -148,7 +160,8 @@ class on(ContextDecorator):
     Args:
         device: "cpu", "cuda", "cuda:1", or a ``torch.device``.
         dtype: ``torch.float32``, ``torch.float16``, ``torch.bfloat16`` or one of "fp32", "fp16", "bf16", "float32",
-            "float16", "bfloat16", "half", "32-true", "16-true", "bf16-true". None keeps torch's default dtype.
+            "float16", "bfloat16", "half", "32-true", "16-true", "bf16-true", in any case. None keeps torch's default
+            dtype.
         seed: 64-bit key of the random values. None draws it from torch's default CPU generator, so that
             ``torch.manual_seed`` decides it; that one draw is all that the block does to torch's generators.
         empty: True leaves the parameters and persistent buffers that are random without values, for a checkpoint to
@@ -169,6 +182,7 @@ class on(ContextDecorator):
     Raises:
         ValueError: unknown device, dtype, `empty` or `shard`, both of the latter, or a seed that is not a 64-bit
             integer.
+        TypeError: a decorator without arguments, or one of a class, a generator or a coroutine.
         RuntimeError: no such GPU, a build without CUDA, or a CUDA graph that is being captured.
 
     Example:
@@ -192,6 +206,15 @@ class on(ContextDecorator):
         self._seed = _parse_seed(seed)
         self._empty = _parse_empty(empty)
         self._shard = _parse_shard(shard, self._empty)
+
+    def __call__(self, func: _F) -> _F:
+        if isinstance(func, type):
+            raise TypeError(f"fastinit.on: it cannot decorate the class {func.__name__}; {_DECORATE_A_FUNCTION}")
+        for kind, check in _SUSPENDED.items():
+            if check(func):
+                name = getattr(func, "__name__", repr(func))
+                raise TypeError(f"fastinit.on: it cannot decorate the {kind} {name}; {_DECORATE_A_FUNCTION}")
+        return super().__call__(func)
 
     def _recreate_cm(self) -> on:
         # A decorated function may call itself or run in several threads: each call gets a context of its own.
@@ -299,6 +322,16 @@ def _interrupts_later() -> Iterator[None]:
 
 
 def _parse_device(device: Any) -> torch.device:
+    if callable(device):
+        raise TypeError(
+            f"fastinit.on: it was given {device!r} for a device; a decorator is spelled with its arguments, as in "
+            '@fastinit.on("cuda", "bf16")'
+        )
+    if device in ("gpu", "auto"):
+        raise ValueError(
+            f'fastinit.on: device={device!r} is not a device of torch; use "cuda" for a GPU, or '
+            '"cuda" if torch.cuda.is_available() else "cpu"'
+        )
     try:
         parsed = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -311,7 +344,12 @@ def _parse_device(device: Any) -> torch.device:
 
 
 def _parse_dtype(dtype: Any) -> torch.dtype | None:
-    named: Any = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    named: Any = _DTYPES.get(dtype.lower().removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
+    if isinstance(dtype, str) and dtype.lower().endswith("-mixed"):
+        raise ValueError(
+            f'fastinit.on: dtype={dtype!r} computes in half precision and keeps parameters in fp32; use dtype="fp32" '
+            "here and torch.autocast, or the framework's precision, for the training"
+        )
     if named is None or named in _DTYPES.values():
         parsed: torch.dtype | None = named
         return parsed
