@@ -322,7 +322,7 @@ def _interrupts_later() -> Iterator[None]:
 
 
 def _parse_device(device: Any) -> torch.device:
-    if callable(device):
+    if callable(device) and not isinstance(device, torch.device):
         raise TypeError(
             f"fastinit.on: it was given {device!r} for a device; a decorator is spelled with its arguments, as in "
             '@fastinit.on("cuda", "bf16")'
@@ -344,12 +344,15 @@ def _parse_device(device: Any) -> torch.device:
 
 
 def _parse_dtype(dtype: Any) -> torch.dtype | None:
-    named: Any = _DTYPES.get(dtype.lower().removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
-    if isinstance(dtype, str) and dtype.lower().endswith("-mixed"):
-        raise ValueError(
-            f'fastinit.on: dtype={dtype!r} computes in half precision and keeps parameters in fp32; use dtype="fp32" '
-            "here and torch.autocast, or the framework's precision, for the training"
-        )
+    named: Any = dtype
+    if isinstance(dtype, str):
+        name = dtype.lower().removeprefix("torch.")
+        if name.endswith("-mixed"):
+            raise ValueError(
+                f"fastinit.on: dtype={dtype!r} computes in half precision and keeps parameters in fp32; use "
+                'dtype="fp32" here and torch.autocast, or the framework\'s precision, for the training'
+            )
+        named = _DTYPES.get(name, dtype)
     if named is None or named in _DTYPES.values():
         parsed: torch.dtype | None = named
         return parsed
