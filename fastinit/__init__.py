@@ -5,12 +5,11 @@ from ._version import __version__
 from .checkpoint import LoadReport, load
 from .checkpoint_files import CheckpointError
 from .context import Report, on
-from .deferred import initialize, uninitialized
 from .fills import empty, fill_
 from .layout import Window
+from .materialization import initialize, materialize, param_init_fn, uninitialized
 from .recipe import Constant, Normal, TruncatedNormal, Uniform
 from .record.guest import uninstall
-from .sharded import materialize, param_init_fn
 
 __all__ = [
     "CheckpointError",

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from .deferred import is_on_meta
-from .sharded import materialize
+from .materialization import materialize
+from .sharding import is_on_meta
 
 __all__ = ["prepare"]
 

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map
 
 from .checkpoint_files import Checkpoint, CheckpointError
 from .context import _readable, on
-from .deferred import forget, initialize, uninitialized
+from .materialization import initialize
 from .record.tensors import modes_off
 from .sharding import is_dtensor
 
@@ -143,7 +143,7 @@ def load(
     loading = _Loading(made, checkpoint, strict, new)
     with _bar(loading.bytes, progress, checkpoint.path) as bar:
         loading.run(bar.update if bar is not None else lambda count: None)
-    loading.initialize_the_rest()
+    initialize(made)  # what the checkpoint has not
     done = loading.report
     done.seconds = time.perf_counter() - started
     if report is not None:
@@ -440,14 +440,6 @@ class _Loading:
             self._problems.append(str(error))
             raise self._refusal() from error
         self._judge(getattr(result, "missing_keys", ()), getattr(result, "unexpected_keys", ()))
-
-    def initialize_the_rest(self) -> None:
-        """Write what the checkpoint has not, and nobody else since the model was created without values."""
-        # That a loaded tensor happens to look like an unwritten one must not undo it.
-        supplied = {id(copy.target) for copy in self.copies}
-        state = dict(_tensors(self.model))
-        initialize(self.model, [name for name in uninitialized(self.model) if id(state.get(name)) not in supplied])
-        forget(self.model)
 
     # Refusals ----------------------------------------------------------------------------------------------------
 

@@ -20,13 +20,14 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import native
-from .deferred import Deferred
 from .distributed import from_rank_0, is_distributed
 from .execution import refuse_capture
-from .record import guest, pending
+from .record import guest
 from .record.block import Block, Empty, current
 from .record.mode import Mode
+from .record.pending import leave_unwritten
 from .record.tensors import concrete, modes_off
+from .record.unwritten import Origin, origin_of
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -47,7 +48,7 @@ _DTYPES = {
 class Partitioner(Protocol):
     """What `on(shard=...)` takes for engines that partition parameters when they are created."""
 
-    def place(self, parameters: list[tuple[torch.nn.Module, str, torch.nn.Parameter, Deferred | None]]) -> None:
+    def place(self, parameters: list[tuple[torch.nn.Module, str, torch.nn.Parameter, Origin | None]]) -> None:
         """Take over the parameters of a context that has just ended.
 
         They come as (owner, name there, parameter, recipe), in one order on every rank, tied ones with each of their
@@ -166,10 +167,10 @@ class on(ContextDecorator):
             ``torch.manual_seed`` decides it; that one draw is all that the block does to torch's generators.
         empty: True leaves the parameters and persistent buffers that are random without values, for a checkpoint to
             supply, also those that are computed of random fills alone, as `orthogonal_` does; constants and what else
-            the constructor computes are there as ever. The initialisation stays recorded
-            with the modules: `uninitialized` names what nothing has written since, `initialize` writes it, and the
-            first forward raises if there is any. "nan" fills them with NaN meanwhile. "unchecked" leaves raw memory
-            and records nothing. A checkpoint that is loaded inside the block needs none of this.
+            the constructor computes are there as ever. They have no memory, and their recipes go where they go:
+            `uninitialized` names what nothing has written since, `initialize` writes it, and whoever reads it is
+            refused by its name. "nan" lets readers see NaN instead. "unchecked" leaves raw memory and records
+            nothing. A checkpoint that is loaded inside the block needs none of this.
         shard: True leaves parameters on the meta device with their initialisation recorded, for `materialize` to give
             each rank its part once the model is sharded; buffers and what the constructor computes are there as ever.
             `fastinit.deepspeed.zero3(config)` makes them partitions of ZeRO-3. If torch.distributed is initialised,
@@ -289,14 +290,19 @@ class on(ContextDecorator):
         try:
             report.parameters, report.bytes = block.parameters()  # before an engine takes the parameters over
             # Also after an exception: what the code in the block has handed out is to have its values.
-            if block.shard:
-                pending.defer_to_shards(block)
-            elif block.empty:
-                pending.defer(block)
+            if block.defers:
+                leave_unwritten(block)
             block.settle()
             if exc_type is None and not isinstance(self._shard, bool):
                 with modes_off():
-                    self._shard.place(list(pending.parameters(block)))
+                    self._shard.place(
+                        [
+                            (module, name, parameter, origin_of(parameter))
+                            for module in block.seen_modules()
+                            for name, parameter in module._parameters.items()
+                            if parameter is not None
+                        ]
+                    )
         finally:
             outer = current.get()
             block.generator.leave(None if outer is None else outer.generator)

@@ -16,16 +16,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .deferred import Deferred, Piece, forget, warn_never_initialised, write_pieces
 from .execution import allocate, can_fill, reserve
 from .layout import flat_box, numel
+from .record.block import warn_never_initialised
+from .record.tensors import swap_in
+from .record.unwritten import Origin, Piece, Unwritten, write_pieces
 
 _modes_off = torch._C.DisableTorchFunction
 
 # Those that the tests were run with: the first, and the first one that is too new. pyproject.toml asks for them.
 _VERSIONS = ((0, 17), (0, 20))
 
-_Owned: TypeAlias = "tuple[nn.Module, str, nn.Parameter, Deferred | None]"
+_Owned: TypeAlias = "tuple[nn.Module, str, nn.Parameter, Origin | None]"
 
 
 def zero3(ds_config: dict[str, Any] | str) -> Zero3:
@@ -105,10 +107,8 @@ class Zero3:
             self._allocate([slices for _, slices in partitions])
             self._fill(partitions)
             # Only now, when nothing is left that fails.
-            for (_, _, parameter, deferred), slices in partitions:
-                self._hand_over(parameter, deferred, slices)
-            for module in {id(each[0]): each[0] for each in parameters}.values():
-                forget(module, recurse=False)
+            for (_, _, parameter, origin), slices in partitions:
+                self._hand_over(parameter, origin, slices)
             if self.slice_device.type == "cuda":
                 # DeepSpeed gathers on streams of its own, which do not wait for this one.
                 torch.cuda.current_stream(self.slice_device).synchronize()
@@ -122,26 +122,26 @@ class Zero3:
                 f"fastinit.on: dtype={floating[0]}, but shard=zero3(ds_config) trains in {self.dtype}; pass that, or "
                 'change "bf16" and "fp16" in ds_config'
             )
-        for module, name, parameter, deferred in parameters:
-            if deferred is None and parameter.is_meta:
+        for module, name, parameter, origin in parameters:
+            if origin is None and parameter.is_meta:
                 raise ValueError(
                     f"fastinit.on: the constructor of {type(module).__name__} created its parameter {name!r} on the "
                     "meta device, so that shard=zero3(ds_config) has no values for it; create it without device="
                 )
-            if deferred is not None and deferred.device != self.device:
+            if origin is not None and origin.device != self.device:
                 raise ValueError(
-                    f"fastinit.on: device={str(deferred.device)!r} holds {type(module).__name__}.{name}, but "
+                    f"fastinit.on: device={str(origin.device)!r} holds {type(module).__name__}.{name}, but "
                     f"shard=zero3(ds_config) trains on {str(self.device)!r}, the device of this rank; pass that"
                 )
 
-    def _slices(self, parameter: nn.Parameter, deferred: Deferred | None) -> list[_Slice]:
+    def _slices(self, parameter: nn.Parameter, origin: Origin | None) -> list[_Slice]:
         """This rank's slice of a parameter, and with hpZ its slice of the secondary partition."""
         from deepspeed import comm
 
         init = self._init
         # An expert's parameters have a group of their own.
         group = getattr(parameter, "ds_zero_partition_process_group", init.ds_process_group)
-        elements = numel(parameter.shape if deferred is None else deferred.shape)
+        elements = numel(parameter.shape if origin is None else origin.shape)
         ranks = comm.get_world_size(group=group)
         size = -(-elements // ranks)
         dtype = self.dtype if parameter.is_floating_point() else parameter.dtype
@@ -167,28 +167,30 @@ class Zero3:
 
     def _fill(self, partitions: Sequence[tuple[_Owned, list[_Slice]]]) -> None:
         pieces = []
-        for (module, name, parameter, deferred), slices in partitions:
+        for (module, name, parameter, origin), slices in partitions:
             for each in slices:
                 count = each.end - each.begin
-                if deferred is not None and count:
-                    pieces.append(Piece(each.memory, deferred, [flat_box(each.begin, each.end)]))
+                if origin is not None and count:
+                    pieces.append(Piece(each.memory, origin, [flat_box(each.begin, each.end)]))
                 elif count:
                     each.memory[:count].copy_(parameter.detach().reshape(-1)[each.begin : each.end])
                 if count < each.size:
                     each.memory[count:].zero_()
-            if deferred is not None and not deferred.recipe:
-                warn_never_initialised(f"{type(module).__name__}.{name}", deferred.shape)
+            if origin is not None and not origin.recipe:
+                warn_never_initialised(f"{type(module).__name__}.{name}", origin.shape)
         write_pieces(pieces)
 
-    def _hand_over(self, parameter: nn.Parameter, deferred: Deferred | None, slices: Sequence[_Slice]) -> None:
+    def _hand_over(self, parameter: nn.Parameter, origin: Origin | None, slices: Sequence[_Slice]) -> None:
         """Let DeepSpeed see a parameter of the right shape, dtype and device, which has been partitioned already."""
         from deepspeed.runtime.zero.partition_parameters import free_param
 
-        shape = parameter.shape if deferred is None else deferred.shape
+        shape = parameter.shape if origin is None else origin.shape
         whole = torch.empty((), dtype=slices[0].dtype, device=self.device).expand(shape)
-        # The parameter stays the object that it is. `.data =` would refuse what comes from the meta device, and
-        # torch.utils.swap_tensors would exchange the attributes too.
-        torch._C._swap_tensor_impl(parameter, nn.Parameter(whole, parameter.requires_grad))
+        # The parameter stays the object that it is. torch.utils.swap_tensors would exchange the attributes too.
+        if type(parameter) is Unwritten:
+            swap_in(parameter, whole, Unwritten)
+        else:
+            torch._C._swap_tensor_impl(parameter, nn.Parameter(whole, parameter.requires_grad))
         self._init._convert_to_deepspeed_param(parameter)
         partitioned: Any = parameter
         partitioned.ds_numel_aligned = partitioned.aligned_size()

@@ -28,10 +28,9 @@ def allocate(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    huge_pages: bool = True,
     name_of: Callable[[], str | None] = lambda: None,
 ) -> torch.Tensor:
-    """Uninitialised contiguous tensor from torch's allocator; huge pages are advised for large CPU ones, or not.
+    """Uninitialised contiguous tensor from torch's allocator; huge pages are advised for large CPU ones.
 
     Raises:
         torch.OutOfMemoryError, RuntimeError: torch's own, with the name, shape, dtype, device and a remedy in front.
@@ -50,15 +49,9 @@ def allocate(
             f"{f', {name}' if name else ''}: "
             f"choose a smaller dtype or model, free memory, or create it as shards. {error}"
         ) from error
-    if huge_pages:
-        advise_huge_pages(tensor)
-    return tensor
-
-
-def advise_huge_pages(tensor: torch.Tensor) -> None:
-    """Have a large CPU tensor placed on huge pages, as far as it has none yet, where the system offers them."""
     if tensor.nbytes >= _HUGE_PAGES_FROM and tensor.device.type == "cpu":
         native.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 def reserve(sizes: list[int], device: torch.device) -> None:

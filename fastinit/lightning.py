@@ -30,10 +30,19 @@ from torch import nn
 
 from .context import _draw_seed, on
 from .deepspeed import zero3
-from .deferred import deferred_tensors, initialize, is_on_meta, kept_for, once, uninitialized
 from .distributed import from_rank_0, is_distributed
+from .materialization import (
+    agree_on_seeds,
+    initialize,
+    materialize,
+    overwrite,
+    param_init_fn,
+    uninitialized,
+    unwritten_tensors,
+)
 from .record.block import current
-from .sharded import _with_agreed_seeds, materialize, param_init_fn
+from .record.unwritten import origin_of
+from .sharding import is_on_meta
 
 __all__ = ["FastInit", "disable", "enable", "enabled"]
 
@@ -345,17 +354,18 @@ def _trainer_setup(original: Any, strategy: Any, trainer: Any) -> None:
 
 def _materialize(strategy: Any, model: nn.Module) -> None:
     """Give what was recorded its values, and leave what was created on the meta device to Lightning."""
-    recorded = [each for each in once(deferred_tensors(model)) if is_on_meta(each[1])]
+    recorded = [each for each in unwritten_tensors(model) if is_on_meta(each.tensor)]
     if not recorded:
         return
-    known = {id(tensor) for _, tensor, _ in recorded}
+    known = {id(each.tensor) for each in recorded}
     tensors = [*model.parameters(), *model.buffers()]
     if all(id(tensor) in known for tensor in tensors if is_on_meta(tensor)):
         materialize(model, strategy.root_device)
         return
     # What Lightning calls then gives new memory to everything, and initialises as far as modules have a
     # reset_parameters: what had values, and what was recorded, is written afterwards.
-    _with_agreed_seeds(model, recorded)
+    agree_on_seeds(recorded)
+    origins = {each.name: each.origin for each in recorded}
     values = [
         (owner, name, tensor)
         for module in model.modules()
@@ -370,13 +380,15 @@ def _materialize(strategy: Any, model: nn.Module) -> None:
     with torch.no_grad():
         for owner, name, tensor in values:
             owner[name].copy_(tensor)  # type: ignore[union-attr]
-    initialize(model, [name for name, *_ in recorded])
+    materialize(model)  # what has no reset_parameters
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    overwrite((named[name], origin) for name, origin in origins.items())
 
 
 def _init_module_of_fsdp(module: nn.Module, device: torch.device) -> None:
     """FSDP's param_init_fn: recorded values, or else what FSDP does without such a function."""
     own = [*module._parameters.items(), *module._buffers.items()]
-    if all(kept_for(module, name) is not None for name, tensor in own if tensor is not None and tensor.is_meta):
+    if all(origin_of(tensor) is not None for _, tensor in own if tensor is not None and tensor.is_meta):
         param_init_fn(module)
     else:
         with torch.no_grad():

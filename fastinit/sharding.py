@@ -71,6 +71,11 @@ def local_tensor(tensor: DTensor) -> torch.Tensor:
     return tensor._local_tensor
 
 
+def is_on_meta(tensor: torch.Tensor) -> bool:
+    """Whether a tensor, or this rank's shard of it, has no memory yet."""
+    return local_tensor(tensor).is_meta if is_dtensor(tensor) else tensor.is_meta
+
+
 @lru_cache(maxsize=1024)  # the layers of a model are alike
 def _boxes(
     shape: tuple[int, ...],

@@ -29,7 +29,6 @@ import torch
 import torch.distributed as dist
 
 import fastinit
-from fastinit import deferred
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -105,8 +104,6 @@ def clean(tmp_path, monkeypatch):
         sys.modules["fastinit.lightning"].disable()
     # FSDP1's flat parameters hold on to their modules in torch's autograd, which nothing frees.
     gc.collect()
-    for kept in list(deferred._watched):
-        deferred.forget(kept.module(), recurse=False)
 
 
 WITH_PYTHON = [path for path in PAGES if {"python", "pycon"} & {each.kind for each in blocks_of(path.read_text())}]

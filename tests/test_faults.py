@@ -13,12 +13,13 @@ import weakref
 
 import pytest
 import torch
+import torch._dynamo  # which replaces torch.manual_seed when it is first imported, as some meta kernels do
 from models import SEED, assert_same_bits, built, different, made, plain, registered, same_bits, state_of_torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fastinit
-from fastinit.record import tensors
+from fastinit.record import tensors, unwritten
 from fastinit.record.block import current
 
 
@@ -57,12 +58,16 @@ def too_large(width=2**45):
 @pytest.mark.parametrize("options", [{}, {"empty": True}], ids=str)
 def test_memory_that_is_not_there_is_asked_for_by_name_and_all_is_freed(intact, options):
     made = []
-    with pytest.raises(RuntimeError, match=r"no memory for .*\(35184372088832,.* 20\.0\.(weight|bias) of Sequential"):
+    with pytest.raises(RuntimeError, match=r"no memory for .*\(35184372088832,.* 20\.0\.(weight|bias)"):
         with fastinit.on("cpu", "bf16", seed=SEED, **options):
             made.append(too_large())
+        fastinit.initialize(made[0])
     # All of them are still to come: what there is memory for gets its values when somebody asks.
-    assert all(type(tensor) is tensors.Placeholder for tensor in made[0].parameters())
+    pending = {type(tensor) for tensor in made[0].parameters()}
+    assert pending == ({tensors.Placeholder} if not options else {unwritten.Unwritten, nn.Parameter})
     assert made[0][0].norm.weight.tolist() == [1.0] * 8
+    if options:
+        assert fastinit.initialize(made[0][0]) and len(fastinit.uninitialized(made[0])) > 80
 
 
 def test_memory_that_is_short_while_values_are_read_leaves_all_of_them_to_come(intact, monkeypatch):

@@ -172,7 +172,7 @@ def test_empty_init_leaves_out_every_random_fill_and_no_other(enabled, framework
     random = {"bare", "attention.in_proj_weight", "attention.out_proj.weight", "first.weight", "first.bias"}
     assert set(unwritten) == random | {"last.weight", "last.bias"}
     assert torch.equal(model.norm.weight, torch.ones_like(model.norm.weight)), "constants are there"
-    with pytest.raises(RuntimeError, match="were created with empty=True"):
+    with pytest.raises(RuntimeError, match="was created without values"):
         model(torch.zeros(2, 6))
     fastinit.initialize(model)
     assert_same(model, reference(Net, DTYPES[precision]))
@@ -340,7 +340,7 @@ def test_what_the_checkpoint_lacks_is_initialised_or_named(enabled, checkpoint):
     expected = reference(Larger, "bf16")
     assert fastinit.uninitialized(model) == ["extra.weight", "extra.bias"]
     assert same_bits(model.scale, expected.scale), "nothing calls the LightningModule: what it owns is initialised"
-    with pytest.raises(RuntimeError, match="weight, bias of this Linear"):
+    with pytest.raises(RuntimeError, match=r"extra\.(weight|bias) .*was created without values"):
         host.fit(model, data())
     fastinit.initialize(model)
     assert same_bits(model.extra.weight, expected.extra.weight)

@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrizations
 
 import fastinit
-from fastinit import CheckpointError, LoadReport, checkpoint_files, deferred, load
+from fastinit import CheckpointError, LoadReport, checkpoint_files, load
 
 ROOT = Path(__file__).parents[1]
 X = torch.arange(6).reshape(2, 3)
@@ -980,12 +980,6 @@ def test_a_model_with_values_keeps_those_that_are_missing(tmp_path):
     quiet_load(model, saved(tmp_path, state), strict=False, report=LoadReport())
     assert same_bits(model.body[0].weight, before)
     assert same_bits(model.body[0].bias, trained().body[0].bias)
-
-
-def test_a_loaded_value_that_looks_unwritten_is_left_alone(tmp_path):
-    state = {"weight": torch.full((3, 3), deferred.MARK), "bias": torch.tensor([deferred.MARK, 1.0, 2.0])}
-    model = quiet_load(lambda: nn.Linear(3, 3), saved(tmp_path, state))
-    assert torch.equal(model.weight, state["weight"]) and torch.equal(model.bias, state["bias"])
 
 
 def test_the_report_says_what_was_done(tmp_path):

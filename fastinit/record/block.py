@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -13,8 +14,7 @@ from typing import Literal
 import torch
 
 from .. import native
-from ..deferred import warn_never_initialised
-from ..execution import Fills, advise_huge_pages, allocate, can_fill, reserve
+from ..execution import Fills, allocate, can_fill, reserve
 from ..native import CONSTANT, UNIFORM
 from ..recipe import Write
 from . import fast
@@ -226,57 +226,36 @@ class Block(native.Block):
         device = segment[0].device
         reserve([record.nbytes for record in segment], device)
         fills, size = Fills(self.seed, device), 0
-        marks = Fills(self.seed, device)
-        marked: list[torch.Tensor] = []
         done = 0
         while done < len(segment):
             if fast.in_use:
                 done, nbytes = fills.give_memory(segment, done, plain, _BATCH_BYTES - size)
                 size += nbytes
             if done < len(segment) and size < _BATCH_BYTES:
-                size += self._give_memory_to(segment[done], given, fills, marks, marked)
+                size += self._give_memory_to(segment[done], given, fills)
                 done += 1
             if size >= _BATCH_BYTES:
                 self.run(fills)
                 size = 0
         self.run(fills)
-        marks.run()
-        # Only now: a mark must not fetch a huge page, which is cleared whole, for a few bytes.
-        for memory in marked:
-            advise_huge_pages(memory)
         self.allocation_seconds += time.perf_counter() - started - (self.run_seconds - ran)
 
-    def _give_memory_to(
-        self,
-        record: Record,
-        given: list[tuple[Record, torch.Tensor]],
-        fills: Fills,
-        marks: Fills,
-        marked: list[torch.Tensor],
-    ) -> int:
+    def _give_memory_to(self, record: Record, given: list[tuple[Record, torch.Tensor]], fills: Fills) -> int:
         """Give one record memory; the bytes that its fills add to the batch."""
         if record.values is not None and not record.needs_master:
             given.append((record, record.values))
             return 0
-        memory = allocate(
-            record.shape,
-            record.dtype,
-            record.device,
-            huge_pages=not record.deferred,
-            name_of=lambda: self.name_of(record),
-        )
+        memory = allocate(record.shape, record.dtype, record.device, name_of=lambda: self.name_of(record))
         given.append((record, memory))
+        if record.deferred:
+            return 0
         if record.values is not None:
             memory.copy_(record.values)
             return 0
         if not record.is_native:
             self.execute(memory, record.recipe or ())
             return 0
-        if record.deferred:
-            marks.add(memory.data_ptr(), memory.numel(), memory.dtype, record.recipe or ())
-            marked.append(memory)
-        else:
-            fills.write(memory, record.recipe or ())
+        fills.write(memory, record.recipe or ())
         return record.nbytes
 
     def _warn(self, unwritten: list[Record]) -> None:
@@ -285,6 +264,16 @@ class Block(native.Block):
                 warn_never_initialised(f"{record.owner[0].__name__}.{record.owner[1]}", record.shape)
             elif any(isinstance(ref(), torch.nn.Parameter) for ref in record.tensors):
                 warn_never_initialised("a parameter", record.shape)
+
+
+def warn_never_initialised(what: str, shape: tuple[int, ...]) -> None:
+    """Say that a tensor, of a module as a rule, is one that the constructor does not initialise."""
+    warnings.warn(
+        f"fastinit: {what} of shape {tuple(shape)} is never initialised by its module; it was filled with "
+        "zeros instead of being left as raw memory. Initialise it in the constructor, or load a checkpoint that "
+        "supplies it inside the context.",
+        stacklevel=3,
+    )
 
 
 def _fill_by_torch(view: torch.Tensor, write: Write, seed: int) -> None:

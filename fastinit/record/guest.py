@@ -27,12 +27,11 @@ from torch.nn.modules.module import (
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from ..deferred import never_compiled
 from . import methods
 from .block import current
 from .factories import legacy_tensor
 from .mode import Mode, truncated_normal
-from .pending import defer_to_shards
+from .pending import leave_unwritten
 from .tensors import Placeholder, become_real, concrete, modes_off
 
 # Python objects made between two runs of the garbage collector while a model is created.
@@ -258,14 +257,28 @@ def _on_meta_first(function: Any) -> Any:
     def called(*args: Any, **kwargs: Any) -> Any:
         block = current.get()
         if block is not None and block.shard:
-            defer_to_shards(block)
+            leave_unwritten(block)
             block.settle()
         return function(*args, **kwargs)
 
     return called
 
 
-@never_compiled
+def _never_compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """Have torch.compile run a function of ours as it is, whether it traces the call or is handed its frame."""
+    # What torch.compiler.disable amounts to here, without the import of torch._dynamo, which takes seconds.
+    frames = torch._C._dynamo.eval_frame
+    if hasattr(frames, "set_code_exec_strategy"):
+        function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    else:  # torch 2.6, whose constant functions take no modules: its graph breaks here instead
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+        frames.skip_code(function.__code__)  # type: ignore[attr-defined,unused-ignore]
+    return function
+
+
+@_never_compiled
 def _used(module: torch.nn.Module, args: Any) -> None:
     # A module that is called under autograd is in use, perhaps in training: its parameters are torch's from here on.
     if current.get() is not None and torch.is_grad_enabled() and torch._guards.TracingContext.try_get() is None:

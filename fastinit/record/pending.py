@@ -1,94 +1,78 @@
-"""What a block leaves unwritten: recipes handed to the modules that own the tensors, to be carried out later."""
+"""The end of a block with `empty` or `shard`: what is pending stays so, with its recipe and its name."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-
 import torch
 
-from ..deferred import MARK, Deferred, keep, kept_for, mark_recipe
 from ..native import CONSTANT
-from ..recipe import Write
+from . import reading as reading
 from .block import Block
 from .tensors import Placeholder, Record, lock, modes_off
-
-_Owners = list[tuple[torch.nn.Module, str]]
-
-
-def defer(block: Block) -> None:
-    """Hand the recipes of what a state dict holds to the modules that own it, and leave out the random fills."""
-    with lock, modes_off():
-        for record, owners in _owned(block).items():
-            recipe, mark = record.recipe or (), None
-            if not recipe or any(write.kind != CONSTANT for write in recipe):
-                mark = math.nan if block.empty == "nan" else MARK
-                record.recipe = () if block.empty == "unchecked" else mark_recipe(record.shape, mark)
-                record.deferred = True
-                block.deferred += len(recipe)
-            if block.empty != "unchecked":
-                _keep(block, record, owners, recipe, mark)
+from .unwritten import Key, Origin, Rest, Unwritten, move
 
 
-def defer_to_shards(block: Block) -> None:
-    """Hand the recipes of parameters to the modules that own them, and leave the parameters on the meta device.
+def leave_unwritten(block: Block) -> None:
+    """Let what a state dict holds and is still pending outlive the block, as `empty` and `shard` ask for.
 
-    Those whose values were computed, or that have memory because the constructor asked for it, stay what they are.
+    With `shard`, parameters only, and on the meta device; with `empty`, what is random or never written. What was
+    computed, or has memory because the constructor asked for it, is left alone.
     """
+    key = Key(block.seed, block.seed_agreed)
     with lock, modes_off():
         for record, owners in _owned(block).items():
             recipe = record.recipe or ()
-            if all(module._parameters.get(name) is not None for module, name in owners):
-                _keep(block, record, owners, recipe, None)
-                block.deferred += len(recipe)
-                for tensor in record.placeholders():
-                    _move_to_meta(tensor)
+            if block.shard:
+                if any(module._parameters.get(name) is None for module, name, _ in owners):
+                    continue
+            elif recipe and all(write.kind == CONSTANT for write in recipe):
+                continue
+            block.deferred += len(recipe)
+            if block.empty == "unchecked":
+                record.recipe, record.deferred = (), True
+                continue
+            remedy = _MATERIALIZE if block.shard else _INITIALIZE
+            origin = Origin(owners[0][2], record.shape, recipe, key, record.device, remedy, block.empty == "nan")
+            device = torch.device("meta") if block.shard else record.device
+            rest = Rest(origin, record.shape, None, record.dtype, device)
+            for tensor in record.placeholders():
+                tensor.__class__ = Unwritten  # type: ignore[assignment]
+                tensor._record = rest  # type: ignore[assignment]
+                rest.stands(tensor)  # type: ignore[arg-type]
+            record.tensors = []  # torch.utils.swap_tensors refuses what has weak references
+            if block.shard:
+                move(rest, device)
 
 
-def parameters(block: Block) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Parameter, Deferred | None]]:
-    """The parameters of all modules that a block has seen, with the recipes that were deferred."""
-    for module in block.seen_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield module, name, parameter, kept_for(module, name)
+_INITIALIZE = "Load a checkpoint that supplies it, or call fastinit.initialize(model)"
+_MATERIALIZE = "Call fastinit.materialize(model), once the model is sharded or is not to be"
+
+_Owner = tuple[torch.nn.Module, str, str]
 
 
-def _owned(block: Block) -> dict[Record, _Owners]:
-    """What modules own whole, in its order, a state dict holds, and is still pending: the owners."""
-    owned: dict[Record, _Owners] = {}
-    parts = set()
-    for module in block.seen_modules():
+def _owned(block: Block) -> dict[Record, list[_Owner]]:
+    """What a state dict holds and is still pending: modules, the names there, and the full names."""
+    owned: dict[Record, list[_Owner]] = {}
+    modules = list(block.seen_modules())
+    prefixes = _prefixes(modules)
+    for module in modules:
         for name, tensor in {**module._parameters, **module._buffers}.items():
             if type(tensor) is not Placeholder or name in module._non_persistent_buffers_set:
                 continue
-            record, region = tensor._record, tensor._region
-            if record.recipe is None or record.block is not block:
+            record = tensor._record
+            recipe = record.recipe
+            if recipe is None or record.block is not block:
                 continue
-            by_torch = not record.is_native and any(write.kind != CONSTANT for write in record.recipe)
-            if region is not None or by_torch:
-                parts.add(record)
-                continue
-            owned.setdefault(record, []).append((module, name))
-    return {record: owners for record, owners in owned.items() if record not in parts}
+            if record.is_native or all(write.kind == CONSTANT for write in recipe):
+                owned.setdefault(record, []).append((module, name, prefixes[id(module)] + name))
+    return owned
 
 
-def _keep(block: Block, record: Record, owners: _Owners, recipe: tuple[Write, ...], mark: float | None) -> None:
-    deferred = Deferred(record.shape, record.dtype, block.seed, recipe, mark, record.device, block.seed_agreed)
-    for module, name in owners:
-        keep(module, name, deferred)
-
-
-def _move_to_meta(tensor: Placeholder) -> None:
-    """Make a placeholder a tensor on the meta device, which stays the same object."""
-    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    meta.requires_grad_(tensor.requires_grad)
-    hooks, post = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
-    attributes = tensor.__dict__
-    del attributes["_record"], attributes["_region"]
-    is_parameter = attributes.pop("_is_param", False)
-    torch._C._swap_tensor_impl(tensor, meta)
-    tensor.__class__ = torch.nn.Parameter if is_parameter else torch.Tensor  # type: ignore[assignment]
-    if hooks:
-        tensor._backward_hooks = hooks
-    if post:
-        tensor._post_accumulate_grad_hooks = post
+def _prefixes(modules: list[torch.nn.Module]) -> dict[int, str]:
+    """What comes before the names of tensors, by their module's id, in the largest models that there are."""
+    below = {id(child) for module in modules for child in module._modules.values()}
+    prefixes: dict[int, str] = {}
+    for module in modules:
+        if id(module) not in below:
+            for path, each in module.named_modules():
+                prefixes.setdefault(id(each), f"{path}." if path else "")
+    return {**{id(module): "" for module in modules}, **prefixes}

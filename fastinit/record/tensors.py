@@ -55,7 +55,7 @@ class Record(native.Record):
         values: contiguous tensor of `shape` on the host while it is computed, else None.
         memory: contiguous tensor of `shape` in the final dtype and place while it is resident, else None.
         recorded: whether its content began as a recipe.
-        deferred: its recipe has gone to the modules that own it; what is left of it marks the memory.
+        deferred: it gets memory without values.
         owner: class of the module that has it, and the name there; or None.
         tensors: weak references to the tensors that stand or stood for it.
         nbytes: bytes of its memory, whether it has any yet or not.
@@ -346,7 +346,7 @@ def has_master(tensor: torch.Tensor) -> bool:
     return type(tensor) is Placeholder and tensor._record.needs_master and tensor._record.memory is None
 
 
-def is_whole(record: Record, region: Region | None) -> bool:
+def is_whole(record: Any, region: Region | None) -> bool:
     """Whether a region covers all elements of its record, each once, in whatever order."""
     if region is None:
         return True
@@ -359,7 +359,7 @@ def is_dense(region: Region) -> bool:
     return tuple(dim[0] for dim in dims) == contiguous_strides([dim[1] for dim in dims])
 
 
-def is_in_order(record: Record, region: Region | None) -> bool:
+def is_in_order(record: Any, region: Region | None) -> bool:
     """Whether a region covers all elements of its record in their order, in whatever shape."""
     if region is None:
         return True
@@ -382,12 +382,12 @@ def become_real(tensor: torch.Tensor) -> None:
             swap_in(tensor, view_of(tensor._record.materialize(), tensor._region))
 
 
-def swap_in(tensor: Placeholder, memory: torch.Tensor) -> None:
-    """Let a placeholder have memory of its shape: torch's hooks, gradient and graph stay with it."""
+def swap_in(tensor: Any, memory: torch.Tensor, kind: type[torch.Tensor] = Placeholder) -> None:
+    """Let a tensor without storage, of this kind, have memory: torch's hooks, gradient and graph stay with it."""
     record, region = tensor._record, tensor._region
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            swap_in(tensor, memory)
+            swap_in(tensor, memory, kind)
         return
     requires_grad = tensor.requires_grad
     real = memory.detach()
@@ -405,7 +405,7 @@ def swap_in(tensor: Placeholder, memory: torch.Tensor) -> None:
     del attributes["_record"], attributes["_region"]
     is_parameter = attributes.pop("_is_param", False)
     torch._C._swap_tensor_impl(tensor, real)
-    tensor.__class__ = torch.nn.Parameter if is_parameter else torch.Tensor  # type: ignore[assignment]
+    tensor.__class__ = torch.nn.Parameter if is_parameter else torch.Tensor
     if hooks is not None:
         tensor._backward_hooks = hooks
     if post is not None:
@@ -413,7 +413,7 @@ def swap_in(tensor: Placeholder, memory: torch.Tensor) -> None:
     if grad is not None:
         tensor.grad = grad
     if real._use_count() > 1:  # type: ignore[attr-defined]
-        leave_behind(real, record, region, tensor if requires_grad and tensor.is_leaf else None)
+        leave_behind(real, record, region, tensor if requires_grad and tensor.is_leaf else None, kind)
 
 
 def is_leaf(tensor: torch.Tensor) -> bool:
@@ -436,9 +436,15 @@ class _WithMemory(torch.autograd.Function):
         return gradients[0], None
 
 
-def leave_behind(old: Any, record: Record, region: Region | None, leaf: torch.Tensor | None) -> None:
-    """What a C++ object still holds of a placeholder that has become real: it stays one, over the same memory."""
-    old.__class__ = Placeholder
+def leave_behind(
+    old: Any,
+    record: Any,
+    region: Region | None,
+    leaf: torch.Tensor | None,
+    kind: type[torch.Tensor] = Placeholder,
+) -> None:
+    """What a C++ object still holds of a tensor that has become real: it stays of its kind, over the same memory."""
+    old.__class__ = kind
     old._record, old._region = record, region
     if leaf is None:
         return

@@ -1,0 +1,260 @@
+"""What torch's operators do to unwritten tensors.
+
+Those that write one give it memory, those that carry it elsewhere carry its recipe, and any other is refused, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..layout import numel
+from ..native import CONSTANT
+from ..recipe import Region, Write
+from .tensors import concrete, is_in_order, is_whole, map_tensors, tensors_in, view_of
+from .unwritten import Rest, Unwritten, readable, refuse, stand_for
+
+aten = torch.ops.aten
+
+
+def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of an operator, one of whose operands is unwritten."""
+    handler = _HANDLED.get(func)
+    if handler is not None:
+        result = handler(func, *args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    if func.namespace == "aten" and func.has_kernel_for_dispatch_key(_COMPOSITE):
+        result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    if func.is_view and type(args[0]) is Unwritten:
+        return _view(func, *args, **kwargs)
+    fake = _fake_mode((args, kwargs))
+    if fake is not None:
+        with fake:
+            return func(*map_tensors(_like, args), **map_tensors(_like, kwargs))
+    return _run(func, args, kwargs)
+
+
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+def _fake_mode(operands: Any) -> Any:
+    """The mode of fake tensors among the operands: it asks for shapes and dtypes alone."""
+    for each in tensors_in(operands):
+        mode = getattr(each, "fake_mode", None)
+        if mode is not None:
+            return mode
+    return None
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) is not Unwritten:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let torch run an operator that reads what is written, or writes over what is not."""
+    written = list(_overwritten(func, args, kwargs))
+    substitutes: dict[int, torch.Tensor] = {}
+    for tensor in tensors_in((args, kwargs)):
+        if type(tensor) is not Unwritten:
+            continue
+        if any(tensor is each for each in written):
+            substitutes[id(tensor)] = view_of(tensor._record.with_memory(), tensor._region)
+        else:
+            substitutes[id(tensor)] = readable(tensor)
+
+    def replaced(tensor: torch.Tensor) -> torch.Tensor:
+        return substitutes.get(id(tensor), tensor)
+
+    results = func(*map_tensors(replaced, args), **map_tensors(replaced, kwargs))
+    places = _places(func, args, kwargs) if func in _SCATTERS and type(args[0]) is Unwritten else None
+    for tensor in written:
+        if places is None:
+            tensor._record.wrote(tensor._region)
+        else:
+            tensor._record.written.add_places(places)
+            tensor._record.settle()
+    own = {id(value): key for key, value in substitutes.items()}
+    originals = {id(tensor): tensor for tensor in tensors_in((args, kwargs))}
+
+    def callers(result: torch.Tensor) -> torch.Tensor:
+        return originals[own[id(result)]] if id(result) in own else result
+
+    return map_tensors(callers, results)
+
+
+def _overwritten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Unwritten]:
+    """The unwritten operands that an operator writes without reading them."""
+    if func in _FILLS or func in _SCATTERS:
+        first = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+        yield from (each for each in first if type(each) is Unwritten)
+    for argument in func._schema.arguments:
+        if argument.is_out and type(kwargs.get(argument.name)) is Unwritten:
+            yield kwargs[argument.name]
+
+
+def _overloads(*names: str) -> set[Any]:
+    packets = [getattr(aten, name) for name in names if hasattr(aten, name)]
+    return {getattr(packet, overload) for packet in packets for overload in packet.overloads()}
+
+
+# Operators that write all of their first operand, or each tensor of it, and read none.
+_FILLS = _overloads(
+    *"copy_ fill_ zero_ uniform_ normal_ random_ exponential_ geometric_ log_normal_ cauchy_".split(),
+    *"bernoulli_ _foreach_copy_ _foreach_zero_".split(),
+)
+
+# Operators that write some elements of their first operand, with the name of what they write there.
+_SCATTERS = {
+    aten.index_put_.default: "values",
+    aten.masked_fill_.Scalar: "value",
+    aten.masked_fill_.Tensor: "value",
+    aten.masked_scatter_.default: "source",
+    aten.index_fill_.int_Scalar: "value",
+    aten.index_fill_.int_Tensor: "value",
+    aten.index_copy_.default: "source",
+    aten.scatter_.src: "src",
+    aten.scatter_.value: "value",
+}
+
+
+def _places(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The storage positions that such an operator writes to: where it leaves ones in a tensor of zeros."""
+    tensor = args[0]
+    hits = torch.zeros(tensor.shape, dtype=torch.uint8, device=tensor.device)
+
+    def ones(name: str, value: Any) -> Any:
+        if name != _SCATTERS[func]:
+            return value
+        return torch.ones_like(value, dtype=torch.uint8, device=tensor.device) if torch.is_tensor(value) else 1
+
+    names = [argument.name for argument in func._schema.arguments]
+    rest = [ones(name, value) for name, value in zip(names[1:], args[1:], strict=False)]
+    func(hits, *rest, **{name: ones(name, value) for name, value in kwargs.items()})
+    positions = torch.arange(numel(tensor._record.shape))
+    return view_of(positions, tensor._region).flatten()[hits.flatten().cpu().bool()]
+
+
+_HANDLED: dict[Any, Callable[..., Any]] = {}
+
+
+def _handles(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        for func in funcs:
+            _HANDLED[func] = handler
+        return handler
+
+    return register
+
+
+def _view(func: Any, tensor: Unwritten, *args: Any, **kwargs: Any) -> Any:
+    rest = tensor._record
+    meta = view_of(torch.empty(rest.shape, dtype=tensor.dtype, device="meta"), tensor._region)
+    geometry = func(meta, *args, **kwargs)
+    results = [geometry] if isinstance(geometry, torch.Tensor) else list(geometry)
+    if any(each.dtype != rest.dtype or each.is_conj() or each.is_neg() for each in results):
+        return func(readable(tensor), *args, **kwargs)
+    views = [stand_for(rest, Region(int(each.storage_offset()), tuple(each.shape), each.stride())) for each in results]
+    return views[0] if isinstance(geometry, torch.Tensor) else type(geometry)(views)
+
+
+@_handles(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
+def _same(func: Any, tensor: Unwritten) -> Unwritten:
+    return stand_for(tensor._record, tensor._region)
+
+
+@_handles(aten._to_copy.default, aten.clone.default)
+def _copied(func: Any, tensor: Unwritten, **options: Any) -> Any:
+    rest, region = tensor._record, tensor._region
+    dtype, device = options.get("dtype") or tensor.dtype, concrete(options.get("device") or tensor.device)
+    if rest.has(region) or not dtype.is_floating_point:
+        return NotImplemented
+    if not is_whole(rest, region):
+        if rest.memory is not None:
+            refuse(tensor)
+        return _part(tensor, tuple(tensor.shape), dtype, device)
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
+    strides = func(meta, memory_format=options.get("memory_format")).stride()
+    if strides == tensor.stride():
+        return stand_for(rest.forked(dtype, device), region)
+    if rest.memory is not None or rest.place is not None or not is_in_order(rest, region):
+        refuse(tensor, ", so that its elements cannot change their order")
+    place = Region(0, tuple(tensor.shape), strides)
+    return stand_for(Rest(rest.origin, (tensor.numel(),), place, dtype, device), place)
+
+
+def _part(tensor: Unwritten, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Unwritten:
+    """A tensor of its own for the values of a part."""
+    return stand_for(Rest(tensor._record.origin._replace(placeless=True), shape, None, dtype, device))
+
+
+@_handles(aten.constant_pad_nd.default)
+def _padded(func: Any, tensor: Unwritten, pad: Any, value: Any = 0) -> Any:
+    # What DTensor does to uneven parts before it scatters them.
+    if tensor._record.memory is not None:
+        return NotImplemented
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return _part(tensor, tuple(func(meta, pad, value).shape), tensor.dtype, tensor.device)
+
+
+@_handles(aten.empty_like.default)
+def _empty_like(func: Any, tensor: torch.Tensor, **options: Any) -> Any:
+    """The tensor again, with none of its elements written: what ``to_empty`` asks for."""
+    dtype, device = options.get("dtype") or tensor.dtype, concrete(options.get("device") or tensor.device)
+    if type(tensor) is not Unwritten or not dtype.is_floating_point:
+        return NotImplemented
+    rest, region = tensor._record, tensor._region
+    if not is_whole(rest, region):
+        return _part(tensor, tuple(tensor.shape), dtype, device)
+    return stand_for(Rest(rest.origin, rest.shape, rest.place, dtype, device), region)
+
+
+_ZEROS = (Write(CONSTANT, (0.0,)),)
+
+
+@_handles(aten.new_zeros.default)
+def _new_zeros(func: Any, tensor: Unwritten, size: Any, **options: Any) -> Any:
+    # Zeros that are not in memory yet: FSDP2 makes them, and copies this rank's part of the tensor into them.
+    dtype, device = options.get("dtype") or tensor.dtype, concrete(options.get("device") or tensor.device)
+    if not dtype.is_floating_point or options.get("pin_memory"):
+        return _like_it(func, tensor, size, **options)
+    origin = tensor._record.origin
+    zeros = origin._replace(shape=tuple(size), recipe=_ZEROS, placeless=False, reads_nan=False, zeros=True)
+    return stand_for(Rest(zeros, tuple(size), None, dtype, device))
+
+
+@_handles(
+    *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default),
+    *(aten.rand_like.default, aten.randn_like.default, aten.new_empty.default, aten.new_empty_strided.default),
+    *(aten.new_ones.default, aten.new_full.default),
+)
+def _like_it(func: Any, tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+    """A tensor of the dtype and device of one that has no memory."""
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return func(meta, *args, **{**options, "device": options.get("device") or tensor.device})
+
+
+@_handles(aten.copy_.default)
+def _copy(func: Any, tensor: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> Any:
+    """A copy of what is unwritten is unwritten; any other one writes."""
+    if type(source) is not Unwritten or source._record.has(source._region):
+        return NotImplemented
+    if type(tensor) is not Unwritten or tensor._record.memory is not None or source._record.memory is not None:
+        return NotImplemented
+    rest, other = tensor._record, source._record
+    whole = is_whole(rest, tensor._region) and is_whole(other, source._region)
+    same = tensor.shape == source.shape and tensor.stride() == source.stride()
+    if whole and same:
+        rest.origin, rest.place = other.origin, other.place
+    else:
+        rest.origin, rest.place = other.origin._replace(placeless=True), None
+    return tensor
+
+
+Unwritten.dispatch = staticmethod(dispatch)
