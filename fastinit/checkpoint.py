@@ -4,7 +4,8 @@ Three steps. The files are opened, and their metadata gives the name, shape and 
 Then torch's own loading code, the ``_load_from_state_dict`` of each module, is run over stand-ins for those tensors
 (`_Stored`), and the copies that it would make are noted instead (`_Copies`): so names, hooks, versions and lazy modules
 mean what they mean to ``load_state_dict``, and whatever can be known without values is refused before anything is
-written. Last, the copies are made in the order of the files, one tensor in memory at a time.
+written. Last, the copies are made: those between contiguous memory and bytes of a file are streamed (`streaming`), the
+others follow in the order of the files, one tensor in memory at a time.
 
 A model that brings loading code of its own may look at values while it is loaded. It gets what ``load_state_dict``
 would give it: tensors that are mapped from the files, copied at once.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
@@ -32,6 +34,7 @@ from .context import _readable, on
 from .materialization import initialize
 from .record.tensors import modes_off
 from .sharding import is_dtensor
+from .streaming import Transfer, stream
 
 # Elements that are compared or searched at a time.
 _CHUNK = 1 << 18
@@ -180,13 +183,21 @@ class _Stored(torch.Tensor):
 
     @staticmethod
     def of(checkpoint: Checkpoint, name: str) -> _Stored:
-        shape, dtype = checkpoint.tensors[name]
+        shape, dtype, _ = checkpoint.tensors[name]
         stored: _Stored = torch.Tensor._make_wrapper_subclass(_Stored, shape, dtype=dtype, device=torch.device("cpu"))
         stored._checkpoint, stored.key = checkpoint, name
         return stored
 
     def read(self, target: torch.Tensor | None = None) -> torch.Tensor:
         return self._checkpoint.read(self.key, target)
+
+    def transfer_to(self, target: torch.Tensor) -> Transfer | None:
+        """The same as a range of a file, if it is one, and the target is memory that files can be streamed into."""
+        place = self._checkpoint.place(self.key)
+        in_order = _is_plain(target) and target.is_contiguous() and not (target.is_conj() or target.is_neg())
+        if place is None or not in_order or target.device.type not in ("cpu", "cuda") or target.is_inference():
+            return None
+        return Transfer(*place, self.dtype, target)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -391,12 +402,32 @@ class _Loading:
     # Values ------------------------------------------------------------------------------------------------------
 
     def _stream(self, advance: Callable[[int], Any], check: bool, write: bool) -> None:
+        transfers = self._transfers() if write else {}
+        self.checkpoint.close()  # what is mapped would count beside the buffers
+        try:
+            stream(list(transfers.values()), advance)
+        except OSError as error:
+            raise self.checkpoint.failed(error) from error
         for copy in self.copies:
             narrows = _narrows(copy)
-            if write or narrows:
+            if id(copy) in transfers:
+                if check and narrows:
+                    self._refuse_lost(copy, copy.source.read, copy.target.detach())  # type: ignore[attr-defined]
+            elif write or narrows:
                 # In a call of its own, at the end of which nothing holds on to what was read.
                 self._carry_out(copy, check and narrows, write)
                 advance(copy.source.nbytes)
+
+    def _transfers(self) -> dict[int, Transfer]:
+        """What can be streamed, by the copy's id. What shares memory with anything else is copied in its order."""
+        users = Counter(_extent(copy.target)[0] for copy in self.copies)
+        transfers = {}
+        for copy in self.copies:
+            if isinstance(copy.source, _Stored) and users[_extent(copy.target)[0]] == 1:
+                transfer = copy.source.transfer_to(copy.target)
+                if transfer is not None:
+                    transfers[id(copy)] = transfer
+        return transfers
 
     def _carry_out(self, copy: _Copy, check: bool, write: bool) -> None:
         target, source = copy
@@ -406,9 +437,12 @@ class _Loading:
                 target.copy_(tensor)
         if check:
             # A GPU looks faster at what was written than the CPU at what was read.
-            value = _first_lost(tensor, target.dtype, target.detach() if write and not target.is_cpu else tensor)
-            if value is not None:
-                self._problems.append(_lost_message(_name(copy), value, tensor.dtype, target.dtype))
+            self._refuse_lost(copy, lambda: tensor, target.detach() if write and not target.is_cpu else tensor)
+
+    def _refuse_lost(self, copy: _Copy, read: Callable[[], torch.Tensor], same: torch.Tensor) -> None:
+        value = _first_lost(read, copy.target.dtype, same)
+        if value is not None:
+            self._problems.append(_lost_message(_name(copy), value, copy.source.dtype, copy.target.dtype))
 
     def _run_own_code(self, advance: Callable[[int], Any]) -> None:
         state = self.checkpoint.read_all()
@@ -422,7 +456,7 @@ class _Loading:
                 if _kind(source.dtype) != _kind(target.dtype):
                     raise TypeError(f"{source.dtype} in the checkpoint, {target.dtype} in the model")
                 if _narrows(_Copy(target, source)):
-                    value = _first_lost(source, target.dtype, source)
+                    value = _first_lost(lambda: source, target.dtype, source)
                     if value is not None:
                         raise ValueError(_lost_message(name, value, source.dtype, target.dtype))
                 stand_in = _Stored.of(self.checkpoint, name)
@@ -540,20 +574,21 @@ def _narrows(copy: _Copy) -> bool:
     return low < lowest or high > highest
 
 
-def _first_lost(tensor: torch.Tensor, dtype: torch.dtype, same: torch.Tensor) -> float | None:
-    """The first finite value that another dtype of the same kind cannot hold.
+def _first_lost(read: Callable[[], torch.Tensor], dtype: torch.dtype, same: torch.Tensor) -> float | None:
+    """The first finite value of a tensor that another dtype of the same kind cannot hold.
 
-    `same` is the tensor, or what became of it in that dtype: it is looked at first.
+    `same` is the tensor, or what became of it in that dtype: it is looked at first, and as a rule suffices.
     """
-    tensor, same = _local_real(tensor), _local_real(same)
-    if not tensor.numel():
+    same = _local_real(same)
+    if not same.numel():
         return None
     low, high = _limits(dtype)
-    if tensor.is_floating_point():
+    if same.is_floating_point():
         least, greatest = torch.aminmax(same)
         # NaN and infinities fail this too. A value beyond the greatest finite one may still be rounded to it.
         if low <= least.item() and greatest.item() <= high:
             return None
+    tensor = _local_real(read())
     real = dtype.to_real()
     for part in tensor.reshape(-1).split(_CHUNK):
         if part.is_floating_point():

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import pickle
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +26,7 @@ import torch
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from .sharding import is_dtensor
+from .streaming import StoredFile
 
 # Below every mode: a device context or a recorder around the caller has no say in how files are read.
 _modes_off = torch._C.DisableTorchFunction
@@ -49,8 +52,11 @@ class CheckpointError(RuntimeError):
 
 
 class _Info(NamedTuple):
+    """A stored tensor, and where in its file its bytes are, if they lie there as in a contiguous tensor."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
+    offset: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -67,8 +73,22 @@ class _Safetensors:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: Any = None
+        self.stored = StoredFile.at(path)
         file = self._opened()
-        self.tensors = _in_order({name: file.get_tensor(name) for name in file.keys()})
+        offsets = self._offsets()
+        self.tensors = {
+            name: info._replace(offset=offsets.get(name))
+            for name, info in _in_order({name: file.get_tensor(name) for name in file.keys()}).items()
+        }
+
+    def _offsets(self) -> dict[str, int]:
+        """From the header, which safetensors has checked."""
+        if sys.byteorder != "little":
+            return {}
+        with self._path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
     def _opened(self) -> Any:
         if self._file is None:
@@ -91,23 +111,52 @@ class _TorchFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._values: Mapping[str, Any] | None = None
+        self.stored = StoredFile.at(path)
         # Only the format of torch 1.6 and later, a zip file, can be mapped.
         self.is_mapped = zipfile.is_zipfile(path)
+        self._storages: list[int] = []
         values = self._opened()
         tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-        self.tensors = _in_order(tensors)
+        start = self._mapped_at()
+        self.tensors = {
+            name: info._replace(offset=_offset(tensors[name], start)) for name, info in _in_order(tensors).items()
+        }
         self.objects = tuple(name for name in values if name not in tensors)
         self.versions = getattr(values, "_metadata", None)
 
     def _opened(self) -> Mapping[str, Any]:
         if self._values is None:
-            values = torch.load(self._path, map_location="cpu", weights_only=True, mmap=self.is_mapped)
+            self._storages = []
+            location: Any = self._noted if self.is_mapped else "cpu"
+            values = torch.load(self._path, map_location=location, weights_only=True, mmap=self.is_mapped)
             if isinstance(values, Mapping) and isinstance(values.get("state_dict"), Mapping):
                 values = values["state_dict"]
             if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
                 raise TypeError(f"it holds a {type(values).__name__}, not a state dict, whose keys are names")
             self._values = values
         return self._values
+
+    def _noted(self, storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+        if storage.nbytes():
+            self._storages.append(storage.data_ptr())
+        return storage
+
+    def _mapped_at(self) -> int | None:
+        """The address that the file is mapped at; None if that cannot be told, or if its bytes are not what is read.
+
+        torch keeps to itself which record of the file a storage is. But there is one address from which all of them are
+        as far away as records are from the start of the file.
+        """
+        if not self.is_mapped or not self._storages:
+            return None
+        records: Any = torch._C.PyTorchFileReader(str(self._path))
+        if records.has_record("byteorder") and records.get_record("byteorder").decode() != sys.byteorder:
+            return None
+        offsets = {records.get_record_offset(name) for name in records.get_all_records()}
+        first, *others = sorted(self._storages)
+        starts = [first - offset for offset in offsets if (first - offset) % mmap.ALLOCATIONGRANULARITY == 0]
+        starts = [start for start in starts if all(address - start in offsets for address in others)]
+        return starts[0] if len(starts) == 1 else None
 
     def read(self, name: str, target: torch.Tensor | None) -> torch.Tensor:
         tensor: torch.Tensor = self._opened()[name].detach()
@@ -259,6 +308,12 @@ def _check_inside(names: Iterable[str]) -> None:
             raise ValueError(f"it names a file outside of its directory, {name!r}")
 
 
+def _offset(mapped: torch.Tensor, start: int | None) -> int | None:
+    """Where in the file that is mapped from `start` on the values of a tensor lie, if they lie there in order."""
+    in_order = mapped.numel() and mapped.is_contiguous() and not mapped.is_conj() and not mapped.is_neg()
+    return mapped.data_ptr() - start if start is not None and in_order else None
+
+
 def _in_order(tensors: Mapping[str, torch.Tensor]) -> dict[str, _Info]:
     """Shape and dtype of mapped tensors, in the order in which they lie in their file."""
     for name, tensor in tensors.items():
@@ -321,7 +376,7 @@ class Checkpoint:
     def _opened(self, kind: Callable[[Path], Any], path: Path) -> Any:
         try:
             with _modes_off():
-                self._close()
+                self.close()
                 self._open = kind(path)
                 return self._open
         except ImportError as error:
@@ -333,14 +388,20 @@ class Checkpoint:
 
     def _use(self, file: Any, nbytes: int) -> None:
         if file is not self._open or (file.is_mapped and self._touched + nbytes > self._limit):
-            self._close()
+            self.close()
         self._open = file
         self._touched += nbytes
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Unmap what is mapped; the next read opens its file again."""
         if self._open is not None:
             self._open.close()
         self._open, self._touched = None, 0
+
+    def place(self, name: str) -> tuple[StoredFile, int] | None:
+        """The file, and from which byte on the tensor lies there, in row-major order; None if it does not."""
+        offset = self.tensors[name].offset
+        return None if offset is None else (self._file_of[name].stored, offset)
 
     def read(self, name: str, target: torch.Tensor | None = None) -> torch.Tensor:
         """One tensor, on the CPU or, from a distributed checkpoint, like its target.
@@ -373,10 +434,15 @@ class Checkpoint:
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{_unreadable(self.path, error)} ({name!r})") from error
         except Exception as error:
-            raise CheckpointError(
-                f"fastinit.load: {name!r} could not be read from {str(self.path)!r}, which is corrupt or has changed "
-                f"since it was opened; a model that was passed may hold a part of it: {error}"
-            ) from error
+            raise self.failed(error, name) from error
+
+    def failed(self, error: Exception, name: str | None = None) -> CheckpointError:
+        """What to raise after an error in reading a tensor, or any of them, of files whose metadata was right."""
+        return CheckpointError(
+            f"fastinit.load: {'tensors' if name is None else repr(name)} could not be read from {str(self.path)!r}, "
+            "which is corrupt or has changed since it was opened; a model that was passed may hold a part of it: "
+            f"{error}"
+        )
 
 
 def _only_one_in(directory: Path) -> Path:

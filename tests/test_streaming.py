@@ -1,0 +1,138 @@
+"""The pipeline behind `fastinit.load`, against plain reads: sizes, places and dtypes, and what fails on the way."""
+
+import os
+import random
+import threading
+
+import pytest
+import torch
+
+from fastinit import streaming
+from fastinit.streaming import StoredFile, Transfer, stream
+
+CHUNK = streaming._CHUNK_BYTES
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.uint8]
+DTYPES += [torch.complex64, torch.float8_e4m3fn]
+
+
+@pytest.fixture
+def file(tmp_path):
+    """10 MiB of random bytes."""
+    path = tmp_path / "file"
+    path.write_bytes(random.Random(1).randbytes(10 << 20))
+    return path
+
+
+def expected(path, offset, dtype, count):
+    content = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    return content[offset : offset + count * dtype.itemsize].clone().view(dtype)
+
+
+def assert_same_bits(tensor, values):
+    assert torch.equal(tensor.flatten().view(torch.uint8), values.to(tensor.dtype).view(torch.uint8))
+
+
+@pytest.mark.parametrize("count", [1, 1000, CHUNK // 4 - 1, CHUNK // 4, CHUNK // 4 + 1, 2 * CHUNK // 4 + 77])
+@pytest.mark.parametrize("offset", [0, 1, 4095, 12345])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_any_range_of_a_file_is_read_and_rounded_once(file, count, offset, dtype):
+    target = torch.empty(count, dtype=dtype)
+    stream([Transfer(StoredFile.at(file), offset, torch.float32, target)])
+    assert_same_bits(target, expected(file, offset, torch.float32, count))
+
+
+@pytest.mark.parametrize("converts", [False, True])
+def test_tensors_of_all_dtypes_that_lie_side_by_side_are_read_together_or_not(file, converts):
+    """Random sizes, gaps and dtypes: aligned or not, small and beyond a chunk."""
+    choose = random.Random(5)
+    transfers, offset = [], 0
+    while True:
+        dtype = choose.choice(DTYPES)
+        count = choose.choice([0, 1, 3, 17, 256, 5000, choose.randrange(600_000)])
+        offset += choose.choice([0, 0, 1, 8, 64, 100_000])
+        if offset + count * dtype.itemsize > file.stat().st_size:
+            break
+        wider = {torch.float32: torch.float64, torch.float16: torch.float32, torch.int8: torch.int32}
+        target = torch.empty(count, dtype=wider.get(dtype, dtype) if converts else dtype)
+        transfers.append(Transfer(StoredFile.at(file), offset, dtype, target))
+        offset += count * dtype.itemsize
+    assert len(transfers) > 50
+    advanced = []
+    stream(transfers, advanced.append)
+    for _, at, dtype, target in transfers:
+        assert_same_bits(target, expected(file, at, dtype, target.numel()))
+    assert sum(advanced) == sum(target.numel() * dtype.itemsize for _, _, dtype, target in transfers)
+
+
+def test_one_stored_tensor_may_go_to_two_places(file):
+    targets = [torch.empty(300, 5) for _ in range(2)]
+    stream([Transfer(StoredFile.at(file), 64, torch.float32, target) for target in targets])
+    for target in targets:
+        assert_same_bits(target, expected(file, 64, torch.float32, 1500))
+
+
+def test_a_target_changes_only_where_it_is_asked_to_and_its_version_says_so(file):
+    memory = torch.full((3, 1000), 7.0)
+    leaf = torch.nn.Parameter(torch.zeros(1000))
+    versions = memory._version, leaf._version
+    stream(
+        [
+            Transfer(StoredFile.at(file), 0, torch.float32, memory[1]),
+            Transfer(StoredFile.at(file), 4000, torch.float16, leaf),
+        ]
+    )
+    assert (memory[0] == 7).all() and (memory[2] == 7).all()
+    assert_same_bits(memory[1], expected(file, 0, torch.float32, 1000))
+    assert memory._version > versions[0] and leaf._version > versions[1] and leaf.grad_fn is None
+
+
+def test_no_mode_around_it_has_a_say(file):
+    target = torch.empty(1000, dtype=torch.float64)
+    with torch.device("meta"), torch.inference_mode():
+        stream([Transfer(StoredFile.at(file), 0, torch.float32, target)])
+    assert_same_bits(target, expected(file, 0, torch.float32, 1000))
+
+
+# What fails ---------------------------------------------------------------------------------------------------------
+
+
+def no_reader_is_left():
+    return not any(thread.name.startswith("fastinit.load") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_that_has_changed_is_an_error(file, tmp_path, dtype):
+    transfer = Transfer(StoredFile.at(file), 0, torch.float32, torch.empty(CHUNK // 2, dtype=dtype))
+    file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(OSError, match="has changed since its metadata was read"):
+        stream([transfer])
+    os.truncate(file, 1000)
+    with pytest.raises(OSError, match="has changed since its metadata was read"):
+        stream([transfer])
+    with pytest.raises(OSError, match="ends at byte 1000 while it is being read"):
+        stream([transfer._replace(file=StoredFile.at(file))])
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        stream([transfer])
+    assert no_reader_is_left()
+
+
+def test_a_file_that_changes_meanwhile_is_an_error(file):
+    """Truncated when the first part has been read: the others are refused, whether they have been begun or not."""
+    target = torch.empty(10 << 18)
+    with pytest.raises(OSError, match=r"has changed|ends at byte"):
+        stream([Transfer(StoredFile.at(file), 0, torch.float32, target)] * 40, lambda count: os.truncate(file, 5 << 20))
+    assert no_reader_is_left()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_whatever_interrupts_it_leaves_no_thread_that_writes(file, error):
+    def advance(count):
+        raise error
+
+    targets = [torch.zeros(2 << 20) for _ in range(20)]
+    with pytest.raises(error):
+        stream([Transfer(StoredFile.at(file), 0, torch.float32, target) for target in targets], advance)
+    assert no_reader_is_left()
+    written = [bool(target.any()) for target in targets]
+    assert written[0] and not all(written)
