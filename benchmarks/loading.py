@@ -1,4 +1,4 @@
-"""What it takes to have a checkpoint's values in a model on the GPU, by fastinit and by others. Writes JSON and a table.
+"""What it takes to have a checkpoint's values in a model on the GPU, by fastinit and by others. Writes JSON.
 
     python benchmarks/loading.py [--device cuda] [--layers 32] [--repeats 3] [--folder DIRECTORY] [--out DIRECTORY]
 
