@@ -1,8 +1,9 @@
 """Tensors streamed from files into memory: several reads are in flight while what has arrived is copied and converted.
 
-Threads read, the calling thread does all the rest. What agrees in dtype with a tensor on the CPU is read straight into
-it. All else passes through a ring of buffers, for a GPU in pinned memory: from there it is copied to the GPU on a side
-stream, and converted there. No file is mapped, so that one which shrinks is an error and not a crash.
+Threads read. What agrees in dtype with a tensor on the CPU goes straight into it; what does not passes through a
+buffer, from which the thread that has read it converts it. What a GPU gets passes through a ring of pinned buffers: the
+calling thread has it copied on a side stream, and converted on the GPU. No file is mapped, so that one which shrinks is
+an error and not a crash.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,9 @@ import torch
 _READERS = 16
 # There is a buffer of this size for each reader, and for a GPU another one, which waits for its copy to be done.
 _CHUNK_BYTES = 4 << 20
+# torch copies fewer elements than 32,768 on the thread that asks for it. More would have every reader keep threads of
+# its own for that.
+_SERIAL = 32_767
 
 # Smaller tensors that lie this close in a file are read together.
 _SMALL_BYTES = 1 << 20
@@ -127,38 +131,49 @@ def _chunks(transfers: Iterable[Transfer]) -> Iterator[_Chunk]:
         yield chunk
 
 
-def _memory(tensor: torch.Tensor, nbytes: int) -> ctypes.Array[ctypes.c_ubyte]:
-    return (ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())
-
-
-class _Buffer:
-    """Memory for one chunk, and the event after which the copies from it are done."""
-
-    def __init__(self, pinned: bool) -> None:
-        self.bytes = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-        self.copied: torch.cuda.Event | None = None
-
-    def read(self, chunk: _Chunk) -> None:
-        if self.copied is not None:
-            self.copied.synchronize()
-        chunk.file.read(chunk.offset, _memory(self.bytes, chunk.nbytes))
-
-    def deliver(self, chunk: _Chunk, stream: torch.cuda.Stream | None) -> None:
-        """Copy what was read into the targets; for a GPU on a stream of it."""
-        for position, dtype, target in chunk.pieces:
-            values = self.bytes[position : position + target.numel() * dtype.itemsize].view(dtype)
-            if stream is not None and dtype != target.dtype:
-                # A copy that converts would do so on the CPU, and wait for it.
-                values = values.to(chunk.device, non_blocking=True)
-            target.copy_(values, non_blocking=True)
-        if stream is not None:
-            if self.copied is None:
-                self.copied = torch.cuda.Event(blocking=True)
-            self.copied.record(stream)
+def _fill(chunk: _Chunk, memory: torch.Tensor) -> None:
+    chunk.file.read(chunk.offset, (ctypes.c_ubyte * chunk.nbytes).from_address(memory.data_ptr()))
 
 
 def _read_directly(chunk: _Chunk) -> None:
-    chunk.file.read(chunk.offset, _memory(chunk.pieces[0].target, chunk.nbytes))
+    _fill(chunk, chunk.pieces[0].target)
+
+
+class _Buffer:
+    """Memory for one chunk on its way to where it is wanted."""
+
+    def __init__(self, pinned: bool) -> None:
+        self._bytes = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        self._copied: torch.cuda.Event | None = None
+
+    def _values(self, piece: _Piece) -> torch.Tensor:
+        nbytes = piece.target.numel() * piece.dtype.itemsize
+        return self._bytes[piece.position : piece.position + nbytes].view(piece.dtype)
+
+    def read_and_convert(self, chunk: _Chunk) -> None:
+        """Carry out a chunk for the CPU."""
+        _fill(chunk, self._bytes)
+        for piece in chunk.pieces:
+            torch._foreach_copy_(piece.target.split(_SERIAL), self._values(piece).split(_SERIAL))
+
+    def read(self, chunk: _Chunk) -> None:
+        """Read a chunk for a GPU, once what was here before has left."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        _fill(chunk, self._bytes)
+
+    def copy(self, chunk: _Chunk, stream: torch.cuda.Stream) -> None:
+        """Have a chunk that was read copied and converted."""
+        with torch.cuda.stream(stream):
+            for piece in chunk.pieces:
+                values = self._values(piece)
+                if piece.dtype != piece.target.dtype:
+                    # First as it is: torch would convert it on the CPU, and wait for the copy.
+                    values = values.to(chunk.device, non_blocking=True)
+                piece.target.copy_(values, non_blocking=True)
+            if self._copied is None:
+                self._copied = torch.cuda.Event(blocking=True)
+            self._copied.record(stream)
 
 
 class _SideStreams:
@@ -168,9 +183,7 @@ class _SideStreams:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._until = until
 
-    def of(self, device: torch.device) -> torch.cuda.Stream | None:
-        if device.type == "cpu":
-            return None
+    def of(self, device: torch.device) -> torch.cuda.Stream:
         stream = self._streams.get(device)
         if stream is None:
             current = torch.cuda.current_stream(device)
@@ -204,21 +217,23 @@ def stream(transfers: Sequence[Transfer], advance: Callable[[int], Any] = lambda
         def finish_one() -> None:
             chunk, buffer, done = reading.popleft()
             done.result()
+            pinned = chunk.device.type == "cuda"
             if buffer is not None:
-                side = streams.of(chunk.device)
-                with torch.cuda.stream(side) if side is not None else nullcontext():
-                    buffer.deliver(chunk, side)
-                free[side is not None].append(buffer)
-            advance(sum(target.numel() * dtype.itemsize for _, dtype, target in chunk.pieces))
+                if pinned:
+                    buffer.copy(chunk, streams.of(chunk.device))
+                free[pinned].append(buffer)
+            advance(sum(piece.target.numel() * piece.dtype.itemsize for piece in chunk.pieces))
 
         for chunk in _chunks(transfers):
             pinned = chunk.device.type == "cuda"
             while len(reading) >= (2 * _READERS if pinned else _READERS):
                 finish_one()
-            buffer = None
-            if not chunk.is_direct:
+            if chunk.is_direct:
+                reading.append((chunk, None, readers.submit(_read_directly, chunk)))
+            else:
                 buffer = free[pinned].popleft() if free[pinned] else _Buffer(pinned)
-            reading.append((chunk, buffer, readers.submit(buffer.read if buffer else _read_directly, chunk)))
+                read = buffer.read if pinned else buffer.read_and_convert
+                reading.append((chunk, buffer, readers.submit(read, chunk)))
         while reading:
             finish_one()
     for transfer in transfers:
