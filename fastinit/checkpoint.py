@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +32,10 @@ from torch.utils._pytree import tree_map
 
 from .checkpoint_files import Checkpoint, CheckpointError
 from .context import _readable, on
+from .layout import numel
 from .materialization import initialize
 from .record.tensors import modes_off
-from .sharding import is_dtensor
+from .sharding import is_dtensor, local_boxes, local_tensor
 from .streaming import Transfer, stream
 
 # Elements that are compared or searched at a time.
@@ -191,13 +193,27 @@ class _Stored(torch.Tensor):
     def read(self, target: torch.Tensor | None = None) -> torch.Tensor:
         return self._checkpoint.read(self.key, target)
 
-    def transfer_to(self, target: torch.Tensor) -> Transfer | None:
-        """The same as a range of a file, if it is one, and the target is memory that files can be streamed into."""
+    def transfers_to(self, target: torch.Tensor) -> list[Transfer]:
+        """The same as ranges of a file; none if that is not what it is, or files cannot be streamed into the target."""
         place = self._checkpoint.place(self.key)
-        in_order = _is_plain(target) and target.is_contiguous() and not (target.is_conj() or target.is_neg())
-        if place is None or not in_order or target.device.type not in ("cpu", "cuda") or target.is_inference():
-            return None
-        return Transfer(*place, self.dtype, target)
+        if place is None:
+            return []
+        file, offset = place
+        if not is_dtensor(target):
+            return [Transfer(file, offset, self.dtype, target)] if _takes_streams(target) else []
+        local, boxes = local_tensor(target), local_boxes(target)
+        if not _takes_streams(local) or not all(box.is_run for box in boxes):
+            return []
+        elements = local.detach().view(-1)
+        return [
+            Transfer(
+                file,
+                offset + box.index_offset * self.dtype.itemsize,
+                self.dtype,
+                elements[box.memory_offset : box.memory_offset + numel(box.sizes)],
+            )
+            for box in boxes
+        ]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -256,7 +272,7 @@ class _Loading:
         if self._own_code is not None:
             return sum(info.nbytes for info in self.checkpoint.tensors.values())
         passes = 1 if self.new else 2
-        return sum(copy.source.nbytes * (passes if _narrows(copy) else 1) for copy in self.copies)
+        return sum(_read_bytes(copy) * (passes if _narrows(copy) else 1) for copy in self.copies)
 
     def run(self, advance: Callable[[int], Any]) -> None:
         """Copy everything; before that, unless the model is new, look for values that its dtypes cannot hold."""
@@ -287,10 +303,11 @@ class _Loading:
                 "memory first: model.to_empty(device=...)"
             )
         sharded = [name for name, tensor in self._state.items() if is_dtensor(tensor)]
-        if sharded and not self.checkpoint.is_distributed:
+        if sharded and not self.checkpoint.has_shards:
             self._problems.append(
-                f"DTensors: {', '.join(sharded)}. They are loaded from a torch.distributed.checkpoint directory alone; "
-                "torch.distributed.checkpoint.format_utils.torch_save_to_dcp makes one of a torch file"
+                f"DTensors: {', '.join(sharded)}. They are loaded from safetensors files, or from a "
+                "torch.distributed.checkpoint directory; torch.distributed.checkpoint.format_utils.torch_save_to_dcp "
+                "makes one of a torch file"
             )
         self._refuse_problems()
 
@@ -405,28 +422,28 @@ class _Loading:
         transfers = self._transfers() if write else {}
         self.checkpoint.close()  # what is mapped would count beside the buffers
         try:
-            stream(list(transfers.values()), advance)
+            stream([each for parts in transfers.values() for each in parts], advance)
         except OSError as error:
             raise self.checkpoint.failed(error) from error
         for copy in self.copies:
             narrows = _narrows(copy)
             if id(copy) in transfers:
                 if check and narrows:
-                    self._refuse_lost(copy, copy.source.read, copy.target.detach())  # type: ignore[attr-defined]
+                    self._refuse_lost(copy, partial(copy.source.read, copy.target), copy.target)  # type: ignore[attr-defined]
             elif write or narrows:
                 # In a call of its own, at the end of which nothing holds on to what was read.
                 self._carry_out(copy, check and narrows, write)
-                advance(copy.source.nbytes)
+                advance(_read_bytes(copy))
 
-    def _transfers(self) -> dict[int, Transfer]:
+    def _transfers(self) -> dict[int, list[Transfer]]:
         """What can be streamed, by the copy's id. What shares memory with anything else is copied in its order."""
         users = Counter(_extent(copy.target)[0] for copy in self.copies)
         transfers = {}
         for copy in self.copies:
             if isinstance(copy.source, _Stored) and users[_extent(copy.target)[0]] == 1:
-                transfer = copy.source.transfer_to(copy.target)
-                if transfer is not None:
-                    transfers[id(copy)] = transfer
+                parts = copy.source.transfers_to(copy.target)
+                if parts:
+                    transfers[id(copy)] = parts
         return transfers
 
     def _carry_out(self, copy: _Copy, check: bool, write: bool) -> None:
@@ -434,10 +451,10 @@ class _Loading:
         tensor = source.read(target) if isinstance(source, _Stored) else source
         if write:
             with torch.no_grad():
-                target.copy_(tensor)
+                (local_tensor(target) if is_dtensor(target) and not is_dtensor(tensor) else target).copy_(tensor)
         if check:
             # A GPU looks faster at what was written than the CPU at what was read.
-            self._refuse_lost(copy, lambda: tensor, target.detach() if write and not target.is_cpu else tensor)
+            self._refuse_lost(copy, lambda: tensor, target if write and not target.is_cpu else tensor)
 
     def _refuse_lost(self, copy: _Copy, read: Callable[[], torch.Tensor], same: torch.Tensor) -> None:
         value = _first_lost(read, copy.target.dtype, same)
@@ -524,6 +541,21 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
+def _takes_streams(tensor: torch.Tensor) -> bool:
+    return (
+        _is_plain(tensor)
+        and tensor.is_contiguous()
+        and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
+        and tensor.device.type in ("cpu", "cuda")
+    )
+
+
+def _read_bytes(copy: _Copy) -> int:
+    """What this process reads for a copy."""
+    elements = local_tensor(copy.target).numel() if is_dtensor(copy.target) else copy.source.numel()
+    return elements * copy.source.dtype.itemsize
+
+
 def _extent(tensor: torch.Tensor) -> tuple[Any, int, int]:
     """Which memory a tensor lies in, and from which to which byte."""
     with modes_off():
@@ -579,7 +611,7 @@ def _first_lost(read: Callable[[], torch.Tensor], dtype: torch.dtype, same: torc
 
     `same` is the tensor, or what became of it in that dtype: it is looked at first, and as a rule suffices.
     """
-    same = _local_real(same)
+    same = _local_real(same.detach())
     if not same.numel():
         return None
     low, high = _limits(dtype)

@@ -20,13 +20,16 @@ from copy import deepcopy
 from enum import EnumMeta
 from functools import partial
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
-from .sharding import is_dtensor
+from .sharding import is_dtensor, local_boxes, local_tensor
 from .streaming import StoredFile
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # Below every mode: a device context or a recorder around the caller has no say in how files are read.
 _modes_off = torch._C.DisableTorchFunction
@@ -99,7 +102,7 @@ class _Safetensors:
 
     def read(self, name: str, target: torch.Tensor | None) -> torch.Tensor:
         tensor: torch.Tensor = self._opened().get_tensor(name)
-        return tensor
+        return tensor if target is None or not is_dtensor(target) else _shard(tensor, target)
 
     def close(self) -> None:
         self._file = None
@@ -308,6 +311,17 @@ def _check_inside(names: Iterable[str]) -> None:
             raise ValueError(f"it names a file outside of its directory, {name!r}")
 
 
+def _shard(mapped: torch.Tensor, target: DTensor) -> torch.Tensor:
+    """This rank's part of a tensor; of the mapped file only that is touched."""
+    local = local_tensor(target)
+    part = torch.empty_strided(local.shape, local.stride(), dtype=mapped.dtype, device="cpu")
+    whole = mapped.reshape(target.shape)
+    for index_offset, sizes, index_strides, memory_offset, memory_strides in local_boxes(target):
+        place = part.as_strided(sizes, memory_strides, memory_offset)
+        place.copy_(whole.as_strided(sizes, index_strides, whole.storage_offset() + index_offset))
+    return part
+
+
 def _offset(mapped: torch.Tensor, start: int | None) -> int | None:
     """Where in the file that is mapped from `start` on the values of a tensor lie, if they lie there in order."""
     in_order = mapped.numel() and mapped.is_contiguous() and not mapped.is_conj() and not mapped.is_neg()
@@ -344,7 +358,8 @@ class Checkpoint:
                 f"fastinit.load: the index {str(path)!r} names tensors that their files do not have: {', '.join(lost)}"
             )
         self._file_of.update((name, files[file]) for name, file in indexed.items())
-        self.is_distributed = any(isinstance(file, _Distributed) for file in files.values())
+        # Of a torch file's tensors no rank could read its part alone where they are not stored in row-major order.
+        self.has_shards = all(isinstance(file, (_Distributed, _Safetensors)) for file in files.values())
         self.tensors: dict[str, _Info] = {
             name: info for file in files.values() for name, info in file.tensors.items() if self._file_of[name] is file
         }
@@ -404,7 +419,9 @@ class Checkpoint:
         return None if offset is None else (self._file_of[name].stored, offset)
 
     def read(self, name: str, target: torch.Tensor | None = None) -> torch.Tensor:
-        """One tensor, on the CPU or, from a distributed checkpoint, like its target.
+        """One tensor, on the CPU, and this rank's shard of it if the target is a DTensor.
+
+        A distributed checkpoint gives that as a DTensor like the target.
 
         Mapped tensors have to be dropped before the next call: the file cannot be unmapped before.
         """

@@ -30,6 +30,11 @@ class Box(NamedTuple):
     memory_offset: int
     memory_strides: tuple[int, ...]
 
+    @property
+    def is_run(self) -> bool:
+        """Whether its elements follow one another, both in the sequence and in memory."""
+        return all(dim[1:] == (1, 1) for dim in _ordered(self.sizes, self.index_strides, self.memory_strides))
+
 
 def flat_box(begin: int, end: int) -> Box:
     """Elements [begin, end) of a row-major tensor of any shape, one after the other from the start of memory.
