@@ -90,10 +90,15 @@ def load(
     """Load a checkpoint into a model, which is created for it if a function is given.
 
     The model is created under ``fastinit.on(device, dtype, seed=seed, empty=True)``, so that no value is computed that
-    the checkpoint supplies. Tensors go one by one from the files, which are mapped and not read as a whole, into the
-    parameters and buffers, and are converted to their dtype and device on the way. Beside the model there is never
-    more in memory than the largest tensor, or 64 MiB. (torch.distributed.checkpoint reads a tensor into memory and
-    copies it there, which takes up to three times that. Files of torch before 1.6 cannot be mapped and are read whole.)
+    the checkpoint supplies. Several threads read the files, straight into the memory of parameters and buffers, or
+    through a ring of buffers (of 64 MiB; of 128 MiB pinned memory for a GPU), and what arrives is converted to their
+    dtype while the next parts are read. What lies in another order than in memory is mapped and copied, one tensor at a
+    time. So beside the model there is never more in memory than the largest tensor, or the ring.
+    (torch.distributed.checkpoint reads a tensor into memory and copies it there, which takes up to three times that.
+    Files of torch before 1.6 are read whole.) torch keeps the pinned buffers for the next load.
+
+    Of a DTensor this process has its own part, from safetensors files or from a distributed checkpoint, and waits for
+    no other one. From safetensors files it reads no more than that where its part is rows of the tensor.
 
     What a state dict means to ``load_state_dict`` it means here: hooks, versions and extra state included. Loading
     code that the model's own classes bring runs as it would there. Such a model may be left with part of a checkpoint
