@@ -1,29 +1,31 @@
-"""Tensors streamed from files into memory: several reads are in flight while what has arrived is copied and converted.
+"""Tensors streamed from files into memory: several threads read, copy and convert, each a chunk at a time.
 
-Threads read. What agrees in dtype with a tensor on the CPU goes straight into it; what does not passes through a
-buffer, from which the thread that has read it converts it. What a GPU gets passes through a ring of pinned buffers: the
-calling thread has it copied on a side stream, and converted on the GPU. No file is mapped, so that one which shrinks is
-an error and not a crash.
+What agrees in dtype with a tensor on the CPU is read straight into it. All else passes through a buffer that each
+thread has. For a GPU that is pinned memory, from which the thread copies on a stream of its own; the GPU converts.
+While one thread waits for its copy the others read, and hardly any of it holds Python's lock. No file is mapped, so
+that one which shrinks is an error and not a crash.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections import deque
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
 # Copying from the page cache keeps several cores busy before memory is the limit; a disk wants reads in flight.
 _READERS = 16
-# There is a buffer of this size for each reader, and for a GPU another one, which waits for its copy to be done.
-_CHUNK_BYTES = 4 << 20
+# What Python does for a chunk takes a few hundred microseconds of a reader; reading this much takes it several times
+# as long. All buffers together are 128 MiB.
+_CHUNK_BYTES = 8 << 20
+# A GPU converts from memory of its own, of which each reader has so much: 32 MiB in all.
+_STAGING_BYTES = 2 << 20
 # torch copies fewer elements than 32,768 on the thread that asks for it. More would have every reader keep threads of
 # its own for that.
 _SERIAL = 32_767
@@ -31,6 +33,8 @@ _SERIAL = 32_767
 # Smaller tensors that lie this close in a file are read together.
 _SMALL_BYTES = 1 << 20
 _GAP_BYTES = 64 << 10
+
+_SECONDS_BETWEEN_REPORTS = 0.1
 
 
 class StoredFile(NamedTuple):
@@ -43,22 +47,10 @@ class StoredFile(NamedTuple):
     def at(path: Path) -> StoredFile:
         return StoredFile(path, _version(os.stat(path)))
 
-    def read(self, offset: int, memory: ctypes.Array[ctypes.c_ubyte]) -> None:
-        """Fill memory from the offset on.
-
-        Raises:
-            OSError: the file is gone, cannot be read, or is not what it was.
-        """
-        with open(self.path, "rb", buffering=0) as file:
-            if _version(os.fstat(file.fileno())) != self.version:
-                raise OSError(f"{str(self.path)!r} has changed since its metadata was read")
-            file.seek(offset)
-            view, done = memoryview(memory), 0
-            while done < len(view):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise OSError(f"{str(self.path)!r} ends at byte {offset + done} while it is being read")
-                done += count
+    def check(self, file: BinaryIO | None = None) -> None:
+        """Raise OSError unless it is, or an open file of it is, still what it was."""
+        if _version(os.stat(self.path) if file is None else os.fstat(file.fileno())) != self.version:
+            raise OSError(f"{str(self.path)!r} has changed since its metadata was read")
 
 
 def _version(status: os.stat_result) -> tuple[int, ...]:
@@ -131,72 +123,114 @@ def _chunks(transfers: Iterable[Transfer]) -> Iterator[_Chunk]:
         yield chunk
 
 
-def _fill(chunk: _Chunk, memory: torch.Tensor) -> None:
-    chunk.file.read(chunk.offset, (ctypes.c_ubyte * chunk.nbytes).from_address(memory.data_ptr()))
+class _Work:
+    """Chunks for whichever reader comes, until there is none or somebody has failed."""
+
+    def __init__(self, chunks: Iterator[_Chunk]) -> None:
+        self._chunks = chunks
+        self._lock = threading.Lock()
+        self.stopped = False
+
+    def __iter__(self) -> _Work:
+        return self
+
+    def __next__(self) -> _Chunk:
+        with self._lock:
+            if self.stopped:
+                raise StopIteration
+            return next(self._chunks)
 
 
-def _read_directly(chunk: _Chunk) -> None:
-    _fill(chunk, chunk.pieces[0].target)
+class _Reader:
+    """One thread's part, with its buffers, its streams and the file that it has open."""
 
-
-class _Buffer:
-    """Memory for one chunk on its way to where it is wanted."""
-
-    def __init__(self, pinned: bool) -> None:
-        self._bytes = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-        self._copied: torch.cuda.Event | None = None
-
-    def _values(self, piece: _Piece) -> torch.Tensor:
-        nbytes = piece.target.numel() * piece.dtype.itemsize
-        return self._bytes[piece.position : piece.position + nbytes].view(piece.dtype)
-
-    def read_and_convert(self, chunk: _Chunk) -> None:
-        """Carry out a chunk for the CPU."""
-        _fill(chunk, self._bytes)
-        for piece in chunk.pieces:
-            torch._foreach_copy_(piece.target.split(_SERIAL), self._values(piece).split(_SERIAL))
-
-    def read(self, chunk: _Chunk) -> None:
-        """Read a chunk for a GPU, once what was here before has left."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        _fill(chunk, self._bytes)
-
-    def copy(self, chunk: _Chunk, stream: torch.cuda.Stream) -> None:
-        """Have a chunk that was read copied and converted."""
-        with torch.cuda.stream(stream):
-            for piece in chunk.pieces:
-                values = self._values(piece)
-                if piece.dtype != piece.target.dtype:
-                    # First as it is: torch would convert it on the CPU, and wait for the copy.
-                    values = values.to(chunk.device, non_blocking=True)
-                piece.target.copy_(values, non_blocking=True)
-            if self._copied is None:
-                self._copied = torch.cuda.Event(blocking=True)
-            self._copied.record(stream)
-
-
-class _SideStreams:
-    """One stream for each GPU, which begins after all that is queued there, and which all later work there awaits."""
-
-    def __init__(self, until: ExitStack) -> None:
+    def __init__(self, queued: dict[torch.device, torch.cuda.Event]) -> None:
+        self.done = 0
+        self._queued = queued
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._until = until
+        self._staging: dict[torch.device, torch.Tensor] = {}
+        self._buffers: dict[bool, torch.Tensor] = {}
+        self._stored: StoredFile | None = None
+        self._file: Any = None
 
-    def of(self, device: torch.device) -> torch.cuda.Stream:
-        stream = self._streams.get(device)
+    def run(self, work: _Work) -> None:
+        try:
+            for chunk in work:
+                if chunk.device.type == "cuda":
+                    self._carry_to_gpu(chunk)
+                elif chunk.is_direct:
+                    self._read(chunk, chunk.pieces[0].target)
+                else:
+                    for target, values in self._read_buffered(chunk):
+                        torch._foreach_copy_(target.split(_SERIAL), values.split(_SERIAL))
+                self.done += sum(piece.target.numel() * piece.dtype.itemsize for piece in chunk.pieces)
+        except BaseException:
+            work.stopped = True
+            raise
+        finally:
+            if self._file is not None:
+                self._file.close()
+
+    def _read(self, chunk: _Chunk, memory: torch.Tensor) -> None:
+        """Read a chunk into memory; OSError if the file is gone, cannot be read, or is not what it was."""
+        if self._stored != chunk.file:
+            if self._file is not None:
+                self._file.close()
+            self._stored, self._file = chunk.file, open(chunk.file.path, "rb", buffering=0)
+            chunk.file.check(self._file)
+        view = memoryview((ctypes.c_ubyte * chunk.nbytes).from_address(memory.data_ptr()))
+        self._file.seek(chunk.offset)
+        done = 0
+        while done < len(view):
+            count = self._file.readinto(view[done:])
+            if not count:
+                raise OSError(f"{str(chunk.file.path)!r} ends at byte {chunk.offset + done} while it is being read")
+            done += count
+
+    def _read_buffered(self, chunk: _Chunk, pinned: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Read a chunk into a buffer: each target with its values there."""
+        buffer = self._buffers.get(pinned)
+        if buffer is None:
+            buffer = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+            self._buffers[pinned] = buffer
+        self._read(chunk, buffer)
+        return [
+            (target, buffer[position : position + target.numel() * dtype.itemsize].view(dtype))
+            for position, dtype, target in chunk.pieces
+        ]
+
+    def _carry_to_gpu(self, chunk: _Chunk) -> None:
+        stream = self._streams.get(chunk.device)
         if stream is None:
-            current = torch.cuda.current_stream(device)
-            stream = self._streams[device] = torch.cuda.Stream(device)
-            stream.wait_stream(current)
-            # After an error, too: the targets' memory may be used for something else then.
-            self._until.callback(current.wait_stream, stream)
-            self._until.callback(stream.synchronize)
-        return stream
+            stream = self._streams[chunk.device] = torch.cuda.Stream(chunk.device)
+            stream.wait_event(self._queued[chunk.device])
+        torch.cuda.set_stream(stream)  # of this thread
+        values_of = self._read_buffered(chunk, pinned=True)
+        try:
+            for target, values in values_of:
+                if target.dtype == values.dtype:
+                    target.copy_(values, non_blocking=True)
+                else:
+                    self._copy_and_convert(target, values)
+        finally:
+            # Then the buffer may be read into, and the memory of the targets be used for something else.
+            stream.synchronize()
+
+    def _copy_and_convert(self, target: torch.Tensor, values: torch.Tensor) -> None:
+        # By ourselves: torch's copy would convert on the CPU first.
+        staging = self._staging.get(target.device)
+        if staging is None:
+            staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8, device=target.device)
+            self._staging[target.device] = staging
+        elements = staging.view(values.dtype)
+        for part, converted in zip(values.split(len(elements)), target.split(len(elements)), strict=True):
+            converted.copy_(elements[: len(part)].copy_(part, non_blocking=True))
 
 
 def stream(transfers: Sequence[Transfer], advance: Callable[[int], Any] = lambda count: None) -> None:
-    """Carry out transfers, in no particular order; it returns when the last one is done.
+    """Carry out transfers, in no particular order, behind what is queued on the current streams of their GPUs.
+
+    It returns when the last one is done.
 
     Args:
         transfers: those of one file in the order in which they lie there, so that it is read from front to back. No two
@@ -207,34 +241,28 @@ def stream(transfers: Sequence[Transfer], advance: Callable[[int], Any] = lambda
         OSError: from a file. Some targets have their values then, and some a part of them; nothing is being read or
             copied any more.
     """
-    with torch._C.DisableTorchFunction(), ExitStack() as until:
-        streams = _SideStreams(until)
-        readers = until.enter_context(ThreadPoolExecutor(_READERS, "fastinit.load"))
-        until.callback(readers.shutdown, cancel_futures=True)  # after an error, nothing more is begun
-        free: dict[bool, deque[_Buffer]] = {True: deque(), False: deque()}
-        reading: deque[tuple[_Chunk, _Buffer | None, Future[None]]] = deque()
-
-        def finish_one() -> None:
-            chunk, buffer, done = reading.popleft()
-            done.result()
-            pinned = chunk.device.type == "cuda"
-            if buffer is not None:
-                if pinned:
-                    buffer.copy(chunk, streams.of(chunk.device))
-                free[pinned].append(buffer)
-            advance(sum(piece.target.numel() * piece.dtype.itemsize for piece in chunk.pieces))
-
-        for chunk in _chunks(transfers):
-            pinned = chunk.device.type == "cuda"
-            while len(reading) >= (2 * _READERS if pinned else _READERS):
-                finish_one()
-            if chunk.is_direct:
-                reading.append((chunk, None, readers.submit(_read_directly, chunk)))
-            else:
-                buffer = free[pinned].popleft() if free[pinned] else _Buffer(pinned)
-                read = buffer.read if pinned else buffer.read_and_convert
-                reading.append((chunk, buffer, readers.submit(read, chunk)))
-        while reading:
-            finish_one()
+    nbytes = sum(transfer.target.numel() * transfer.dtype.itemsize for transfer in transfers)
+    if not nbytes:
+        return
+    devices = {transfer.target.device for transfer in transfers if transfer.target.device.type == "cuda"}
+    queued = {device: torch.cuda.current_stream(device).record_event() for device in devices}
+    work = _Work(_chunks(transfers))
+    readers = [_Reader(queued) for _ in range(min(_READERS, -(-nbytes // _CHUNK_BYTES)))]
+    reported = 0
+    with ThreadPoolExecutor(len(readers), "fastinit.load") as threads:
+        try:
+            waiting = {threads.submit(reader.run, work) for reader in readers}
+            while waiting:
+                ended, waiting = wait(waiting, _SECONDS_BETWEEN_REPORTS, FIRST_EXCEPTION)
+                for each in ended:
+                    each.result()
+                done = sum(reader.done for reader in readers)
+                if done > reported:
+                    advance(done - reported)
+                    reported = done
+        finally:
+            work.stopped = True
     for transfer in transfers:
         torch.autograd.graph.increment_version(transfer.target)
+    for file in {transfer.file for transfer in transfers}:
+        file.check()

@@ -17,9 +17,9 @@ DTYPES += [torch.complex64, torch.float8_e4m3fn]
 
 @pytest.fixture
 def file(tmp_path):
-    """10 MiB of random bytes."""
+    """20 MiB of random bytes."""
     path = tmp_path / "file"
-    path.write_bytes(random.Random(1).randbytes(10 << 20))
+    path.write_bytes(random.Random(1).randbytes(20 << 20))
     return path
 
 
@@ -123,22 +123,56 @@ def test_a_file_that_has_changed_is_an_error(file, tmp_path, dtype):
     assert no_reader_is_left()
 
 
-def test_a_file_that_changes_meanwhile_is_an_error(file):
-    """Truncated when the first part has been read: the others are refused, whether they have been begun or not."""
-    target = torch.empty(10 << 18)
-    with pytest.raises(OSError, match=r"has changed|ends at byte"):
-        stream([Transfer(StoredFile.at(file), 0, torch.float32, target)] * 40, lambda count: os.truncate(file, 5 << 20))
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(file, monkeypatch):
+    """Truncated by the first reader, when it has found it unchanged."""
+    check = StoredFile.check
+
+    def truncates(self, *args):
+        check(self, *args)
+        os.truncate(file, 5 << 20)
+
+    monkeypatch.setattr(StoredFile, "check", truncates)
+    with pytest.raises(OSError, match=r"has changed|ends at byte 5242880"):
+        stream([Transfer(StoredFile.at(file), 0, torch.float32, torch.empty(5 << 20))])
     assert no_reader_is_left()
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(file):
+    """The bytes may be of both; nobody can tell, so that the whole is refused at the end."""
+
+    def advance(count):
+        os.utime(file, ns=(0, 0))
+
+    with pytest.raises(OSError, match="has changed since its metadata was read"):
+        stream([Transfer(StoredFile.at(file), 0, torch.float32, torch.empty(1000))], advance)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_whatever_interrupts_it_leaves_no_thread_that_writes(file, error):
-    def advance(count):
+def test_whatever_interrupts_it_leaves_no_thread_that_writes(file, monkeypatch, error):
+    """Each reader finishes the chunk that it has, and takes no other."""
+    go_on, check = threading.Event(), StoredFile.check
+
+    def waits(self, *args):
+        go_on.wait(60)
+        check(self, *args)
+
+    def interrupted(*args):
+        threading.Timer(0.2, go_on.set).start()
         raise error
 
-    targets = [torch.zeros(2 << 20) for _ in range(20)]
+    monkeypatch.setattr(StoredFile, "check", waits)
+    monkeypatch.setattr(streaming, "wait", interrupted)
+    targets = [torch.zeros(CHUNK // 4) for _ in range(streaming._READERS + 5)]
     with pytest.raises(error):
-        stream([Transfer(StoredFile.at(file), 0, torch.float32, target) for target in targets], advance)
+        stream([Transfer(StoredFile.at(file), 0, torch.float32, target) for target in targets])
     assert no_reader_is_left()
-    written = [bool(target.any()) for target in targets]
-    assert written[0] and not all(written)
+    assert sum(bool(target.any()) for target in targets) == streaming._READERS
+
+
+def test_an_error_of_the_bar_stops_it(file):
+    def advance(count):
+        raise ValueError("no bar")
+
+    with pytest.raises(ValueError, match="no bar"):
+        stream([Transfer(StoredFile.at(file), 0, torch.float32, torch.empty(1000))], advance)
+    assert no_reader_is_left()

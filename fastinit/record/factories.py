@@ -112,7 +112,18 @@ def _recorded(fill: tuple[int, tuple[float, ...]] | None) -> Factory:
     return factory
 
 
-FACTORIES[torch.empty] = _recorded(None)
+_recorded_empty = _recorded(None)
+
+
+@_is(torch.empty)
+def _empty(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("pin_memory") and _device(mode, kwargs).type == "cpu":
+        # What somebody copies through, safetensors say: torch's own, at once.
+        dtype = kwargs.get("dtype") or mode.block.default_dtype
+        return func(*args, **{**kwargs, "dtype": dtype, "device": "cpu"})
+    return _recorded_empty(mode, func, *args, **kwargs)
+
+
 FACTORIES[torch.zeros] = _recorded((CONSTANT, (0.0,)))
 FACTORIES[torch.ones] = _recorded((CONSTANT, (1.0,)))
 FACTORIES[torch.rand] = _recorded((UNIFORM, (0.0, 1.0)))

@@ -124,18 +124,26 @@ def test_a_file_that_shrinks_meanwhile_is_an_error_and_the_gpu_works_on(large_fi
     path, state = tmp_path / "model.safetensors", large_file[1]
     save_file(state, path)
     model = built(large, "bf16").cuda()
-    read = streaming.StoredFile.read
+    check = streaming.StoredFile.check
 
-    def shrinks(self, offset, memory):
-        if offset > 100 * MIB:
-            os.truncate(path, 100 * MIB)
-        read(self, offset, memory)
+    def shrinks(self, *args):
+        check(self, *args)
+        os.truncate(path, 100 * MIB)
 
     with monkeypatch.context() as patch:
-        patch.setattr(streaming.StoredFile, "read", shrinks)
+        patch.setattr(streaming.StoredFile, "check", shrinks)
         with pytest.raises(CheckpointError, match="has changed since it was opened"):
             loaded(model, path)
     assert_loaded(loaded(model, large_file[0]), state)
+
+
+def test_pinned_memory_inside_the_context_is_torchs_own():
+    """safetensors and others copy through it; it used to be computed like a tensor of the model."""
+    with fastinit.on("cuda", "bf16"):
+        for dtype in (torch.uint8, torch.bfloat16, torch.float32):
+            buffer = torch.empty(5, 7, dtype=dtype, device="cpu", pin_memory=True)
+            assert type(buffer) is torch.Tensor and buffer.is_pinned() and buffer.dtype == dtype
+        assert torch.empty(3, device="cpu", pin_memory=True).dtype == torch.bfloat16
 
 
 def test_a_load_inside_the_context_reaches_the_gpu(large_file):
