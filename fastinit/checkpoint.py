@@ -91,9 +91,9 @@ def load(
 
     The model is created under ``fastinit.on(device, dtype, seed=seed, empty=True)``, so that no value is computed that
     the checkpoint supplies. Several threads read the files, straight into the memory of parameters and buffers, or
-    through a ring of buffers (of 64 MiB; of 128 MiB pinned memory for a GPU), and what arrives is converted to their
-    dtype while the next parts are read. What lies in another order than in memory is mapped and copied, one tensor at a
-    time. So beside the model there is never more in memory than the largest tensor, or the ring.
+    through buffers (of 32 MiB; of 128 MiB pinned memory for a GPU), and what arrives is converted to their dtype
+    while other parts are read. What lies in another order than in memory is mapped and copied, one tensor at a time. So
+    beside the model there is never more in memory than the largest tensor, or the buffers.
     (torch.distributed.checkpoint reads a tensor into memory and copies it there, which takes up to three times that.
     Files of torch before 1.6 are read whole.) torch keeps the pinned buffers for the next load.
 

@@ -22,8 +22,10 @@ import torch
 # Copying from the page cache keeps several cores busy before memory is the limit; a disk wants reads in flight.
 _READERS = 16
 # What Python does for a chunk takes a few hundred microseconds of a reader; reading this much takes it several times
-# as long. All buffers together are 128 MiB.
+# as long. The pinned buffers together are 128 MiB.
 _CHUNK_BYTES = 8 << 20
+# What the CPU converts is best still in its cache. These buffers are 32 MiB.
+_CONVERTED_BYTES = 2 << 20
 # A GPU converts from memory of its own, of which each reader has so much: 32 MiB in all.
 _STAGING_BYTES = 2 << 20
 # torch copies fewer elements than 32,768 on the thread that asks for it. More would have every reader keep threads of
@@ -103,18 +105,20 @@ def _chunks(transfers: Iterable[Transfer]) -> Iterator[_Chunk]:
     for file, offset, dtype, target in transfers:
         elements = target.detach().view(-1)
         nbytes = target.numel() * dtype.itemsize
+        buffered = _CHUNK_BYTES if target.is_cuda else _CONVERTED_BYTES
         if (
             chunk is not None
             and (chunk.file, chunk.device) == (file, target.device)
             and nbytes < _SMALL_BYTES
             and 0 <= offset - (chunk.offset + chunk.nbytes) <= _GAP_BYTES
-            and offset + nbytes - chunk.offset <= _CHUNK_BYTES
+            and offset + nbytes - chunk.offset <= buffered
             and (offset - chunk.offset) % dtype.itemsize == 0
         ):
             chunk.pieces.append(_Piece(offset - chunk.offset, dtype, elements))
             chunk.nbytes = offset + nbytes - chunk.offset
             continue
-        for part in elements.split(_CHUNK_BYTES // dtype.itemsize) if nbytes else ():
+        most = _CHUNK_BYTES if target.dtype == dtype else buffered
+        for part in elements.split(most // dtype.itemsize) if nbytes else ():
             if chunk is not None:
                 yield chunk
             chunk = _Chunk(file, offset, part.numel() * dtype.itemsize, target.device, [_Piece(0, dtype, part)])
@@ -191,7 +195,8 @@ class _Reader:
         """Read a chunk into a buffer: each target with its values there."""
         buffer = self._buffers.get(pinned)
         if buffer is None:
-            buffer = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+            nbytes = _CHUNK_BYTES if pinned else _CONVERTED_BYTES
+            buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
             self._buffers[pinned] = buffer
         self._read(chunk, buffer)
         return [

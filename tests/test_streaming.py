@@ -108,7 +108,7 @@ def no_reader_is_left():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_file_that_has_changed_is_an_error(file, tmp_path, dtype):
-    transfer = Transfer(StoredFile.at(file), 0, torch.float32, torch.empty(CHUNK // 2, dtype=dtype))
+    transfer = Transfer(StoredFile.at(file), 0, torch.float32, torch.empty(300_000, dtype=dtype))
     file.write_bytes(file.read_bytes() + b"x")
     with pytest.raises(OSError, match="has changed since its metadata was read"):
         stream([transfer])
@@ -150,13 +150,16 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(file):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_whatever_interrupts_it_leaves_no_thread_that_writes(file, monkeypatch, error):
     """Each reader finishes the chunk that it has, and takes no other."""
-    go_on, check = threading.Event(), StoredFile.check
+    reading, go_on, check = threading.Semaphore(0), threading.Event(), StoredFile.check
 
     def waits(self, *args):
+        reading.release()
         go_on.wait(60)
         check(self, *args)
 
     def interrupted(*args):
+        for _ in range(streaming._READERS):
+            reading.acquire(timeout=60)
         threading.Timer(0.2, go_on.set).start()
         raise error
 
