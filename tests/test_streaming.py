@@ -3,11 +3,15 @@
 import os
 import random
 import threading
+import zipfile
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
-from fastinit import streaming
+from fastinit import load, streaming
+from fastinit.checkpoint_files import Checkpoint
 from fastinit.streaming import StoredFile, Transfer, stream
 
 CHUNK = streaming._CHUNK_BYTES
@@ -179,3 +183,72 @@ def test_an_error_of_the_bar_stops_it(file):
     with pytest.raises(ValueError, match="no bar"):
         stream([Transfer(StoredFile.at(file), 0, torch.float32, torch.empty(1000))], advance)
     assert no_reader_is_left()
+
+
+# Where tensors lie in files ------------------------------------------------------------------------------------------
+
+
+def stored():
+    return {
+        "odd": torch.arange(3, dtype=torch.uint8),
+        "first": torch.randn(7, 5),
+        "half": torch.randn(1000, 30).bfloat16(),
+        "transposed": torch.randn(4, 6).t(),
+        "part": torch.randn(10, 4)[3:5],
+        "empty": torch.empty(0, 3),
+        "number": torch.tensor(3),
+    }
+
+
+def assert_in_place(path, expected, streamed):
+    """Fail unless a checkpoint says of these tensors, and no others, where they lie, and is right."""
+    checkpoint = Checkpoint(path)
+    assert {name for name in checkpoint.tensors if checkpoint.place(name) is not None} == streamed
+    for name in streamed:
+        file, offset = checkpoint.place(name)
+        content = file.path.read_bytes()[offset : offset + expected[name].nbytes]
+        assert content == bytes(expected[name].contiguous().flatten().view(torch.uint8).tolist())
+
+
+def test_tensors_of_a_safetensors_file_lie_where_its_header_says(tmp_path):
+    state = {name: tensor.contiguous() for name, tensor in stored().items()}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    assert_in_place(tmp_path / "model.safetensors", state, set(state))
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "optimizer": torch.ones(9)}])
+def test_tensors_of_a_torch_file_are_found_if_they_lie_in_order(tmp_path, wrap):
+    state = stored()
+    torch.save(wrap(state), tmp_path / "model.pt")
+    assert_in_place(tmp_path / "model.pt", state, state.keys() - {"transposed", "empty"})
+
+
+def test_a_torch_file_of_another_byte_order_is_not_streamed(tmp_path):
+    state = {"a": torch.tensor([1.5, 2.0]), "b": torch.arange(5)}
+    torch.save(state, tmp_path / "model.pt")
+    # Written again as a machine of the other order would have written it.
+    with zipfile.ZipFile(tmp_path / "model.pt") as old, zipfile.ZipFile(tmp_path / "swapped.pt", "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("byteorder"):
+                content = {b"little": b"big", b"big": b"little"}[content]
+            elif "/data/" in name:
+                size = 4 if len(content) == 8 else 8
+                content = b"".join(content[at : at + size][::-1] for at in range(0, len(content), size))
+            new.writestr(name, content)
+    assert_in_place(tmp_path / "swapped.pt", state, set())
+    loaded = nn.ParameterDict({name: nn.Parameter(torch.zeros_like(tensor), False) for name, tensor in state.items()})
+    load(loaded, tmp_path / "swapped.pt", progress=False)
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+def test_what_a_file_has_beside_its_tensors_does_not_mislead(tmp_path):
+    """A record that nothing refers to lies before the others, at the distance that they have from each other."""
+    state = {name: torch.full((32,), float(number)) for number, name in enumerate("abc")}
+    torch.save(state, tmp_path / "model.pt")
+    with zipfile.ZipFile(tmp_path / "model.pt") as old, zipfile.ZipFile(tmp_path / "more.pt", "w") as new:
+        prefix = old.namelist()[0].partition("/")[0]
+        new.writestr(f"{prefix}/data/9", bytes(128))
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert_in_place(tmp_path / "more.pt", state, set(state))
