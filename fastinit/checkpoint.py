@@ -32,9 +32,9 @@ from torch.utils._pytree import tree_map
 
 from .checkpoint_files import Checkpoint, CheckpointError
 from .context import _readable, on
-from .layout import numel
+from .layout import flat_box, numel
 from .materialization import initialize
-from .record.tensors import modes_off
+from .record.tensors import Placeholder, modes_off, new_memory, take_memory
 from .sharding import is_dtensor, local_boxes, local_tensor
 from .streaming import Transfer, stream
 
@@ -198,19 +198,17 @@ class _Stored(torch.Tensor):
     def read(self, target: torch.Tensor | None = None) -> torch.Tensor:
         return self._checkpoint.read(self.key, target)
 
-    def transfers_to(self, target: torch.Tensor) -> list[Transfer]:
-        """The same as ranges of a file; none if that is not what it is, or files cannot be streamed into the target."""
+    def streamed_to(self, target: torch.Tensor) -> _Streamed | None:
+        """The same as ranges of a file; None if that is not what it is, or files cannot be streamed into the target."""
         place = self._checkpoint.place(self.key)
-        if place is None:
-            return []
-        file, offset = place
-        if not is_dtensor(target):
-            return [Transfer(file, offset, self.dtype, target)] if _takes_streams(target) else []
-        local, boxes = local_tensor(target), local_boxes(target)
-        if not _takes_streams(local) or not all(box.is_run for box in boxes):
-            return []
-        elements = local.detach().view(-1)
-        return [
+        boxes = local_boxes(target) if is_dtensor(target) else [flat_box(0, self.numel())]
+        if place is None or not all(box.is_run for box in boxes):
+            return None
+        memory = _memory(local_tensor(target) if is_dtensor(target) else target)
+        if memory is None:
+            return None
+        (file, offset), elements = place, memory.view(-1)
+        transfers = [
             Transfer(
                 file,
                 offset + box.index_offset * self.dtype.itemsize,
@@ -219,6 +217,7 @@ class _Stored(torch.Tensor):
             )
             for box in boxes
         ]
+        return _Streamed(memory, transfers)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -233,6 +232,13 @@ class _Stored(torch.Tensor):
 class _Copy(NamedTuple):
     target: torch.Tensor
     source: torch.Tensor
+
+
+class _Streamed(NamedTuple):
+    """What of a copy is streamed, and into which memory."""
+
+    memory: torch.Tensor
+    transfers: list[Transfer]
 
 
 class _Copies(TorchFunctionMode):
@@ -424,15 +430,17 @@ class _Loading:
     # Values ------------------------------------------------------------------------------------------------------
 
     def _stream(self, advance: Callable[[int], Any], check: bool, write: bool) -> None:
-        transfers = self._transfers() if write else {}
+        streamed = self._streamed() if write else {}
         self.checkpoint.close()  # what is mapped would count beside the buffers
         try:
-            stream([each for parts in transfers.values() for each in parts], advance)
+            stream([transfer for each in streamed.values() for transfer in each.transfers], advance)
         except OSError as error:
             raise self.checkpoint.failed(error) from error
         for copy in self.copies:
             narrows = _narrows(copy)
-            if id(copy) in transfers:
+            if id(copy) in streamed:
+                if type(copy.target) is Placeholder:
+                    take_memory(copy.target, streamed[id(copy)].memory)
                 if check and narrows:
                     self._refuse_lost(copy, partial(copy.source.read, copy.target), copy.target)  # type: ignore[attr-defined]
             elif write or narrows:
@@ -440,16 +448,16 @@ class _Loading:
                 self._carry_out(copy, check and narrows, write)
                 advance(_read_bytes(copy))
 
-    def _transfers(self) -> dict[int, list[Transfer]]:
+    def _streamed(self) -> dict[int, _Streamed]:
         """What can be streamed, by the copy's id. What shares memory with anything else is copied in its order."""
         users = Counter(_extent(copy.target)[0] for copy in self.copies)
-        transfers = {}
+        streamed = {}
         for copy in self.copies:
             if isinstance(copy.source, _Stored) and users[_extent(copy.target)[0]] == 1:
-                parts = copy.source.transfers_to(copy.target)
-                if parts:
-                    transfers[id(copy)] = parts
-        return transfers
+                each = copy.source.streamed_to(copy.target)
+                if each is not None:
+                    streamed[id(copy)] = each
+        return streamed
 
     def _carry_out(self, copy: _Copy, check: bool, write: bool) -> None:
         target, source = copy
@@ -546,13 +554,14 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def _takes_streams(tensor: torch.Tensor) -> bool:
-    return (
-        _is_plain(tensor)
-        and tensor.is_contiguous()
-        and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
-        and tensor.device.type in ("cpu", "cuda")
-    )
+def _memory(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Memory that files can be streamed into: the tensor's, or what a placeholder gets when all of it is there."""
+    if tensor.device.type not in ("cpu", "cuda"):
+        return None
+    if type(tensor) is Placeholder:
+        return new_memory(tensor)
+    ordinary = _is_plain(tensor) and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
+    return tensor.detach() if ordinary and tensor.is_contiguous() else None
 
 
 def _read_bytes(copy: _Copy) -> int:

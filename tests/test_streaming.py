@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import fastinit
 from fastinit import load, streaming
 from fastinit.checkpoint_files import Checkpoint
 from fastinit.streaming import StoredFile, Transfer, stream
@@ -252,3 +253,43 @@ def test_what_a_file_has_beside_its_tensors_does_not_mislead(tmp_path):
         for name in old.namelist():
             new.writestr(name, old.read(name))
     assert_in_place(tmp_path / "more.pt", state, set(state))
+
+
+# Into placeholders ---------------------------------------------------------------------------------------------------
+
+
+def layers():
+    model = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 30))
+    model[1].weight = nn.Parameter(model[1].weight[:, :200])  # a view, as some constructors make them
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_load_inside_of_a_block_streams_into_new_memory(tmp_path, dtype):
+    with fastinit.on("cpu", "fp32", seed=1):
+        state = {name: tensor.contiguous() for name, tensor in layers().state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    with fastinit.on("cpu", dtype, seed=2) as init:
+        model = layers()
+        load(model, tmp_path / "model.safetensors", progress=False)
+        assert type(model[0].weight) is not nn.Parameter  # until the block ends
+    assert init.fills_executed == 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name].to(tensor.dtype)), name
+    assert type(model[0].weight) is nn.Parameter and model[0].weight.requires_grad
+
+
+def test_a_load_inside_of_a_block_that_fails_leaves_what_is_recorded(tmp_path, monkeypatch):
+    with fastinit.on("cpu", "bf16", seed=2):
+        expected = layers()
+    save_file(
+        {name: tensor.contiguous() for name, tensor in expected.float().state_dict().items()},
+        tmp_path / "x.safetensors",
+    )
+    monkeypatch.setattr(StoredFile, "check", lambda *args: os.stat(tmp_path / "gone"))
+    with fastinit.on("cpu", "bf16", seed=2):
+        model = layers()
+        with pytest.raises(fastinit.CheckpointError, match="could not be read"):
+            load(model, tmp_path / "x.safetensors", progress=False)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name].bfloat16()), name

@@ -382,6 +382,27 @@ def become_real(tensor: torch.Tensor) -> None:
             swap_in(tensor, view_of(tensor._record.materialize(), tensor._region))
 
 
+def new_memory(tensor: Placeholder) -> torch.Tensor | None:
+    """Memory for a placeholder that somebody is about to write whole, by other means than torch's operators.
+
+    The placeholder is what it was until `take_memory`. None if it has memory, or does not stand for all of a record in
+    its order.
+    """
+    with lock, modes_off():
+        record = tensor._record
+        if record.memory is not None or not is_in_order(record, tensor._region):
+            return None
+        record.block.reserve_for_all(record.device)
+        return allocate(record.shape, record.dtype, record.device, name_of=lambda: record.block.name_of(record))
+
+
+def take_memory(tensor: Placeholder, memory: torch.Tensor) -> None:
+    """Let a placeholder have `new_memory` of it, which has been written: what was recorded is dropped."""
+    with lock:
+        tensor._record.overwrite(())
+        tensor._record.become_resident(memory)
+
+
 def swap_in(tensor: Any, memory: torch.Tensor, kind: type[torch.Tensor] = Placeholder) -> None:
     """Let a tensor without storage, of this kind, have memory: torch's hooks, gradient and graph stay with it."""
     record, region = tensor._record, tensor._region
