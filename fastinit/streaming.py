@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -127,39 +127,27 @@ def _chunks(transfers: Iterable[Transfer]) -> Iterator[_Chunk]:
         yield chunk
 
 
-class _Work:
-    """Chunks for whichever reader comes, until there is none or somebody has failed."""
+class _Lane(NamedTuple):
+    """What a reader has of a GPU: a stream, and memory for values that are to be converted."""
 
-    def __init__(self, chunks: Iterator[_Chunk]) -> None:
-        self._chunks = chunks
-        self._lock = threading.Lock()
-        self.stopped = False
-
-    def __iter__(self) -> _Work:
-        return self
-
-    def __next__(self) -> _Chunk:
-        with self._lock:
-            if self.stopped:
-                raise StopIteration
-            return next(self._chunks)
+    stream: torch.cuda.Stream
+    staging: torch.Tensor
 
 
 class _Reader:
-    """One thread's part, with its buffers, its streams and the file that it has open."""
+    """One thread's part, with its buffers and the file that it has open."""
 
-    def __init__(self, queued: dict[torch.device, torch.cuda.Event]) -> None:
+    def __init__(self, lanes: dict[torch.device, _Lane]) -> None:
         self.done = 0
-        self._queued = queued
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._staging: dict[torch.device, torch.Tensor] = {}
+        self._lanes = lanes
         self._buffers: dict[bool, torch.Tensor] = {}
         self._stored: StoredFile | None = None
         self._file: Any = None
 
-    def run(self, work: _Work) -> None:
+    def run(self, chunks: deque[_Chunk]) -> None:
+        """Carry out chunks until there is none."""
         try:
-            for chunk in work:
+            while (chunk := _next(chunks)) is not None:
                 if chunk.device.type == "cuda":
                     self._carry_to_gpu(chunk)
                 elif chunk.is_direct:
@@ -168,9 +156,6 @@ class _Reader:
                     for target, values in self._read_buffered(chunk):
                         torch._foreach_copy_(target.split(_SERIAL), values.split(_SERIAL))
                 self.done += sum(piece.target.numel() * piece.dtype.itemsize for piece in chunk.pieces)
-        except BaseException:
-            work.stopped = True
-            raise
         finally:
             if self._file is not None:
                 self._file.close()
@@ -205,31 +190,42 @@ class _Reader:
         ]
 
     def _carry_to_gpu(self, chunk: _Chunk) -> None:
-        stream = self._streams.get(chunk.device)
-        if stream is None:
-            stream = self._streams[chunk.device] = torch.cuda.Stream(chunk.device)
-            stream.wait_event(self._queued[chunk.device])
+        stream, staging = self._lanes[chunk.device]
         torch.cuda.set_stream(stream)  # of this thread
         values_of = self._read_buffered(chunk, pinned=True)
         try:
             for target, values in values_of:
                 if target.dtype == values.dtype:
                     target.copy_(values, non_blocking=True)
-                else:
-                    self._copy_and_convert(target, values)
+                    continue
+                # First as they are: torch would convert them on the CPU, and then copy.
+                elements = staging.view(values.dtype)
+                for part, converted in zip(values.split(len(elements)), target.split(len(elements)), strict=True):
+                    converted.copy_(elements[: len(part)].copy_(part, non_blocking=True))
         finally:
             # Then the buffer may be read into, and the memory of the targets be used for something else.
             stream.synchronize()
 
-    def _copy_and_convert(self, target: torch.Tensor, values: torch.Tensor) -> None:
-        # By ourselves: torch's copy would convert on the CPU first.
-        staging = self._staging.get(target.device)
-        if staging is None:
-            staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8, device=target.device)
-            self._staging[target.device] = staging
-        elements = staging.view(values.dtype)
-        for part, converted in zip(values.split(len(elements)), target.split(len(elements)), strict=True):
-            converted.copy_(elements[: len(part)].copy_(part, non_blocking=True))
+
+def _next(chunks: deque[_Chunk]) -> _Chunk | None:
+    try:
+        return chunks.popleft()
+    except IndexError:
+        return None
+
+
+def _readers(transfers: Sequence[Transfer], count: int) -> list[_Reader]:
+    """So many readers, whose streams are behind the current ones."""
+    lanes: list[dict[torch.device, _Lane]] = [{} for _ in range(count)]
+    for device in {transfer.target.device for transfer in transfers if transfer.target.is_cuda}:
+        current = torch.cuda.current_stream(device)
+        converts = any(each.target.dtype != each.dtype for each in transfers if each.target.device == device)
+        # One piece of memory of the current stream, which is of use to others later.
+        staging = torch.empty((count, _STAGING_BYTES if converts else 0), dtype=torch.uint8, device=device)
+        for lane, part in zip(lanes, staging, strict=True):
+            lane[device] = _Lane(torch.cuda.Stream(device), part)
+            lane[device].stream.wait_stream(current)
+    return [_Reader(lane) for lane in lanes]
 
 
 def stream(transfers: Sequence[Transfer], advance: Callable[[int], Any] = lambda count: None) -> None:
@@ -246,17 +242,15 @@ def stream(transfers: Sequence[Transfer], advance: Callable[[int], Any] = lambda
         OSError: from a file. Some targets have their values then, and some a part of them; nothing is being read or
             copied any more.
     """
-    nbytes = sum(transfer.target.numel() * transfer.dtype.itemsize for transfer in transfers)
-    if not nbytes:
+    with torch._C.DisableTorchFunction(), torch.inference_mode(False):
+        chunks = deque(_chunks(transfers))
+        readers = _readers(transfers, min(_READERS, len(chunks)))
+    if not readers:
         return
-    devices = {transfer.target.device for transfer in transfers if transfer.target.device.type == "cuda"}
-    queued = {device: torch.cuda.current_stream(device).record_event() for device in devices}
-    work = _Work(_chunks(transfers))
-    readers = [_Reader(queued) for _ in range(min(_READERS, -(-nbytes // _CHUNK_BYTES)))]
     reported = 0
     with ThreadPoolExecutor(len(readers), "fastinit.load") as threads:
         try:
-            waiting = {threads.submit(reader.run, work) for reader in readers}
+            waiting = {threads.submit(reader.run, chunks) for reader in readers}
             while waiting:
                 ended, waiting = wait(waiting, _SECONDS_BETWEEN_REPORTS, FIRST_EXCEPTION)
                 for each in ended:
@@ -266,7 +260,7 @@ def stream(transfers: Sequence[Transfer], advance: Callable[[int], Any] = lambda
                     advance(done - reported)
                     reported = done
         finally:
-            work.stopped = True
+            chunks.clear()  # after an error, nobody begins another
     for transfer in transfers:
         torch.autograd.graph.increment_version(transfer.target)
     for file in {transfer.file for transfer in transfers}:
