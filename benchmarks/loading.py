@@ -1,6 +1,8 @@
-"""What it takes to have a checkpoint's values in a model on the GPU, by fastinit and by others. Writes JSON.
+"""What it takes to have a checkpoint's values in a model on the GPU, by fastinit and by others.
 
     python benchmarks/loading.py [--device cuda] [--layers 32] [--repeats 3] [--folder DIRECTORY] [--out DIRECTORY]
+
+It writes JSON and a picture, and prints a table.
 
 The model is transformers' Llama (6.74B parameters with 32 layers), created and loaded in bf16; the clock runs from
 nothing to a model whose values are all there. The checkpoints are written first, so that they lie in the page cache:
@@ -224,6 +226,27 @@ def table(results: dict[str, Any]) -> str:
     return text.markdown_table(["checkpoint", "way", "time", "first", "GB/s", "host memory"], rows)
 
 
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Gigabytes of file per second, a panel for each checkpoint."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    checkpoints = results["checkpoints"]
+    figure, axes = pyplot.subplots(len(checkpoints), figsize=(9, 2.2 * len(checkpoints)), sharex=True, squeeze=False)
+    for axis, (name, records) in zip(axes[:, 0], checkpoints.items(), strict=True):
+        done = [record for record in records if "rate" in record][::-1]
+        colours = ["tab:orange" if record["way"] == "fastinit.load" else "tab:gray" for record in done]
+        bars = axis.barh([record["way"] for record in done], [record["rate"] / 1e9 for record in done], color=colours)
+        axis.bar_label(bars, fmt="%.1f", padding=3)
+        axis.set_title(f"{name}: {text.size(done[0]['bytes'])}" if done else name, loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("GB of file per second, from the page cache into a model")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -252,6 +275,10 @@ def main() -> None:
             results["checkpoints"][name] = measure_checkpoint(each, config.with_layers(layers), device, options.repeats)
             path.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
+    try:
+        plot(results, path.with_suffix(".png"))
+    except ImportError:
+        print("No picture: matplotlib is not installed")
     print(f"\nOne copy from pinned memory: {results['link'] / 1e9:.1f} GB/s. Written: {path}")
 
 
