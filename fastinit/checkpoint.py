@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_map
 
 from .checkpoint_files import Checkpoint, CheckpointError
 from .context import _readable, on
-from .layout import flat_box, numel
+from .layout import compose, flat_box, numel
 from .materialization import initialize
 from .record.tensors import Placeholder, modes_off, new_memory, take_memory
 from .sharding import is_dtensor, local_boxes, local_tensor
@@ -200,23 +200,20 @@ class _Stored(torch.Tensor):
 
     def streamed_to(self, target: torch.Tensor) -> _Streamed | None:
         """The same as ranges of a file; None if that is not what it is, or files cannot be streamed into the target."""
-        place = self._checkpoint.place(self.key)
+        local = local_tensor(target) if is_dtensor(target) else target
         boxes = local_boxes(target) if is_dtensor(target) else [flat_box(0, self.numel())]
-        if place is None or not all(box.is_run for box in boxes):
+        parts = self._checkpoint.parts(self.key)
+        runs = [(part, run) for part in parts for box in boxes for run in compose(part.box, box)]
+        if not all(run.is_run for _, run in runs) or sum(numel(run.sizes) for _, run in runs) != local.numel():
             return None
-        memory = _memory(local_tensor(target) if is_dtensor(target) else target)
+        memory = _memory(local)
         if memory is None:
             return None
-        (file, offset), elements = place, memory.view(-1)
-        transfers = [
-            Transfer(
-                file,
-                offset + box.index_offset * self.dtype.itemsize,
-                self.dtype,
-                elements[box.memory_offset : box.memory_offset + numel(box.sizes)],
-            )
-            for box in boxes
-        ]
+        transfers = []
+        for part, run in runs:
+            begin, offset = run.memory_offset, part.offset + run.index_offset * self.dtype.itemsize
+            elements = memory.view(-1)[begin : begin + numel(run.sizes)]
+            transfers.append(Transfer(part.file, offset, self.dtype, elements))
         return _Streamed(memory, transfers)
 
     @classmethod
@@ -433,7 +430,8 @@ class _Loading:
         streamed = self._streamed() if write else {}
         self.checkpoint.close()  # what is mapped would count beside the buffers
         try:
-            stream([transfer for each in streamed.values() for transfer in each.transfers], advance)
+            transfers = [transfer for each in streamed.values() for transfer in each.transfers]
+            stream(sorted(transfers, key=lambda each: (each.file, each.offset)), advance)
         except OSError as error:
             raise self.checkpoint.failed(error) from error
         for copy in self.copies:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
+from .layout import Box, Window, contiguous_strides, flat_box
 from .sharding import is_dtensor, local_boxes, local_tensor
 from .streaming import StoredFile
 
@@ -64,6 +65,14 @@ class _Info(NamedTuple):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Part(NamedTuple):
+    """Some values of a tensor that lie in a file one after the other, and where in the whole tensor they belong."""
+
+    file: StoredFile
+    offset: int
+    box: Box
 
 
 class _Safetensors:
@@ -206,6 +215,7 @@ class _Distributed:
         self.objects = tuple(name for name in self._parts if name not in self.tensors)
 
     def _check_sizes(self) -> None:
+        self._stored: dict[str, StoredFile] = {}
         ends: dict[str, int] = {}
         for info in self._metadata.storage_data.values():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
@@ -214,6 +224,7 @@ class _Distributed:
             file = self._path / name
             if not file.is_file():
                 raise FileNotFoundError(f"its file {name!r} does not exist")
+            self._stored[name] = StoredFile.at(file)
             if file.stat().st_size < end:
                 raise ValueError(f"its file {name!r} has {file.stat().st_size} bytes of at least {end}")
 
@@ -238,6 +249,30 @@ class _Distributed:
         plan = planner.finish_plan(planner.create_local_plan())
         self._reader.read_data(plan, planner).wait()
         return state[stored]
+
+    def parts(self, name: str) -> list[Part]:
+        """Of a tensor: each chunk of it is a torch file within a file."""
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+        from torch.distributed.checkpoint.utils import _create_file_view
+
+        (stored,) = self._parts[name]
+        info = self._metadata.state_dict_metadata[stored]
+        parts = []
+        for chunk in info.chunks:
+            where = self._metadata.storage_data[MetadataIndex(stored, chunk.offsets)]
+            path, sizes = self._path / where.relative_path, tuple(chunk.sizes)
+            if getattr(where, "transform_descriptors", None):
+                return []  # compressed, say
+            with path.open("rb") as file:
+                offset = _offset_within(
+                    _create_file_view(file, where.offset, where.length), sizes, info.properties.dtype
+                )
+            if offset is None:
+                return []
+            window = Window(tuple(info.size), tuple(chunk.offsets))
+            box = Box(0, sizes, contiguous_strides(sizes), window.index_offset, window.index_strides)
+            parts.append(Part(self._stored[where.relative_path], where.offset + offset, box))
+        return parts
 
     def read(self, name: str, target: torch.Tensor | None) -> torch.Tensor:
         (stored,) = self._parts[name]
@@ -309,6 +344,19 @@ def _check_inside(names: Iterable[str]) -> None:
     for name in names:
         if PurePath(name).anchor or ".." in PurePath(name).parts:
             raise ValueError(f"it names a file outside of its directory, {name!r}")
+
+
+def _offset_within(view: Any, sizes: tuple[int, ...], dtype: torch.dtype) -> int | None:
+    """Where the values of the tensor that a torch file holds begin in it; None if they are not there in order."""
+    with torch.serialization.skip_data():
+        tensor = torch.load(view, map_location="cpu", weights_only=True)
+    view.seek(0)
+    records: Any = torch._C.PyTorchFileReader(view)
+    swapped = records.has_record("byteorder") and records.get_record("byteorder").decode() != sys.byteorder
+    if swapped or (tuple(tensor.shape), tensor.dtype) != (sizes, dtype) or not tensor.is_contiguous():
+        return None
+    offset: int = records.get_record_offset("data/0") + tensor.storage_offset() * dtype.itemsize
+    return offset
 
 
 def _shard(mapped: torch.Tensor, target: DTensor) -> torch.Tensor:
@@ -413,10 +461,13 @@ class Checkpoint:
             self._open.close()
         self._open, self._touched = None, 0
 
-    def place(self, name: str) -> tuple[StoredFile, int] | None:
-        """The file, and from which byte on the tensor lies there, in row-major order; None if it does not."""
-        offset = self.tensors[name].offset
-        return None if offset is None else (self._file_of[name].stored, offset)
+    def parts(self, name: str) -> list[Part]:
+        """What a tensor consists of; nothing if it is stored in another way than as ranges of bytes."""
+        file, info = self._file_of[name], self.tensors[name]
+        if isinstance(file, _Distributed):
+            found: list[Part] = self._guarded(lambda: file.parts(name), name)
+            return found
+        return [] if info.offset is None else [Part(file.stored, info.offset, flat_box(0, math.prod(info.shape)))]
 
     def read(self, name: str, target: torch.Tensor | None = None) -> torch.Tensor:
         """One tensor, on the CPU, and this rank's shard of it if the target is a DTensor.

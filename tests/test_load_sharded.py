@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from models import same_bits
 from ranks import Ranks, cases, distributions, on_every_rank
@@ -16,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import fastinit
 from fastinit import CheckpointError
+from fastinit.checkpoint_files import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +120,36 @@ def test_tensor_parallelism_is_loaded_and_what_does_not_fit_is_refused_on_the_ra
     state["2.down.weight"][:, 900] = 1e6
     save_file(state, folder / "large.safetensors")
     ranks.run(load_with_tensor_parallelism, folder / "tp.safetensors", world=2)
+
+
+def save_from_fsdp2(path):
+    mesh = init_device_mesh("cpu", (2,))
+    model = made(2)
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    dcp.save(model.state_dict(), checkpoint_id=path)
+
+
+def load_on_another_mesh(path):
+    mesh = init_device_mesh("cpu", (2,))
+    models = [made(1), made(1)]
+    fully_shard(models[0], mesh=mesh)
+    for block in models[1]:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    state = made(2).bfloat16().state_dict()
+    for model in models:
+        fastinit.load(model.bfloat16(), path, progress=False)
+        for name, tensor in model.state_dict().items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            assert same_bits(whole, state[name].to(tensor.dtype)), name
+
+
+def test_a_distributed_checkpoint_is_streamed_chunk_by_chunk_onto_any_mesh(ranks, folder):
+    path = folder / "from_fsdp2"
+    ranks.run(save_from_fsdp2, path, world=2)
+    checkpoint = Checkpoint(path)
+    assert len(checkpoint.parts("0.up.weight")) == 2
+    ranks.run(load_on_another_mesh, path, world=2)
+    model = fastinit.load(lambda: made(1), path, "cpu", "bf16", progress=False)
+    for name, tensor in made(2).state_dict().items():
+        assert same_bits(model.state_dict()[name], tensor.to(model.state_dict()[name].dtype)), name

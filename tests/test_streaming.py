@@ -7,12 +7,14 @@ import zipfile
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
 
 import fastinit
 from fastinit import load, streaming
 from fastinit.checkpoint_files import Checkpoint
+from fastinit.layout import numel
 from fastinit.streaming import StoredFile, Transfer, stream
 
 CHUNK = streaming._CHUNK_BYTES
@@ -204,9 +206,11 @@ def stored():
 def assert_in_place(path, expected, streamed):
     """Fail unless a checkpoint says of these tensors, and no others, where they lie, and is right."""
     checkpoint = Checkpoint(path)
-    assert {name for name in checkpoint.tensors if checkpoint.place(name) is not None} == streamed
+    parts = {name: checkpoint.parts(name) for name in checkpoint.tensors}
+    assert {name for name in parts if parts[name]} == streamed
     for name in streamed:
-        file, offset = checkpoint.place(name)
+        ((file, offset, box),) = parts[name]
+        assert box.is_run and numel(box.sizes) == expected[name].numel()
         content = file.path.read_bytes()[offset : offset + expected[name].nbytes]
         assert content == bytes(expected[name].contiguous().flatten().view(torch.uint8).tolist())
 
@@ -222,6 +226,13 @@ def test_tensors_of_a_torch_file_are_found_if_they_lie_in_order(tmp_path, wrap):
     state = stored()
     torch.save(wrap(state), tmp_path / "model.pt")
     assert_in_place(tmp_path / "model.pt", state, state.keys() - {"transposed", "empty"})
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_tensors_of_a_distributed_checkpoint_are_found_if_they_lie_in_order(tmp_path):
+    state = stored()
+    dcp.save(state, checkpoint_id=tmp_path / "dcp")
+    assert_in_place(tmp_path / "dcp", state, state.keys() - {"transposed"})
 
 
 def test_a_torch_file_of_another_byte_order_is_not_streamed(tmp_path):
