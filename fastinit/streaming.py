@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -26,8 +27,8 @@ _READERS = 16
 _CHUNK_BYTES = 8 << 20
 # What the CPU converts is best still in its cache. These buffers are 32 MiB.
 _CONVERTED_BYTES = 2 << 20
-# A GPU converts from memory of its own, of which each reader has so much: 32 MiB in all.
-_STAGING_BYTES = 2 << 20
+# What a GPU converts lies in memory of its own first, for much less time than it takes to read: so few chunks, 32 MiB.
+_STAGED_CHUNKS = 4
 # torch copies fewer elements than 32,768 on the thread that asks for it. More would have every reader keep threads of
 # its own for that.
 _SERIAL = 32_767
@@ -82,6 +83,13 @@ class _Piece(NamedTuple):
     dtype: torch.dtype
     target: torch.Tensor
 
+    @property
+    def nbytes(self) -> int:
+        return self.target.numel() * self.dtype.itemsize
+
+    def values_in(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer[self.position : self.position + self.nbytes].view(self.dtype)
+
 
 @dataclass(slots=True)
 class _Chunk:
@@ -128,10 +136,10 @@ def _chunks(transfers: Iterable[Transfer]) -> Iterator[_Chunk]:
 
 
 class _Lane(NamedTuple):
-    """What a reader has of a GPU: a stream, and memory for values that are to be converted."""
+    """What a reader has of a GPU: a stream, and a share in memory for chunks that are to be converted."""
 
     stream: torch.cuda.Stream
-    staging: torch.Tensor
+    staging: SimpleQueue[torch.Tensor]
 
 
 class _Reader:
@@ -153,9 +161,10 @@ class _Reader:
                 elif chunk.is_direct:
                     self._read(chunk, chunk.pieces[0].target)
                 else:
-                    for target, values in self._read_buffered(chunk):
-                        torch._foreach_copy_(target.split(_SERIAL), values.split(_SERIAL))
-                self.done += sum(piece.target.numel() * piece.dtype.itemsize for piece in chunk.pieces)
+                    buffer = self._read_buffered(chunk)
+                    for piece in chunk.pieces:
+                        torch._foreach_copy_(piece.target.split(_SERIAL), piece.values_in(buffer).split(_SERIAL))
+                self.done += sum(piece.nbytes for piece in chunk.pieces)
         finally:
             if self._file is not None:
                 self._file.close()
@@ -176,35 +185,32 @@ class _Reader:
                 raise OSError(f"{str(chunk.file.path)!r} ends at byte {chunk.offset + done} while it is being read")
             done += count
 
-    def _read_buffered(self, chunk: _Chunk, pinned: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Read a chunk into a buffer: each target with its values there."""
+    def _read_buffered(self, chunk: _Chunk, pinned: bool = False) -> torch.Tensor:
+        """Read a chunk into a buffer."""
         buffer = self._buffers.get(pinned)
         if buffer is None:
             nbytes = _CHUNK_BYTES if pinned else _CONVERTED_BYTES
             buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
             self._buffers[pinned] = buffer
         self._read(chunk, buffer)
-        return [
-            (target, buffer[position : position + target.numel() * dtype.itemsize].view(dtype))
-            for position, dtype, target in chunk.pieces
-        ]
+        return buffer
 
     def _carry_to_gpu(self, chunk: _Chunk) -> None:
         stream, staging = self._lanes[chunk.device]
-        torch.cuda.set_stream(stream)  # of this thread
-        values_of = self._read_buffered(chunk, pinned=True)
+        torch.cuda.set_stream(stream)  # of this thread; pinned memory is of its device, too
+        buffer = self._read_buffered(chunk, pinned=True)
+        # First as it is, if anything is to be converted: torch would do that on the CPU, and then copy.
+        staged = staging.get() if any(piece.dtype != piece.target.dtype for piece in chunk.pieces) else None
         try:
-            for target, values in values_of:
-                if target.dtype == values.dtype:
-                    target.copy_(values, non_blocking=True)
-                    continue
-                # First as they are: torch would convert them on the CPU, and then copy.
-                elements = staging.view(values.dtype)
-                for part, converted in zip(values.split(len(elements)), target.split(len(elements)), strict=True):
-                    converted.copy_(elements[: len(part)].copy_(part, non_blocking=True))
+            if staged is not None:
+                buffer = staged[: chunk.nbytes].copy_(buffer[: chunk.nbytes], non_blocking=True)
+            for piece in chunk.pieces:
+                piece.target.copy_(piece.values_in(buffer), non_blocking=True)
         finally:
-            # Then the buffer may be read into, and the memory of the targets be used for something else.
+            # Then the buffers may be used again, and the memory of the targets for something else.
             stream.synchronize()
+            if staged is not None:
+                staging.put(staged)
 
 
 def _next(chunks: deque[_Chunk]) -> _Chunk | None:
@@ -220,10 +226,12 @@ def _readers(transfers: Sequence[Transfer], count: int) -> list[_Reader]:
     for device in {transfer.target.device for transfer in transfers if transfer.target.is_cuda}:
         current = torch.cuda.current_stream(device)
         converts = any(each.target.dtype != each.dtype for each in transfers if each.target.device == device)
+        staging: SimpleQueue[torch.Tensor] = SimpleQueue()
         # One piece of memory of the current stream, which is of use to others later.
-        staging = torch.empty((count, _STAGING_BYTES if converts else 0), dtype=torch.uint8, device=device)
-        for lane, part in zip(lanes, staging, strict=True):
-            lane[device] = _Lane(torch.cuda.Stream(device), part)
+        for part in torch.empty((_STAGED_CHUNKS if converts else 0, _CHUNK_BYTES), dtype=torch.uint8, device=device):
+            staging.put(part)
+        for lane in lanes:
+            lane[device] = _Lane(torch.cuda.Stream(device), staging)
             lane[device].stream.wait_stream(current)
     return [_Reader(lane) for lane in lanes]
 
