@@ -44,7 +44,7 @@ class StoredFile(NamedTuple):
     """A file as it was when its metadata was read."""
 
     path: Path
-    version: tuple[int, ...]
+    version: tuple[int, int]
 
     @staticmethod
     def at(path: Path) -> StoredFile:
@@ -56,8 +56,9 @@ class StoredFile(NamedTuple):
             raise OSError(f"{str(self.path)!r} has changed since its metadata was read")
 
 
-def _version(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+def _version(status: os.stat_result) -> tuple[int, int]:
+    # Not its inode: overlay file systems may tell another one for an open file than for its path.
+    return status.st_size, status.st_mtime_ns
 
 
 class Transfer(NamedTuple):
