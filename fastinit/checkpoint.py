@@ -32,9 +32,11 @@ from torch.utils._pytree import tree_map
 
 from .checkpoint_files import Checkpoint, CheckpointError
 from .context import _readable, on
+from .execution import reserve
 from .layout import compose, flat_box, numel
 from .materialization import initialize
 from .record.tensors import Placeholder, modes_off, new_memory, take_memory
+from .record.unwritten import Unwritten, memory_to_write, wrote
 from .sharding import is_dtensor, local_boxes, local_tensor
 from .streaming import Transfer, stream
 
@@ -200,7 +202,7 @@ class _Stored(torch.Tensor):
 
     def streamed_to(self, target: torch.Tensor) -> _Streamed | None:
         """The same as ranges of a file; None if that is not what it is, or files cannot be streamed into the target."""
-        local = local_tensor(target) if is_dtensor(target) else target
+        local = _local(target)
         boxes = local_boxes(target) if is_dtensor(target) else [flat_box(0, self.numel())]
         parts = self._checkpoint.parts(self.key)
         runs = [(part, run) for part in parts for box in boxes for run in compose(part.box, box)]
@@ -437,8 +439,7 @@ class _Loading:
         for copy in self.copies:
             narrows = _narrows(copy)
             if id(copy) in streamed:
-                if type(copy.target) is Placeholder:
-                    take_memory(copy.target, streamed[id(copy)].memory)
+                _give(_local(copy.target), streamed[id(copy)].memory)
                 if check and narrows:
                     self._refuse_lost(copy, partial(copy.source.read, copy.target), copy.target)  # type: ignore[attr-defined]
             elif write or narrows:
@@ -449,6 +450,7 @@ class _Loading:
     def _streamed(self) -> dict[int, _Streamed]:
         """What can be streamed, by the copy's id. What shares memory with anything else is copied in its order."""
         users = Counter(_extent(copy.target)[0] for copy in self.copies)
+        _reserve([_local(copy.target) for copy in self.copies])
         streamed = {}
         for copy in self.copies:
             if isinstance(copy.source, _Stored) and users[_extent(copy.target)[0]] == 1:
@@ -558,13 +560,39 @@ def _memory(tensor: torch.Tensor) -> torch.Tensor | None:
         return None
     if type(tensor) is Placeholder:
         return new_memory(tensor)
-    ordinary = _is_plain(tensor) and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
-    return tensor.detach() if ordinary and tensor.is_contiguous() else None
+    if type(tensor) is Unwritten:
+        memory = memory_to_write(tensor)
+    else:
+        ordinary = _is_plain(tensor) and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
+        memory = tensor.detach() if ordinary else None
+    return memory if memory is not None and memory.is_contiguous() else None
+
+
+def _give(tensor: torch.Tensor, memory: torch.Tensor) -> None:
+    """Let a tensor without values have `_memory` of it, which has been written."""
+    if type(tensor) is Placeholder:
+        take_memory(tensor, memory)
+    elif type(tensor) is Unwritten:
+        wrote(tensor)
+
+
+def _reserve(tensors: list[torch.Tensor]) -> None:
+    """Make room at once for what will get memory."""
+    sizes: dict[torch.device, list[int]] = {}
+    for tensor in tensors:
+        if type(tensor) is Unwritten:
+            sizes.setdefault(tensor.device, []).append(tensor.nbytes)
+    for device, each in sizes.items():
+        reserve(each, device)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return local_tensor(tensor) if is_dtensor(tensor) else tensor
 
 
 def _read_bytes(copy: _Copy) -> int:
     """What this process reads for a copy."""
-    elements = local_tensor(copy.target).numel() if is_dtensor(copy.target) else copy.source.numel()
+    elements = _local(copy.target).numel() if is_dtensor(copy.target) else copy.source.numel()
     return elements * copy.source.dtype.itemsize
 
 

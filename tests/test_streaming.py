@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fastinit
-from fastinit import load, streaming
+from fastinit import checkpoint, load, streaming
 from fastinit.checkpoint_files import Checkpoint
 from fastinit.layout import numel
 from fastinit.streaming import StoredFile, Transfer, stream
@@ -205,8 +205,8 @@ def stored():
 
 def assert_in_place(path, expected, streamed):
     """Fail unless a checkpoint says of these tensors, and no others, where they lie, and is right."""
-    checkpoint = Checkpoint(path)
-    parts = {name: checkpoint.parts(name) for name in checkpoint.tensors}
+    found = Checkpoint(path)
+    parts = {name: found.parts(name) for name in found.tensors}
     assert {name for name in parts if parts[name]} == streamed
     for name in streamed:
         ((file, offset, box),) = parts[name]
@@ -304,3 +304,25 @@ def test_a_load_inside_of_a_block_that_fails_leaves_what_is_recorded(tmp_path, m
             load(model, tmp_path / "x.safetensors", progress=False)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected.state_dict()[name].bfloat16()), name
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt", "dcp"])
+def test_all_of_a_model_that_is_created_here_is_streamed(tmp_path, monkeypatch, name):
+    state = {key: tensor.contiguous() for key, tensor in layers().state_dict().items()}
+    path = tmp_path / name
+    if name == "dcp":
+        dcp.save(state, checkpoint_id=path)
+    else:
+        {"model.safetensors": save_file, "model.pt": torch.save}[name](state, path)
+    streamed = []
+
+    def noted(transfers, advance):
+        streamed.extend(transfers)
+        stream(transfers, advance)
+
+    monkeypatch.setattr(checkpoint, "stream", noted)
+    model = load(layers, path, "cpu", "bf16", progress=False)
+    assert sum(each.target.numel() for each in streamed) == sum(tensor.numel() for tensor in state.values())
+    assert all(torch.equal(model.state_dict()[key], tensor.bfloat16()) for key, tensor in state.items())
+    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())

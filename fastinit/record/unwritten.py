@@ -408,6 +408,19 @@ def move(rest: Rest, device: torch.device) -> None:
             _exchange(tensor, _made(rest, region_of(tensor)))
 
 
+def memory_to_write(tensor: Unwritten) -> torch.Tensor | None:
+    """Memory for somebody to write whole, by other means than torch's operators, and to call `wrote`; None on meta."""
+    with lock, modes_off():
+        rest = tensor._record
+        return None if rest.device.type == "meta" else view_of(rest.with_memory(), tensor._region)
+
+
+def wrote(tensor: Unwritten) -> None:
+    """Note that all of a tensor's memory is written."""
+    with lock, modes_off(), torch.no_grad():
+        tensor._record.wrote(tensor._region)
+
+
 def remake(tensor: torch.Tensor) -> None:
     """Let a wrapper subclass be what it holds now: on another device, say."""
     names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
