@@ -4,6 +4,7 @@
 # make fuzz      20,000 random programs against an eager reference; ARGS="--programs 1000 --seed 7"
 # make sanitize  the native module under AddressSanitizer and UBSan: its own tests, windows, the recorder, random programs
 # make coverage  the test suite, and which lines of the package it runs: at least 95 % of them
+# make lint      ruff, mypy, clang-format and cppcheck; `make format` rewrites what ruff and clang-format would
 #
 # All make a virtual environment in the checkout first, and need Python >= 3.10 with its headers and a C++ compiler: cmake, ninja
 # and all the rest come from pip. The CUDA half is built if nvcc is found (setup.py tells how to steer that).
@@ -13,9 +14,11 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 BUILD_TOOLS := $(VENV)/.build-tools
+LINTERS := $(VENV)/.linters
 BUILD_INPUTS := setup.py pyproject.toml requirements-dev.txt CMakeLists.txt $(shell find csrc -type f)
+CXX_SOURCES := $(shell find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test test-slow zoo fuzz sanitize coverage bench build lint clean
+.PHONY: demo test test-slow zoo fuzz sanitize coverage bench build lint format clean
 
 demo: $(INSTALLED)
 	$(PY) -m fastinit demo $(ARGS)
@@ -52,12 +55,17 @@ bench: $(INSTALLED)
 build: $(BUILD_TOOLS)
 	$(PY) setup.py build_ext --inplace
 
-lint: $(INSTALLED)
-	$(PY) -m pip install --quiet -r requirements-dev.txt -e ".[lint]"
+lint: $(LINTERS)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(VENV)/bin/cppcheck --quiet --error-exitcode=1 --std=c++17 --language=c++ --enable=warning,performance,portability \
 	    --inline-suppr --suppress=missingIncludeSystem --suppress=uninitMemberVarNoCtor -I csrc csrc
+
+format: $(LINTERS)
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
 $(INSTALLED): $(BUILD_INPUTS) | $(PY)
 	$(PY) -m pip install -r requirements-dev.txt -e ".[demo,test]"
@@ -66,6 +74,10 @@ $(INSTALLED): $(BUILD_INPUTS) | $(PY)
 # What setup.py needs to run outside of pip's isolation. A stamp and not the tools themselves, some of which come with others.
 $(BUILD_TOOLS): pyproject.toml requirements-dev.txt | $(PY)
 	$(PY) -m pip install -r requirements-dev.txt pybind11 cmake ninja
+	touch $@
+
+$(LINTERS): pyproject.toml requirements-dev.txt | $(INSTALLED)
+	$(PY) -m pip install -r requirements-dev.txt -e ".[lint]"
 	touch $@
 
 $(PY):

@@ -85,6 +85,19 @@ def setup():
     return module
 
 
+def test_the_page_on_an_index_links_to_no_file_that_is_not_there(setup):
+    page = setup.index_page((ROOT / "README.md").read_text())
+    assert re.findall(r"\]\((?!https:)[^)]*\)|<!--", page) == []
+    assert "What is guaranteed names the tests" in page and "pip install ." in page
+
+
+def test_scripts_that_pages_run_exist():
+    folders = (".", "docs", "examples", "benchmarks", "benchmarks/results")
+    pages = [page for folder in folders for page in (ROOT / folder).glob("*.md")]
+    named = {(page.name, script) for page in pages for script in re.findall(r"python ([\w/]+\.py)", page.read_text())}
+    assert named and [each for each in named if not (ROOT / each[1]).is_file()] == []
+
+
 def executable(path: Path, script: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("#!/bin/sh\n" + script)
