@@ -5,6 +5,7 @@
 # make sanitize  the native module under AddressSanitizer and UBSan: its own tests, windows, the recorder, random programs
 # make coverage  the test suite, and which lines of the package it runs: at least 95 % of them
 # make lint      ruff, mypy, clang-format and cppcheck; `make format` rewrites what ruff and clang-format would
+# make wheels    sdist, and a wheel for each Python of this machine, each tried where there is no compiler; ARGS="python3.12" for one
 #
 # All make a virtual environment in the checkout first, and need Python >= 3.10 with its headers and a C++ compiler: cmake, ninja
 # and all the rest come from pip. The CUDA half is built if nvcc is found (setup.py tells how to steer that).
@@ -14,11 +15,11 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 BUILD_TOOLS := $(VENV)/.build-tools
-LINTERS := $(VENV)/.linters
+TOOLS := $(VENV)/.tools
 BUILD_INPUTS := setup.py pyproject.toml requirements-dev.txt CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test test-slow zoo fuzz sanitize coverage bench build lint format clean
+.PHONY: demo test test-slow zoo fuzz sanitize coverage wheels bench build lint format clean
 
 demo: $(INSTALLED)
 	$(PY) -m fastinit demo $(ARGS)
@@ -48,6 +49,9 @@ coverage: $(INSTALLED)
 	$(PY) -m pip install --quiet -e ".[coverage]"
 	$(PY) -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 $(ARGS)
 
+wheels: $(TOOLS)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tools/wheels.py $(ARGS)
+
 bench: $(INSTALLED)
 	$(PY) -m fastinit bench --out bench-out $(ARGS)
 
@@ -55,7 +59,7 @@ bench: $(INSTALLED)
 build: $(BUILD_TOOLS)
 	$(PY) setup.py build_ext --inplace
 
-lint: $(LINTERS)
+lint: $(INSTALLED) $(TOOLS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
@@ -63,7 +67,7 @@ lint: $(LINTERS)
 	$(VENV)/bin/cppcheck --quiet --error-exitcode=1 --std=c++17 --language=c++ --enable=warning,performance,portability \
 	    --inline-suppr --suppress=missingIncludeSystem --suppress=uninitMemberVarNoCtor -I csrc csrc
 
-format: $(LINTERS)
+format: $(TOOLS)
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
@@ -76,8 +80,8 @@ $(BUILD_TOOLS): pyproject.toml requirements-dev.txt | $(PY)
 	$(PY) -m pip install -r requirements-dev.txt pybind11 cmake ninja
 	touch $@
 
-$(LINTERS): pyproject.toml requirements-dev.txt | $(INSTALLED)
-	$(PY) -m pip install -r requirements-dev.txt -e ".[lint]"
+$(TOOLS): tools/requirements.txt requirements-dev.txt | $(PY)
+	$(PY) -m pip install -r requirements-dev.txt -r tools/requirements.txt
 	touch $@
 
 $(PY):
