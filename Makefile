@@ -1,5 +1,6 @@
 # make demo      the main job on whatever this machine has
 # make test      the test suite (also on a machine without a GPU)
+# make test-versions  the core of it with each Python of this machine, from the oldest torch to the newest; ARGS="3.10 3.12" for these
 # make zoo       every architecture of transformers and module of torch.nn, by torch and by fastinit; writes docs/conformance.md
 # make fuzz      20,000 random programs against an eager reference; ARGS="--programs 1000 --seed 7"
 # make sanitize  the native module under AddressSanitizer and UBSan: its own tests, windows, the recorder, random programs
@@ -19,7 +20,7 @@ TOOLS := $(VENV)/.tools
 BUILD_INPUTS := setup.py pyproject.toml requirements-dev.txt CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test test-slow zoo fuzz sanitize coverage wheels bench build lint format clean
+.PHONY: demo test test-slow test-versions zoo fuzz sanitize coverage wheels bench build lint format clean
 
 demo: $(INSTALLED)
 	$(PY) -m fastinit demo $(ARGS)
@@ -51,6 +52,9 @@ coverage: $(INSTALLED)
 
 wheels: $(TOOLS)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tools/wheels.py $(ARGS)
+
+test-versions:
+	$(PYTHON) tools/test_versions.py $(ARGS)
 
 bench: $(INSTALLED)
 	$(PY) -m fastinit bench --out bench-out $(ARGS)
