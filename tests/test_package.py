@@ -41,6 +41,19 @@ def test_import_starts_neither_cuda_nor_threads():
     assert python("-c", program).stdout.split() == ["False", "1", "True"]
 
 
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_import_and_a_block_ask_nothing_of_other_systems_that_they_lack(system):
+    program = (
+        "import sys, torch\n"
+        f"sys.platform = {system!r}\n"
+        "if sys.platform == 'win32': sys.modules['resource'] = None\n"
+        "import fastinit, fastinit.__main__\n"
+        "with fastinit.on('cpu', 'bf16') as block: model = torch.nn.Linear(2, 2)\n"
+        "print(model.weight.dtype, block.peak_memory < 2**34)"
+    )
+    assert python("-c", program).stdout.split() == ["torch.bfloat16", "True"]
+
+
 def test_version_is_written_in_one_place_and_well_formed():
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|rc\d+)?", fastinit.__version__)
     assert fastinit.__version__ not in (ROOT / "pyproject.toml").read_text() + (ROOT / "setup.py").read_text()

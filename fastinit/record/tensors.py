@@ -380,7 +380,7 @@ def _wrap_and_swap(tensor: torch.Tensor, real: torch.Tensor) -> None:
     torch._C._swap_tensor_impl(tensor, real)
 
 
-swap_impl = torch._C._swap_tensor_impl if torch.__version__ >= (2, 10) else _wrap_and_swap
+swap_impl = torch._C._swap_tensor_impl if torch.__version__ >= (2, 10) else _wrap_and_swap  # type: ignore[operator]
 
 
 def become_real(tensor: torch.Tensor) -> None:
