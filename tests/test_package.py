@@ -33,6 +33,24 @@ def test_import_loads_torch_and_no_other_heavy_package():
     assert python("-c", program).stdout.strip() == "['fastinit']"
 
 
+def test_modules_for_frameworks_load_when_they_are_named():
+    program = (
+        "import sys, fastinit\n"
+        "names = ['accelerate', 'deepspeed', 'lightning']\n"
+        "print([f'fastinit.{name}' in sys.modules for name in names])\n"
+        "print([getattr(fastinit, name).__name__ for name in names])\n"
+        "from fastinit import lightning; print(lightning.enable.__name__, hasattr(fastinit, 'transformers'))"
+    )
+    lines = python("-c", program).stdout.splitlines()
+    assert lines[0] == "[False, False, False]"
+    assert lines[1] == "['fastinit.accelerate', 'fastinit.deepspeed', 'fastinit.lightning']"
+    assert lines[2] == "enable False"
+
+
+def test_dir_shows_the_public_names_alone():
+    assert dir(fastinit) == sorted(fastinit.__all__)
+
+
 def test_import_starts_neither_cuda_nor_threads():
     program = (
         "import threading, torch, fastinit\n"
@@ -75,6 +93,11 @@ def test_native_module_links_no_torch():
     loaded = Path(sys.modules["fastinit._native"].__file__).read_bytes()
     for library in (b"libtorch", b"libc10", b"libcudart.so"):
         assert library not in loaded
+
+
+def test_the_command_fastinit_is_the_module_that_python_runs():
+    scripts = re.search(r"\[project.scripts\]\nfastinit = \"([\w.]+):(\w+)\"\n", (ROOT / "pyproject.toml").read_text())
+    assert callable(getattr(importlib.import_module(scripts[1]), scripts[2]))
 
 
 def test_built_package_carries_types_and_commands(tmp_path):
