@@ -1,9 +1,12 @@
 # make demo      the main job on whatever this machine has
 # make test      the test suite (also on a machine without a GPU)
+# make test-versions  the core of it with each Python of this machine, from the oldest torch to the newest; ARGS="3.10 3.12" for these
 # make zoo       every architecture of transformers and module of torch.nn, by torch and by fastinit; writes docs/conformance.md
 # make fuzz      20,000 random programs against an eager reference; ARGS="--programs 1000 --seed 7"
 # make sanitize  the native module under AddressSanitizer and UBSan: its own tests, windows, the recorder, random programs
 # make coverage  the test suite, and which lines of the package it runs: at least 95 % of them
+# make lint      ruff, mypy, clang-format and cppcheck; `make format` rewrites what ruff and clang-format would
+# make wheels    sdist, and a wheel for each Python of this machine, each tried where there is no compiler; ARGS="python3.12" for one
 #
 # All make a virtual environment in the checkout first, and need Python >= 3.10 with its headers and a C++ compiler: cmake, ninja
 # and all the rest come from pip. The CUDA half is built if nvcc is found (setup.py tells how to steer that).
@@ -13,9 +16,11 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 BUILD_TOOLS := $(VENV)/.build-tools
+TOOLS := $(VENV)/.tools
 BUILD_INPUTS := setup.py pyproject.toml requirements-dev.txt CMakeLists.txt $(shell find csrc -type f)
+CXX_SOURCES := $(shell find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test test-slow zoo fuzz sanitize coverage bench build lint clean
+.PHONY: demo test test-slow test-versions zoo fuzz sanitize coverage wheels bench build lint format clean
 
 demo: $(INSTALLED)
 	$(PY) -m fastinit demo $(ARGS)
@@ -45,6 +50,12 @@ coverage: $(INSTALLED)
 	$(PY) -m pip install --quiet -e ".[coverage]"
 	$(PY) -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 $(ARGS)
 
+wheels: $(TOOLS)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tools/wheels.py $(ARGS)
+
+test-versions:
+	$(PYTHON) tools/test_versions.py $(ARGS)
+
 bench: $(INSTALLED)
 	$(PY) -m fastinit bench --out bench-out $(ARGS)
 
@@ -52,12 +63,17 @@ bench: $(INSTALLED)
 build: $(BUILD_TOOLS)
 	$(PY) setup.py build_ext --inplace
 
-lint: $(INSTALLED)
-	$(PY) -m pip install --quiet -r requirements-dev.txt -e ".[lint]"
+lint: $(INSTALLED) $(TOOLS)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(VENV)/bin/cppcheck --quiet --error-exitcode=1 --std=c++17 --language=c++ --enable=warning,performance,portability \
 	    --inline-suppr --suppress=missingIncludeSystem --suppress=uninitMemberVarNoCtor -I csrc csrc
+
+format: $(TOOLS)
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
 $(INSTALLED): $(BUILD_INPUTS) | $(PY)
 	$(PY) -m pip install -r requirements-dev.txt -e ".[demo,test]"
@@ -66,6 +82,10 @@ $(INSTALLED): $(BUILD_INPUTS) | $(PY)
 # What setup.py needs to run outside of pip's isolation. A stamp and not the tools themselves, some of which come with others.
 $(BUILD_TOOLS): pyproject.toml requirements-dev.txt | $(PY)
 	$(PY) -m pip install -r requirements-dev.txt pybind11 cmake ninja
+	touch $@
+
+$(TOOLS): tools/requirements.txt requirements-dev.txt | $(PY)
+	$(PY) -m pip install -r requirements-dev.txt -r tools/requirements.txt
 	touch $@
 
 $(PY):

@@ -206,9 +206,23 @@ class CMakeBuild(build_ext):
             raise BuildError("the native module did not build; the reason is above (with pip: `pip install -v .`)")
 
 
+def index_page(readme):
+    """The README as a package index shows it, where the repository's files are not: without comments, and without the
+    links to files and their pictures. docs/ is in the source distribution."""
+    page = re.sub(r"<!--.*?-->\n*", "", readme, flags=re.DOTALL)
+    page = re.sub(r"^!\[[^\]]*\]\((?!https:)[^)]*\)\n+", "", page, flags=re.MULTILINE)
+    return re.sub(r"\[([^\]]*)\]\((?!https:)([^)]*)\)", r"\1", page)
+
+
 def main():
+    readme = Path(__file__).resolve().parent / "README.md"
     try:
-        setup(ext_modules=[Extension("fastinit._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+        setup(
+            ext_modules=[Extension("fastinit._native", sources=[])],
+            cmdclass={"build_ext": CMakeBuild},
+            long_description=index_page(readme.read_text(encoding="utf-8")),
+            long_description_content_type="text/markdown",
+        )
     except BuildError as error:
         raise SystemExit(f"\nfastinit: {error}\n") from None
 

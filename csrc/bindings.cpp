@@ -60,8 +60,7 @@ void add_whole(Batch& batch, const py::int_& data_ptr, int64_t numel, int64_t dt
                const std::vector<double>& parameters, const py::int_& seed, const py::int_& stream,
                const PythonSteps& steps) {
     if (numel < 0) detail::refuse("numel", std::to_string(numel), "it must not be negative");
-    append(batch, data_ptr, dtype, kind, parameters, seed, stream, steps,
-           whole_tensor(static_cast<uint64_t>(numel)));
+    append(batch, data_ptr, dtype, kind, parameters, seed, stream, steps, whole_tensor(static_cast<uint64_t>(numel)));
 }
 
 void add_region(Batch& batch, const py::int_& data_ptr, int64_t dtype, int64_t kind,
@@ -157,9 +156,9 @@ PYBIND11_MODULE(_native, m) {
         .def(py::init<>())
         .def("add", &add_whole, py::arg("data_ptr"), py::arg("numel"), py::arg("dtype"), py::arg("kind"),
              py::arg("parameters"), py::arg("seed"), py::arg("stream"), py::arg("steps") = PythonSteps{})
-        .def("add_region", &add_region, py::arg("data_ptr"), py::arg("dtype"), py::arg("kind"),
-             py::arg("parameters"), py::arg("seed"), py::arg("stream"), py::arg("steps"), py::arg("index_offset"),
-             py::arg("sizes"), py::arg("index_strides"), py::arg("memory_strides"))
+        .def("add_region", &add_region, py::arg("data_ptr"), py::arg("dtype"), py::arg("kind"), py::arg("parameters"),
+             py::arg("seed"), py::arg("stream"), py::arg("steps"), py::arg("index_offset"), py::arg("sizes"),
+             py::arg("index_strides"), py::arg("memory_strides"))
         .def("__len__", &Batch::size)
         .def_property_readonly("elements", &Batch::elements)
         .def("run_cpu", &run_cpu, py::arg("threads"), py::arg("isa") = py::none())

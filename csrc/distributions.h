@@ -170,14 +170,10 @@ FASTINIT_HOST_DEVICE float truncated_normal_value(const Distribution& d, uint32_
 
 FASTINIT_HOST_DEVICE float distribution_value(const Distribution& d, uint32_t w, const float (*rows)[4]) {
     switch (d.kind) {
-        case Kind::uniform:
-            return uniform_value(d, w);
-        case Kind::normal:
-            return normal_value(d, w, rows);
-        case Kind::truncated_normal:
-            return truncated_normal_value(d, w, rows);
-        default:
-            return d.location;
+        case Kind::uniform: return uniform_value(d, w);
+        case Kind::normal: return normal_value(d, w, rows);
+        case Kind::truncated_normal: return truncated_normal_value(d, w, rows);
+        default: return d.location;
     }
 }
 
@@ -221,16 +217,11 @@ FASTINIT_HOST_DEVICE float erfinv(float x) {
 
 FASTINIT_HOST_DEVICE float apply_step(const Step& step, float x) {
     switch (step.op) {
-        case StepOp::multiply:
-            return multiply(x, step.a);
-        case StepOp::add:
-            return add(x, step.a);
-        case StepOp::divide:
-            return divide(x, step.a);
-        case StepOp::erfinv:
-            return erfinv(x);
-        default:
-            return at_most(at_least(x, step.a), step.b);
+        case StepOp::multiply: return multiply(x, step.a);
+        case StepOp::add: return add(x, step.a);
+        case StepOp::divide: return divide(x, step.a);
+        case StepOp::erfinv: return erfinv(x);
+        default: return at_most(at_least(x, step.a), step.b);
     }
 }
 
@@ -253,7 +244,7 @@ FASTINIT_HOST_DEVICE uint16_t float16_bits(float x) {
     } else if (magnitude >= 0x38800000u) {  // 2^-14: normal in float16
         half = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
     } else if (magnitude > 0x33000000u) {  // above 2^-25, which ties to zero
-        const uint32_t shift = 126u - (magnitude >> 23);  // 14 to 24
+        const uint32_t shift = 126u - (magnitude >> 23);
         const uint32_t mantissa = (magnitude & 0x007FFFFFu) | 0x00800000u;
         const uint32_t rest = mantissa & ((1u << shift) - 1u);
         const uint32_t tie = 1u << (shift - 1u);

@@ -201,9 +201,7 @@ inline Distribution make_distribution(int64_t kind, const std::vector<double>& p
     Distribution d{};
     d.kind = static_cast<Kind>(kind);
     switch (d.kind) {
-        case Kind::constant:
-            d.location = static_cast<float>(p[0]);
-            break;
+        case Kind::constant: d.location = static_cast<float>(p[0]); break;
         case Kind::uniform:
             if (p[1] < p[0])
                 detail::refuse("high", detail::text(p[1]), "it must not be below low, " + detail::text(p[0]));
@@ -235,8 +233,7 @@ inline Distribution make_distribution(int64_t kind, const std::vector<double>& p
 
 inline Step make_step(int64_t op, double a, double b) {
     if (op < 0 || op > 4)
-        detail::refuse("step", std::to_string(op),
-                       "choose 0 (multiply), 1 (add), 2 (divide), 3 (clamp) or 4 (erfinv)");
+        detail::refuse("step", std::to_string(op), "choose 0 (multiply), 1 (add), 2 (divide), 3 (clamp) or 4 (erfinv)");
     if (static_cast<StepOp>(op) == StepOp::erfinv) return Step{StepOp::erfinv, 0.0f, 0.0f};
     const bool clamp = static_cast<StepOp>(op) == StepOp::clamp;
     return Step{static_cast<StepOp>(op), detail::not_nan("step operand", a),

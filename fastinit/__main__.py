@@ -1,4 +1,4 @@
-"""The command line, `python -m fastinit doctor|demo|bench`."""
+"""The command line, `python -m fastinit doctor|demo|bench`, or `fastinit doctor|demo|bench`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from .cli import bench, demo, doctor
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastinit", description=sys.modules["fastinit"].__doc__)
+    description = (sys.modules["fastinit"].__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m fastinit", description=description)
     parser.add_argument("--version", action="version", version=f"torch-fastinit {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="doctor|demo|bench")
     for command in (doctor, demo, bench):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import resource
 import signal
 import sys
 import threading
@@ -18,6 +17,9 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
+
+if sys.platform != "win32":
+    import resource
 
 from . import native
 from .distributed import from_rank_0, is_distributed
@@ -73,7 +75,7 @@ class Report:
         seconds_fills: how long the fills took: on the CPU the rest of the wall time; on a GPU, where they run beside
             the constructor and after it, the time on the GPU. Reading it then waits for them.
         peak_memory: bytes by which the device's peak of allocated memory exceeds what was allocated at the start; on
-            the CPU, by which the peak of the process's resident memory grew.
+            the CPU, by which the peak of the process's resident memory grew (0 on Windows, which does not tell).
     """
 
     device: torch.device
@@ -442,7 +444,9 @@ def _allocated_bytes(device: torch.device) -> int:
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return _cuda_bytes(device, "peak")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if sys.platform == "win32":
+        return 0  # not known there
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _cuda_bytes(device: torch.device, which: str) -> int:

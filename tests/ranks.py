@@ -113,6 +113,7 @@ def on_every_rank(world, function):
 
     Each rank has a thread of its own, one at a time: torch keeps what it knows of a mesh, the rank included, by thread.
     """
+
     def run(rank):
         dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
         try:

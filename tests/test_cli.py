@@ -1,5 +1,7 @@
 """The commands of `python -m fastinit`, run for real on small models."""
 
+import base64
+import hashlib
 import itertools
 import json
 import math
@@ -74,7 +76,7 @@ MACHINE = {
     "huge_pages": "always",
     "packages": dict.fromkeys(doctor.PACKAGES, "1.0"),
     "gpus": [],
-    "build": {"cuda": True, "cuda_architectures": ["80", "90"]},
+    "build": {"cuda": True, "cuda_version": "13.0.88", "cuda_architectures": ["80", "90"]},
 }
 GPU = {"name": "GPU X", "architecture": 75, "memory": 2**34}
 
@@ -85,6 +87,10 @@ GPU = {"name": "GPU X", "architecture": 75, "memory": 2**34}
         ({}, "install a CUDA build of torch"),
         ({"gpus": [GPU], "build": {"cuda": False}}, "FASTINIT_CUDA=1"),
         ({"gpus": [GPU]}, "FASTINIT_CUDA_ARCHS=75"),
+        (
+            {"driver": "570.86.15", "gpus": [{**GPU, "architecture": 90}]},
+            "CUDA 13.0.88 of this build, which needs 580 or newer",
+        ),
         ({"driver": None, "huge_pages": "never"}, "transparent_hugepage"),
         ({"driver": None, "packages": {**MACHINE["packages"], "tqdm": None}}, "tqdm is not installed"),
     ],
@@ -96,6 +102,25 @@ def test_doctor_names_a_remedy_for_what_is_missing(difference, remedy):
 
 def test_doctor_has_no_advice_for_a_complete_machine():
     assert doctor.advice({**MACHINE, "gpus": [{**GPU, "architecture": 89}, {**GPU, "architecture": 120}]}) == []
+
+
+def test_doctor_notices_files_that_another_distribution_has_written(tmp_path, monkeypatch):
+    (tmp_path / "sample").mkdir()
+    record = ["sample-1.0.dist-info/METADATA,,", "sample-1.0.dist-info/RECORD,,"]
+    for name in ("one", "two"):
+        path = tmp_path / "sample" / f"{name}.py"
+        path.write_text(name)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(name.encode()).digest()).decode().rstrip("=")
+        record.append(f"sample/{name}.py,sha256={digest},3")
+    (tmp_path / "sample-1.0.dist-info").mkdir()
+    (tmp_path / "sample-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: sample\nVersion: 1.0\n")
+    (tmp_path / "sample-1.0.dist-info" / "RECORD").write_text("\n".join(record) + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor.replaced_files("sample") == []
+    (tmp_path / "sample" / "two.py").write_text("of another project")
+    (sentence,) = doctor.replaced_files("sample")
+    assert sentence.startswith("sample/two.py: not as sample installed it") and "pip uninstall fastinit" in sentence
+    assert doctor.replaced_files("no-such-distribution") == []
 
 
 @pytest.mark.parametrize(

@@ -870,7 +870,6 @@ def test_deepspeed_of_every_stage_creates_the_values_of_one_model(deepspeed_rank
     deepspeed_ranks.run(_check_deepspeed, precision, world=2)
 
 
-
 def _check_what_zero3_does_not_support():
     os.environ["DS_ACCELERATOR"] = "cpu"
     _join()

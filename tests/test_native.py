@@ -5,10 +5,13 @@ import ctypes
 import hashlib
 import math
 import os
+import platform
+import re
 import subprocess
 import sys
 import threading
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,6 +132,14 @@ def test_fills_have_the_known_answers(case, dtype, isa):
     digest = case["sha256"]
     got = row(digest["index"], digest["count"], *fill, dtype, isa)
     assert hashlib.sha256(got.astype(got.dtype.newbyteorder("<")).tobytes()).hexdigest() == digest[dtype]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="reads Linux's flags of x86")
+def test_the_instruction_sets_are_those_that_the_system_says_it_has():
+    flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+    avx2 = {"avx2", "fma", "f16c"}
+    wanted = {"avx512": avx2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, "avx2": avx2, "portable": set()}
+    assert [isa for isa, needs in wanted.items() if needs <= flags] == ISAS
 
 
 # --- one value function ---

@@ -33,12 +33,43 @@ def test_import_loads_torch_and_no_other_heavy_package():
     assert python("-c", program).stdout.strip() == "['fastinit']"
 
 
+def test_modules_for_frameworks_load_when_they_are_named():
+    program = (
+        "import sys, fastinit\n"
+        "names = ['accelerate', 'deepspeed', 'lightning']\n"
+        "print([f'fastinit.{name}' in sys.modules for name in names])\n"
+        "print([getattr(fastinit, name).__name__ for name in names])\n"
+        "from fastinit import lightning; print(lightning.enable.__name__, hasattr(fastinit, 'transformers'))"
+    )
+    lines = python("-c", program).stdout.splitlines()
+    assert lines[0] == "[False, False, False]"
+    assert lines[1] == "['fastinit.accelerate', 'fastinit.deepspeed', 'fastinit.lightning']"
+    assert lines[2] == "enable False"
+
+
+def test_dir_shows_the_public_names_alone():
+    assert dir(fastinit) == sorted(fastinit.__all__)
+
+
 def test_import_starts_neither_cuda_nor_threads():
     program = (
         "import threading, torch, fastinit\n"
         "print(torch.cuda.is_initialized(), threading.active_count(), fastinit.native.build_info()['compiler'] != '')"
     )
     assert python("-c", program).stdout.split() == ["False", "1", "True"]
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_import_and_a_block_ask_nothing_of_other_systems_that_they_lack(system):
+    program = (
+        "import sys, torch\n"
+        f"sys.platform = {system!r}\n"
+        "if sys.platform == 'win32': sys.modules['resource'] = None\n"
+        "import fastinit, fastinit.__main__\n"
+        "with fastinit.on('cpu', 'bf16') as block: model = torch.nn.Linear(2, 2)\n"
+        "print(model.weight.dtype, block.peak_memory < 2**34)"
+    )
+    assert python("-c", program).stdout.split() == ["torch.bfloat16", "True"]
 
 
 def test_version_is_written_in_one_place_and_well_formed():
@@ -64,6 +95,11 @@ def test_native_module_links_no_torch():
         assert library not in loaded
 
 
+def test_the_command_fastinit_is_the_module_that_python_runs():
+    scripts = re.search(r"\[project.scripts\]\nfastinit = \"([\w.]+):(\w+)\"\n", (ROOT / "pyproject.toml").read_text())
+    assert callable(getattr(importlib.import_module(scripts[1]), scripts[2]))
+
+
 def test_built_package_carries_types_and_commands(tmp_path):
     python(
         "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(tmp_path / "lib")
@@ -83,6 +119,19 @@ def setup():
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+def test_the_page_on_an_index_links_to_no_file_that_is_not_there(setup):
+    page = setup.index_page((ROOT / "README.md").read_text())
+    assert re.findall(r"\]\((?!https:)[^)]*\)|<!--", page) == []
+    assert "What is guaranteed names the tests" in page and "pip install ." in page
+
+
+def test_scripts_that_pages_run_exist():
+    folders = (".", "docs", "examples", "benchmarks", "benchmarks/results")
+    pages = [page for folder in folders for page in (ROOT / folder).glob("*.md")]
+    named = {(page.name, script) for page in pages for script in re.findall(r"python ([\w/]+\.py)", page.read_text())}
+    assert named and [each for each in named if not (ROOT / each[1]).is_file()] == []
 
 
 def executable(path: Path, script: str) -> Path:

@@ -200,20 +200,11 @@ inline void step_pair(const Steps& steps, typename S::Float& x, typename S::Floa
     for (int i = 0; i < steps.count; ++i) {
         const auto a = S::set(steps.items[i].a), b = S::set(steps.items[i].b);
         switch (steps.items[i].op) {
-            case StepOp::multiply:
-                x = S::mul(x, a), y = S::mul(y, a);
-                break;
-            case StepOp::add:
-                x = S::add(x, a), y = S::add(y, a);
-                break;
-            case StepOp::divide:
-                x = S::div(x, a), y = S::div(y, a);
-                break;
-            case StepOp::erfinv:
-                x = erfinv<S>(x), y = erfinv<S>(y);
-                break;
-            default:
-                x = S::at_most(S::at_least(x, a), b), y = S::at_most(S::at_least(y, a), b);
+            case StepOp::multiply: x = S::mul(x, a), y = S::mul(y, a); break;
+            case StepOp::add: x = S::add(x, a), y = S::add(y, a); break;
+            case StepOp::divide: x = S::div(x, a), y = S::div(y, a); break;
+            case StepOp::erfinv: x = erfinv<S>(x), y = erfinv<S>(y); break;
+            default: x = S::at_most(S::at_least(x, a), b), y = S::at_most(S::at_least(y, a), b);
         }
     }
     x = S::canonical(x);
@@ -301,28 +292,22 @@ void generate_kind(const Fill& fill, uint64_t index, uint64_t count, Out* out) {
     const Distribution& distribution = fill.values->distribution;
     switch (distribution.kind) {
         case Kind::uniform:
-            if (is_tiny(distribution.scale))
-                return generate_steps<S, Transform::tiny_uniform>(fill, index, count, out);
+            if (is_tiny(distribution.scale)) return generate_steps<S, Transform::tiny_uniform>(fill, index, count, out);
             return generate_steps<S, Transform::uniform>(fill, index, count, out);
-        case Kind::normal:
-            return generate_steps<S, Transform::normal>(fill, index, count, out);
+        case Kind::normal: return generate_steps<S, Transform::normal>(fill, index, count, out);
         case Kind::truncated_normal:
             if (distribution.symmetric) return generate_steps<S, Transform::symmetric>(fill, index, count, out);
             return generate_steps<S, Transform::truncated>(fill, index, count, out);
-        default:
-            return generate_constant<S>(fill, count, out);
+        default: return generate_constant<S>(fill, count, out);
     }
 }
 
 template <class S>
 void generate(const Fill& fill, uint64_t index, uint64_t count, void* out) noexcept {
     switch (fill.values->dtype) {
-        case Dtype::float32:
-            return generate_kind<S>(fill, index, count, static_cast<float*>(out));
-        case Dtype::float16:
-            return generate_kind<S>(fill, index, count, static_cast<Half*>(out));
-        default:
-            return generate_kind<S>(fill, index, count, static_cast<BFloat*>(out));
+        case Dtype::float32: return generate_kind<S>(fill, index, count, static_cast<float*>(out));
+        case Dtype::float16: return generate_kind<S>(fill, index, count, static_cast<Half*>(out));
+        default: return generate_kind<S>(fill, index, count, static_cast<BFloat*>(out));
     }
 }
 

@@ -63,8 +63,9 @@ __device__ __forceinline__ Work find_work(const Launch& launch, uint32_t tile, u
     const uint32_t at = tile - s.first_tile;
     const uint32_t number = divide(at, s.tiles);
     const uint32_t entry = s.first_entry + number;
-    return Work{entry, launch.stream[entry], s.extent.block, s.extent.size, at - number * s.tiles.divisor,
-                s.tiles.divisor};
+    return Work{
+        entry, launch.stream[entry], s.extent.block, s.extent.size, at - number * s.tiles.divisor, s.tiles.divisor,
+    };
 }
 
 // The slots of a tile: from `begin`, pass after pass, `stride` apart, to `end`. Neighbouring tiles of an entry take
@@ -276,8 +277,7 @@ __global__ void __launch_bounds__(kThreads, kPlain ? kPlainBlocks : kGeneralBloc
                         philox_rounds(shared, 0, w);
                     }
 #pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        x[4 * b + i] = value<kForm, kPlain>(shared, w[i], rows);
+                    for (int i = 0; i < 4; ++i) x[4 * b + i] = value<kForm, kPlain>(shared, w[i], rows);
                 }
                 if constexpr (kPlain) {
                     apply_affine(shared.affine, x);

@@ -104,7 +104,7 @@ struct RowStep {
 struct Extent {
     uint32_t block;  // of its first element, the low word
     uint32_t slots;
-    uint32_t size;   // in slots; the elements of fill_general's single run
+    uint32_t size;  // in slots; the elements of fill_general's single run
 };
 
 // Entries of one extent.

@@ -111,7 +111,7 @@ private:
     cudaStream_t stream_;
     DeviceGuard guard_;
     int multiprocessors_ = 0;
-    bool overlap_ = false;   // the device knows griddepcontrol
+    bool overlap_ = false;  // the device knows griddepcontrol
     bool launched_ = false;
     const void* kernel_ = nullptr;  // the kernel of the last launch, and what is known of it:
     uint32_t max_threads_ = 0;      // threads that a block may have,

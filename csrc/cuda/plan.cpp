@@ -233,17 +233,16 @@ bool stays_finite(const Values& fill) {
 // What follows from a fill's distribution and steps.
 struct Style {
     Form form;
-    bool plain;    // kernels that rest on what `value` says of kPlain may be used
-    bool affine;   // the steps are an Affine
-    bool erfinv;   // one of them is erfinv
+    bool plain;           // kernels that rest on what `value` says of kPlain may be used
+    bool affine;          // the steps are an Affine
+    bool erfinv;          // one of them is erfinv
     Distribution scaled;  // the distribution as those kernels want it
 };
 
 Style style_of(const Values& fill) {
     Affine affine;
     const Step* const end = fill.steps.items + fill.steps.count;
-    const bool erfinv =
-        std::any_of(fill.steps.items, end, [](const Step& step) { return step.op == StepOp::erfinv; });
+    const bool erfinv = std::any_of(fill.steps.items, end, [](const Step& step) { return step.op == StepOp::erfinv; });
     Style style{form_of(fill.distribution), true, make_affine(fill.steps, affine), erfinv, fill.distribution};
     if (style.form == Form::constant) return style;
     style.plain = stays_finite(fill);
@@ -264,7 +263,7 @@ Style style_of(const Values& fill) {
 class Planner {
 public:
     explicit Planner(Device& device) : device_(device), multiprocessors_(device.multiprocessors()) {
-        std::memset(&key_, 0, sizeof key_);
+        std::memset(&key_, 0, sizeof key_);  // cppcheck-suppress memsetClassFloat; keys are compared as bytes
     }
 
     // Most fills of a model are whole tensors that differ from an earlier one in address and stream alone. The device
@@ -371,8 +370,8 @@ private:
         while (!pieces.empty()) {
             const Piece piece = pieces.back();
             pieces.pop_back();
-            const bool aligned = style.plain && is_aligned(piece, dtype) &&
-                                 (style.form != Form::constant || piece.box.dims == 1);
+            const bool aligned =
+                style.plain && is_aligned(piece, dtype) && (style.form != Form::constant || piece.box.dims == 1);
             const Shape shape = shape_of(piece, dtype, aligned);
             if (shape.slots > kMaxSlots) {
                 split(piece, dtype, pieces);
@@ -398,8 +397,8 @@ private:
             return;
         }
         // Only fill_run knows the symmetric form, and only it does not know the general truncated one.
-        const bool bare = box.dims == 1 && (values.steps.count == 0 || style.form == Form::constant) &&
-                          style.form != Form::truncated;
+        const bool bare =
+            box.dims == 1 && (values.steps.count == 0 || style.form == Form::constant) && style.form != Form::truncated;
         const Path path = bare                            ? Path::run
                           : style.erfinv                  ? Path::any_erfinv
                           : box.dims > 2 || !style.affine ? Path::any
@@ -414,8 +413,7 @@ private:
         const uint64_t tail = box.run() - body;
         if (tail == 0) return;
         KeyedGroup& tails = group_for(fill, style, unaligned, shape, index + body);
-        push(tails, fill, piece.data + body * item,
-             extent_in(tails, index + body, unaligned_slots(tail, lanes), tail));
+        push(tails, fill, piece.data + body * item, extent_in(tails, index + body, unaligned_slots(tail, lanes), tail));
     }
 
     // Of a run that fill_general fills; the kernel knows this, too.

@@ -23,8 +23,10 @@ class Device {
 public:
     virtual ~Device() = default;
     virtual uint32_t multiprocessors() = 0;
-    virtual uint32_t max_threads(const KernelId& kernel) = 0;  // of a block
-    virtual uint32_t blocks_per_multiprocessor(const KernelId& kernel, uint32_t threads) = 0;  // that run at a time
+    // Of a block.
+    virtual uint32_t max_threads(const KernelId& kernel) = 0;
+    // That run at a time.
+    virtual uint32_t blocks_per_multiprocessor(const KernelId& kernel, uint32_t threads) = 0;
     // Enqueues a launch. `launch` is used again for the next one.
     virtual void start(const KernelId& kernel, Launch& launch, uint32_t blocks, uint32_t threads) = 0;
 };

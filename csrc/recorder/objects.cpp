@@ -122,7 +122,6 @@ py::tuple connect(const py::kwargs& connected) {
     state.size = keep(torch.attr("Size"));
     state.make = keep(tensor.attr("_make_wrapper_subclass"));
     state.empty = keep(torch.attr("empty"));
-    state.swap_impl = keep(low.attr("_swap_tensor_impl"));
     state.increment_version = keep(low.attr("_increment_version"));
     state.modes_off = keep(low.attr("DisableTorchFunction"));
     state.enter = keep(low.attr("DisableTorchFunction").attr("__enter__"));

@@ -6,8 +6,11 @@ The exit status is 0 if fills work wherever they are expected to, else 1.
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
 import json
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -24,6 +27,10 @@ PACKAGES = {
     "transformers": "its models in `python -m fastinit bench`",
 }
 
+# By major version of the CUDA runtime: the oldest driver that it works with (CUDA's release notes, minor version
+# compatibility).
+OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
@@ -32,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     machine = machines.describe()
     checks = self_checks(machine)
-    report = {**machine, "checks": checks, "advice": advice(machine)}
+    report = {**machine, "checks": checks, "advice": [*replaced_files(), *advice(machine)]}
     print(json.dumps(report, indent=2) if arguments.json else readable(report))
     return 0 if all(check["passed"] for check in checks) else 1
 
@@ -72,6 +79,30 @@ def check(name: str, fill: Callable[..., Any], expected: torch.Tensor) -> dict[s
     return {"name": name, "passed": equal, "detail": "same bits" if equal else "bits differ from the portable code's"}
 
 
+def replaced_files(name: str = "torch-fastinit") -> list[str]:
+    """What to do if files of the package are others than were installed: another project's, in a folder of one name."""
+    try:
+        files = metadata.distribution(name).files or []
+    except metadata.PackageNotFoundError:
+        return []
+    replaced = [str(file) for file in files if file.hash and digest(file, file.hash.mode) != file.hash.value]
+    if not replaced:
+        return []
+    return [
+        f"{', '.join(replaced)}: not as {name} installed it; another distribution, such as `fastinit`, has written to "
+        f"the same folder. pip uninstall fastinit, then pip install --force-reinstall --no-deps {name}."
+    ]
+
+
+def digest(file: metadata.PackagePath, algorithm: str) -> str | None:
+    """As in a RECORD of installed files; None for what is no longer there."""
+    try:
+        digest = hashlib.new(algorithm, file.read_binary()).digest()
+    except OSError:
+        return None
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
 def advice(machine: dict[str, Any]) -> list[str]:
     """One sentence for each thing that is missing and what to do about it."""
     build, remedies = machine["build"], []
@@ -85,6 +116,13 @@ def advice(machine: dict[str, Any]) -> list[str]:
             "torch sees a GPU but fastinit was built without CUDA: install the CUDA toolkit (nvcc on PATH), then "
             "reinstall with FASTINIT_CUDA=1 and pip install --force-reinstall --no-deps --no-cache-dir."
         )
+    if build["cuda"] and machine["driver"]:
+        oldest = OLDEST_DRIVERS.get(int(build["cuda_version"].partition(".")[0]), 0)
+        if int(machine["driver"].partition(".")[0]) < oldest:
+            remedies.append(
+                f"The driver {machine['driver']} is too old for CUDA {build['cuda_version']} of this build, which "
+                f"needs {oldest} or newer: update the driver, or build with an older CUDA toolkit."
+            )
     if build["cuda"]:
         compiled = sorted(map(int, build["cuda_architectures"]))
         reach = ", ".join(map(str, compiled))

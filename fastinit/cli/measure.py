@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -145,6 +144,8 @@ def peak_resident() -> int:
     peak = _status("VmHWM")
     if peak is not None:
         return peak
+    import resource  # which Windows does not have
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -21,7 +21,7 @@ from . import fast as fast_path
 from .block import current
 from .mode import INITIALISERS, TAKES_OVER, Mode
 from .operators import OPERATORS
-from .tensors import Placeholder, Record, leave_behind, lock, stand_for
+from .tensors import Placeholder, Record, leave_behind, lock, stand_for, swap_impl
 
 _in_python: Any = Mode.__torch_function__
 
@@ -52,6 +52,7 @@ _METHODS, _torch_function, _registered = native.connect(
     passed=_PASSED,
     stand_for=stand_for,
     leave_behind=leave_behind,
+    swap_impl=swap_impl,
     torch_function=_in_python,
 )
 

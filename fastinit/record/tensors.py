@@ -373,6 +373,16 @@ def is_in_order(record: Any, region: Region | None) -> bool:
 # --- becoming real --------------------------------------------------------------------------------------------------
 
 
+def _wrap_and_swap(tensor: torch.Tensor, real: torch.Tensor) -> None:
+    # A tensor that nothing but a graph of autograd knows is owned by its C++ object before torch 2.10, and what owns it
+    # is not swapped: giving it to Python once more makes it Python's.
+    torch._C._functorch._unwrap_for_grad(tensor, 0)
+    torch._C._swap_tensor_impl(tensor, real)
+
+
+swap_impl = torch._C._swap_tensor_impl if torch.__version__ >= (2, 10) else _wrap_and_swap  # type: ignore[operator]
+
+
 def become_real(tensor: torch.Tensor) -> None:
     """Make a placeholder an ordinary tensor with memory and values; it stays the same object."""
     if type(tensor) is not Placeholder:
@@ -425,7 +435,7 @@ def swap_in(tensor: Any, memory: torch.Tensor, kind: type[torch.Tensor] = Placeh
     attributes = tensor.__dict__
     del attributes["_record"], attributes["_region"]
     is_parameter = attributes.pop("_is_param", False)
-    torch._C._swap_tensor_impl(tensor, real)
+    swap_impl(tensor, real)
     tensor.__class__ = torch.nn.Parameter if is_parameter else torch.Tensor
     if hooks is not None:
         tensor._backward_hooks = hooks

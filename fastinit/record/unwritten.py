@@ -21,12 +21,7 @@ from ..execution import Fills, allocate, can_fill
 from ..layout import Box, Window, contiguous_strides, numel
 from ..recipe import Region, Write
 from ..runs import Runs
-from .tensors import (
-    lock,
-    modes_off,
-    swap_in,
-    view_of,
-)
+from .tensors import lock, modes_off, swap_impl, swap_in, view_of
 
 
 class Key:
@@ -433,7 +428,7 @@ def _exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
     """Let a leaf have another tensor's memory, or want of it; hooks and gradient stay with it."""
     other.requires_grad_(tensor.requires_grad)
     hooks, post, grad = tensor._backward_hooks, tensor._post_accumulate_grad_hooks, tensor.grad
-    torch._C._swap_tensor_impl(tensor, other)
+    swap_impl(tensor, other)
     if hooks is not None:
         tensor._backward_hooks = hooks
     if post is not None:

@@ -1,0 +1,59 @@
+// Fills by the CPU kernels in a program of its own, for processors that Python is not here for. Compiled and run by
+// tests/test_aarch64.py.
+//
+// Each line of standard input is a fill: dtype, kind, the number of parameters and these, seed, stream, the number of
+// steps and these (op, a, b), the first index, the number of elements. Its elements go to standard output as they are
+// in memory.
+#include <cstdio>
+#include <iostream>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cpu/fill.h"
+#include "cpu/float_environment.h"
+#include "cpu/isa.h"
+
+using namespace fastinit;
+
+namespace {
+
+template <class T>
+T read(std::istream& in) {
+    T value{};
+    if (!(in >> value)) throw std::runtime_error("a line is not a fill");
+    return value;
+}
+
+void run(std::istream& in) {
+    const FloatEnvironment environment;
+    Values values{};
+    values.dtype = make_dtype(read<int64_t>(in));
+    const auto kind = read<int64_t>(in);
+    std::vector<double> parameters(read<size_t>(in));
+    for (double& parameter : parameters) parameter = std::stod(read<std::string>(in));
+    values.distribution = make_distribution(kind, parameters);
+    values.seed = read<uint64_t>(in);
+    const auto stream = read<uint64_t>(in);
+    for (auto steps = read<size_t>(in); steps > 0; --steps) {
+        const auto op = read<int64_t>(in);
+        const double a = std::stod(read<std::string>(in)), b = std::stod(read<std::string>(in));
+        append_step(values.steps, make_step(op, a, b));
+    }
+    const auto index = read<uint64_t>(in);
+    const auto count = read<int64_t>(in);
+    const Box box = make_box(index, {count}, {1}, {1});
+    std::vector<char> data(count * item_size(values.dtype));
+    const Fill fill{data.data(), stream, &values, &box};
+    fill_cpu(&fill, 1, 1, default_kernel());
+    std::fwrite(data.data(), 1, data.size(), stdout);
+}
+
+}  // namespace
+
+int main() {
+    for (std::string line; std::getline(std::cin, line);) {
+        std::istringstream in(line);
+        run(in);
+    }
+}
