@@ -182,9 +182,13 @@ _LIKE = {
 
 def _like(overload: Any) -> Factory:
     def factory(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
-        other = kwargs.pop("input", None) if not args else args[0]
-        if not isinstance(other, torch.Tensor) or torch._C._len_torch_dispatch_stack():
-            return NotImplemented if not args else _again(func, args, kwargs)
+        other = args[0] if args else kwargs.get("input")
+        if not isinstance(other, torch.Tensor) or type(other).__torch_function__ not in _SILENT:
+            return NotImplemented  # torch's to refuse, or a subclass's to answer
+        if not args:
+            del kwargs["input"]
+        if torch._C._len_torch_dispatch_stack():
+            return _again(func, (other, *args[1:]), kwargs)
         rest = args[1:]
         requires_grad = kwargs.pop("requires_grad", False)
         plain = type(other) in (torch.Tensor, torch.nn.Parameter, Placeholder)
@@ -202,6 +206,10 @@ def _like(overload: Any) -> Factory:
         return _again(func, (other, *rest), kwargs, requires_grad)
 
     return factory
+
+
+# What classes have that leave functions of torch to torch.
+_SILENT = (torch.Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
 
 
 def _again(func: Any, args: Any, kwargs: Any, requires_grad: bool = False) -> Any:
