@@ -368,24 +368,30 @@ def _new_tensor(mode: Mode, func: Any, other: torch.Tensor, data: Any, **kwargs:
 
 @_is(torch.Tensor.new)
 def _new(mode: Mode, func: Any, other: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    size = _size(args or (0,), kwargs)
     if kwargs.keys() - {"device", "size"} or other.layout != torch.strided:
         return NotImplemented
+    if len(args) == 1 and isinstance(args[0], (list, tuple)) and not isinstance(args[0], torch.Size):
+        return _tensor(mode, torch.tensor, args[0], dtype=other.dtype, device=other.device)
+    size = _size(args or (0,), kwargs)
     if size is not None:
         return create(mode.block, size, other.dtype, other.device, None)
-    if len(args) == 1 and isinstance(args[0], (list, tuple)):
-        return _tensor(mode, torch.tensor, args[0], dtype=other.dtype, device=other.device)
     return NotImplemented
 
 
-def legacy_tensor(mode: Mode, args: tuple[Any, ...]) -> Any:
-    """``torch.Tensor(2, 3)``, uninitialised, and ``torch.Tensor([2, 3])``, both of the default dtype."""
-    dtype = mode.block.default_dtype
-    if all(type(argument) is int for argument in args) or (len(args) == 1 and isinstance(args[0], torch.Size)):
-        return _create(mode, _size(args or (0,), {}), {"dtype": dtype}, None)
-    if len(args) == 1 and (isinstance(args[0], (list, tuple)) or hasattr(args[0], "__array_interface__")):
-        return _tensor(mode, torch.tensor, args[0], dtype=dtype)
-    return NotImplemented
+def legacy_tensor(mode: Mode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.Tensor(2, 3)``, uninitialised, ``torch.Tensor([2, 3])`` and the like, all of the default dtype."""
+    options = {**kwargs, "dtype": mode.block.default_dtype}
+    values = [*args, *options.pop("size", ()), *([options.pop("data")] if "data" in kwargs else ())]
+    if not options.keys() <= {"dtype", "device"} or torch.device(options.get("device") or "cpu").type != "cpu":
+        return NotImplemented
+    data = values[0] if len(values) == 1 else None
+    if isinstance(data, torch.Tensor):
+        return NotImplemented  # another tensor of the same memory
+    if isinstance(data, (torch.UntypedStorage, torch.TypedStorage)):
+        return torch.empty(0, **options).set_(data)
+    if isinstance(data, torch.Size) or not any(hasattr(value, "__len__") for value in values):
+        return _create(mode, _size(tuple(values) or (0,), {}), options, None)
+    return _tensor(mode, torch.tensor, data, **options) if hasattr(data, "__len__") else NotImplemented
 
 
 def _take_memory(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:

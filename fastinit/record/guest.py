@@ -325,13 +325,15 @@ def _wrap_constructors() -> None:
     # No named parameters: torch._dynamo compares these signatures with its own when it is first imported.
     def tensor_new(*args: Any, **kwargs: Any) -> Any:
         block = current.get()
-        if block is not None and args[0] is torch.Tensor and not kwargs:
-            mode = _mode_of(block)
-            if mode is not None:
-                with modes_off():
-                    tensor = legacy_tensor(mode, args[1:])
-                if tensor is not NotImplemented:
-                    return tensor
+        mode = None if block is None else _mode_of(block)
+        if mode is not None:
+            with modes_off():
+                tensor = legacy_tensor(mode, args[1:], kwargs)
+            if tensor is not NotImplemented:
+                return tensor if args[0] is torch.Tensor else make_subclass(args[0], tensor)
+            if args[0] is not torch.Tensor:
+                for each in _placeholders(args):
+                    become_real(each)
         return new_tensor(*args, **kwargs)
 
     def make_subclass(*args: Any, **kwargs: Any) -> Any:
