@@ -123,13 +123,11 @@ FACTORIES[torch.randn] = _recorded((NORMAL, (0.0, 1.0)))
 def _full(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     options = dict(kwargs)
     size, value = (*args, *(options.pop(name) for name in ("size", "fill_value") if name in options))
-    # Without a dtype, torch takes that of the value: only a float becomes the default dtype.
+    # Without a dtype, torch makes whole numbers int64, and anything else the default dtype.
     if type(value) is float or (type(value) is int and options.get("dtype") is not None):
         result = _create(mode, _size((size,), {}), options, (CONSTANT, (float(value),)))
         if result is not NotImplemented:
             return result
-    if isinstance(value, torch.Tensor):
-        kwargs = {"dtype": value.dtype, **kwargs}
     return compute(mode, func, *args, **kwargs)
 
 
@@ -139,9 +137,8 @@ def _empty_strided(mode: Mode, func: Any, size: Any, stride: Any, **options: Any
     if sizes is not None and strides is not None and 0 not in sizes and not torch._C._len_torch_dispatch_stack():
         block, device = mode.block, _device(mode, options)
         dtype = options.get("dtype") or block.default_dtype
-        elements = 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
         if dtype not in _OPAQUE and device.type != "meta" and not options.get("pin_memory"):
-            base = create(block, (elements,), dtype, device, None)
+            base = create(block, (Region(0, sizes, strides).end,), dtype, device, None)
             result = base.as_strided(sizes, strides)
             return result.requires_grad_() if options.get("requires_grad") else result
     return compute(mode, func, size, stride, **options)
@@ -290,7 +287,7 @@ def _is_default(func: Any, args: Any, kwargs: Any) -> bool:
 def _is_float(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.is_floating_point()
-    return isinstance(value, float) or getattr(getattr(value, "dtype", None), "kind", "") == "f"
+    return isinstance(value, float) or getattr(getattr(value, "dtype", None), "kind", "") in ("f", "b")
 
 
 def _dtype_of_data(data: Any, default: torch.dtype) -> torch.dtype | None:
