@@ -30,6 +30,11 @@ class Region(NamedTuple):
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
 
+    @property
+    def end(self) -> int:
+        """How many elements a storage needs to hold it, unless it is empty."""
+        return self.offset + 1 + sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
+
 
 class Write(NamedTuple):
     """One fill: a distribution on its stream, the steps that follow it, and the rectangle that it covers.

@@ -5,11 +5,13 @@ and, as the oracle, inside `Eager`, which is torch itself except that each rando
 then, on the stream that the contract gives it. test_programs.py says what has to be equal.
 """
 
+import concurrent.futures
 import contextlib
 import copy
 import io
 import math
 import pickle
+import warnings
 from unittest import mock
 
 import torch
@@ -19,31 +21,59 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 import fastinit
+from fastinit.record.generator import mix
 
 SIDE = 5  # every tensor is a matrix of this side, a vector of this length or a scalar, so that all broadcast
 SHAPES = ((SIDE, SIDE), (SIDE,), ())
 
 
 class Eager(TorchFunctionMode):
-    """Torch with its random fills on the streams of a context, each executed when it is called."""
+    """Torch with its random fills on the streams of a context, each executed when it is called.
+
+    What is no such fill draws from torch's generator, which the key seeds. Once the program has set a seed, streams are
+    draws of that generator, and the key is 0.
+    """
 
     def __init__(self, seed=SEED):
         super().__init__()
         self.seed, self.stream = seed, -1
-        self.patch = mock.patch.object(init, "trunc_normal_", self.trunc_normal_)
+        self.patches = [
+            mock.patch.object(init, "trunc_normal_", self.trunc_normal_),
+            mock.patch.object(torch, "get_rng_state", self.get_rng_state),
+            mock.patch.object(torch, "set_rng_state", self.set_rng_state),
+        ]
 
     def __enter__(self):
-        self.patch.start()
+        self.outside = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(mix(self.seed, 0))
+        for patch in self.patches:
+            patch.start()
         return super().__enter__()
 
     def __exit__(self, *exception):
-        self.patch.stop()
+        for patch in reversed(self.patches):
+            patch.stop()
         super().__exit__(*exception)
+        torch.default_generator.set_state(self.outside)
+
+    def get_rng_state(self):
+        return self.stream, torch.default_generator.get_state()
+
+    def set_rng_state(self, state):
+        self.stream = state[0]
+        torch.default_generator.set_state(state[1])
+
+    def next_stream(self):
+        if torch.default_generator.initial_seed() == mix(self.seed, 0):
+            self.stream += 1
+            return self.seed, self.stream
+        with torch._C.DisableTorchFunction():
+            return 0, torch.empty((), dtype=torch.int64).random_(-(2**63), None).item() % 2**64
 
     def fill(self, tensor, distribution):
-        self.stream += 1
+        seed, stream = self.next_stream()
         try:
-            fastinit.fill_(tensor, distribution, seed=self.seed, stream=self.stream)
+            fastinit.fill_(tensor, distribution, seed=seed, stream=stream)
         except ValueError as error:
             raise RuntimeError("elements share memory") from error  # what torch raises for them
         torch.autograd.graph.increment_version(tensor)
@@ -54,6 +84,8 @@ class Eager(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
         if func in (torch.Tensor.uniform_, torch.Tensor.normal_) and torch.is_grad_enabled() and args[0].requires_grad:
             return func(*args, **kwargs)  # which raises; the functions of init write under torch.no_grad
         if func in (torch.Tensor.uniform_, init.uniform_):
@@ -874,6 +906,259 @@ def registered_as_default(state, tensor, other, index, value):
         state.module.register_buffer(f"default{index}", tensor.to(torch.get_default_dtype(), copy=True))
 
 
+# Operands that are data, out=, keywords, containers
+
+
+@operation
+def tensor_of_elements(state, tensor, other, index, value):
+    element = tensor.flatten()[index % tensor.numel()]
+    return torch.tensor([element, value, element, 0.5, other.flatten()[0]])
+
+
+@operation
+def full_of_an_element(state, tensor, other, index, value):
+    return torch.full(SHAPES[index % 3], tensor.flatten()[0])
+
+
+@operation
+def linspace_between_elements(state, tensor, other, index, value):
+    return torch.linspace(tensor.flatten()[0], other.flatten()[-1], SIDE)
+
+
+@operation
+def filled_with_an_element(state, tensor, other, index, value):
+    tensor.fill_(other.flatten()[index % other.numel()])
+
+
+@operation
+def item_set_to_an_element(state, tensor, other, index, value):
+    if tensor.dim():
+        tensor[index] = other.flatten()[0]
+
+
+@operation
+def clamped_by_tensors(state, tensor, other, index, value):
+    return tensor.clamp(other.min(), other.max())
+
+
+@operation
+def indexed_by_a_tensor(state, tensor, other, index, value):
+    return tensor[torch.arange(SIDE).flip(0)] if tensor.dim() else None
+
+
+@operation
+def put_by_a_mask(state, tensor, other, index, value):
+    if tensor.shape == other.shape and tensor.dtype == other.dtype:
+        tensor[other > value] = other[other > value]
+
+
+@operation
+def added_into_an_empty_one(state, tensor, other, index, value):
+    out = torch.empty(torch.broadcast_shapes(tensor.shape, other.shape), dtype=(tensor + other).dtype)
+    return torch.add(tensor, other, out=out)
+
+
+@operation
+def multiplied_into_itself(state, tensor, other, index, value):
+    torch.mul(tensor, value, out=tensor)
+
+
+@operation
+def sine_into_another(state, tensor, other, index, value):
+    if tensor.shape == other.shape and tensor.dtype == other.dtype:
+        torch.sin(tensor, out=other)
+
+
+@operation
+def stacked_into_an_empty_one(state, tensor, other, index, value):
+    if tensor.shape == other.shape == (SIDE,) and tensor.dtype == other.dtype:
+        out = torch.empty(0, dtype=tensor.dtype)
+        return torch.stack([tensor, other] * SIDE, out=out)[:SIDE]
+
+
+@operation
+def added_by_keywords(state, tensor, other, index, value):
+    return torch.add(input=tensor, other=other, alpha=2)
+
+
+@operation
+def filled_by_keywords(state, tensor, other, index, value):
+    init.uniform_(tensor=tensor, a=-1.0, b=0.5)
+    init.normal_(tensor, mean=0.5, std=0.1)
+
+
+@operation
+def sum_by_keywords(state, tensor, other, index, value):
+    return torch.sum(input=tensor, dim=-1, keepdim=True).squeeze(dim=-1) if tensor.dim() else None
+
+
+@operation
+def for_each_in_place(state, tensor, other, index, value):
+    if tensor is not other and tensor.is_floating_point() and other.is_floating_point():
+        torch._foreach_mul_([tensor, other], value)
+
+
+@operation
+def for_each(state, tensor, other, index, value):
+    if tensor.is_floating_point() and other.is_floating_point():
+        return torch._foreach_add([tensor, other], 0.25)[index % 2]
+
+
+@operation
+def halves_exchanged(state, tensor, other, index, value):
+    if tensor.dim() and tensor.dtype == other.dtype and tensor.shape == other.shape:
+        return torch.cat((tensor[:2], other[2:]))
+
+
+@operation
+def parameters_by_name(state, tensor, other, index, value):
+    if tensor.is_floating_point():
+        state.add_child(nn.ParameterDict({"a": tensor, "b": torch.full((SIDE,), value)}))
+
+
+@operation
+def most_and_least(state, tensor, other, index, value):
+    largest, at = tensor.flatten().max(dim=0)
+    state.facts.append((at.dtype, largest.dtype))
+    return torch.stack(torch.aminmax(tensor)).sum() + largest
+
+
+@operation
+def sorted_values(state, tensor, other, index, value):
+    return tensor.sort(dim=-1, descending=True).values if tensor.dim() else None
+
+
+# Other ways to torch: threads, transforms, scripts, subclasses, autograd
+
+
+def affine(x):
+    return x * 2 + 1
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    scripted_affine = torch.jit.script(affine)
+
+
+class Labelled(torch.Tensor):
+    """A subclass without a word of its own."""
+
+
+class LabelledParameter(nn.Parameter):
+    """A parameter of such a class."""
+
+
+@operation
+def in_a_thread(state, tensor, other, index, value):
+    def run():
+        with torch.no_grad():
+            return tensor.mul_(0.5) * value
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+@operation
+def scripted(state, tensor, other, index, value):
+    return scripted_affine(tensor)
+
+
+@operation
+def mapped(state, tensor, other, index, value):
+    return torch.vmap(affine)(tensor) if tensor.dim() else None
+
+
+@operation
+def as_a_subclass(state, tensor, other, index, value):
+    labelled = tensor.as_subclass(Labelled)
+    state.facts.append(type(labelled * 2).__name__)
+    return labelled.as_subclass(torch.Tensor)
+
+
+@operation
+def parameter_of_a_subclass(state, tensor, other, index, value):
+    if tensor.is_floating_point():
+        made = LabelledParameter(tensor.clone(), requires_grad=index % 2 == 0)
+        state.module.register_parameter(f"labelled{index}", made)
+        return made
+
+
+@operation
+def gradient(state, tensor, other, index, value):
+    if tensor.is_floating_point():
+        with torch.enable_grad():
+            leaf = tensor.detach().clone().requires_grad_()
+            (leaf * leaf * value).sum().backward()
+        return leaf.grad
+
+
+@operation
+def graph_of_parameters(state, tensor, other, index, value):
+    with torch.enable_grad():
+        made = nn.Linear(SIDE, SIDE)
+        output = made(torch.full((SIDE,), value)).sum()
+        state.facts.append((output.requires_grad, type(output.grad_fn).__name__))
+        output.backward()
+    state.add_child(made)
+    return made.weight.grad
+
+
+# Seeds of the program's own, states, and what is drawn from torch's generator
+
+
+@operation
+def seeded(state, tensor, other, index, value):
+    torch.manual_seed(index)
+    return torch.randn(SIDE)
+
+
+@operation
+def forked(state, tensor, other, index, value):
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(index)
+        init.normal_(tensor, 0.0, 0.5)
+
+
+@operation
+def replayed(state, tensor, other, index, value):
+    before = torch.get_rng_state()
+    first = torch.rand(SIDE)
+    torch.set_rng_state(before)
+    second = torch.rand(SIDE)
+    state.facts.append(torch.equal(first, second))
+    return first + second
+
+
+@operation
+def permutation(state, tensor, other, index, value):
+    return tensor[torch.randperm(SIDE)] if tensor.dim() else None
+
+
+@operation
+def bernoulli_(state, tensor, other, index, value):
+    tensor.bernoulli_(0.5)
+
+
+@operation
+def exponential_(state, tensor, other, index, value):
+    tensor.exponential_(1 + abs(value))
+
+
+@operation
+def dropped_out(state, tensor, other, index, value):
+    return nn.functional.dropout(tensor, 0.5) if tensor.is_floating_point() else None
+
+
+@operation
+def integers_drawn(state, tensor, other, index, value):
+    return torch.randint(0, 9, (SIDE,)) + torch.randint_like(torch.zeros(SIDE), 9)
+
+
+@operation
+def drawn_by_a_generator(state, tensor, other, index, value):
+    return torch.rand(SIDE, generator=torch.Generator().manual_seed(index), dtype=torch.float32)
+
+
 # Reads
 
 
@@ -931,11 +1216,12 @@ NEEDS_FLOAT = {
     *"uniform_ normal_ trunc_normal_ normal_rows uniform_column constant_ fill_row set_item set_items_by_list".split(),
     *"fill_diagonal masked_fill_ mul_ add_ subtract_in_place div_ clamp_ row_mul_ add_tensor_ copy_ full_like".split(),
     *"new_full replace_data zero_data normal_through_a_chunk normal_under_inner_no_grad".split(),
-    *"swap_values inner_fill_of_the_outer".split(),
+    *"swap_values inner_fill_of_the_outer filled_with_an_element item_set_to_an_element put_by_a_mask".split(),
+    *"multiplied_into_itself sine_into_another filled_by_keywords in_a_thread forked bernoulli_ exponential_".split(),
 }
 RANDOM = {
     *"uniform_ normal_ trunc_normal_ normal_rows uniform_column normal_through_a_chunk".split(),
-    *"normal_under_inner_no_grad inner_fill_of_the_outer".split(),
+    *"normal_under_inner_no_grad inner_fill_of_the_outer filled_by_keywords forked".split(),
 }
 # Whoever gets at the memory of a tensor, or asks for half precision, has values rounded from then on, which goes on in
 # what is computed from them: no rounding once. So do copies of values that the program has computed in fp32. And data
@@ -946,6 +1232,7 @@ ROUNDING = {
     *"inner_linear inner_linear_in_another_dtype inner_tensors inner_in_the_inner inner_fill_of_the_outer".split(),
     "inner_read_of_the_outer",
     *"as_default as_other child_in_half child_in_single child_to_a_dtype".split(),
+    *"mapped as_a_subclass gradient graph_of_parameters parameter_of_a_subclass".split(),
 }
 # What may be done in an fp32 program to a tensor that it has turned into half precision: torch computes with its
 # rounded values, fastinit with those before.

@@ -205,6 +205,12 @@ RESULTS = {
     "dequantize": lambda: torch.quantize_per_tensor(torch.ones(1).float(), 1.0, 0, torch.qint8).dequantize(),
     "full of a tensor": lambda: torch.full((1,), torch.ones(())),
     "full of an integer": lambda: torch.full((1,), 1),
+    "full of an integer tensor": lambda: torch.full((1,), torch.ones((), dtype=torch.int32)),
+    "full of an fp64 tensor": lambda: torch.full((1,), torch.ones((), dtype=torch.float64)),
+    "full of an fp32 tensor": lambda: torch.full((1,), torch.ones((), dtype=torch.float32)),
+    "full of an fp16 tensor": lambda: torch.full((1,), torch.ones((), dtype=torch.float16)),
+    "full of a complex tensor": lambda: torch.full((1,), torch.ones((), dtype=torch.complex64)),
+    "full of numpy's numbers": lambda: [torch.full((1,), n) for n in (np.float64(1), np.int64(1), np.True_)],
     "bincount": lambda: torch.bincount(torch.tensor([0]), weights=torch.ones(1)),
     "numpy of fp16": lambda: torch.ones(1, dtype=torch.float16).numpy(),
     "numpy of fp32": lambda: torch.ones(1, dtype=torch.float32).numpy(),
@@ -269,6 +275,81 @@ def test_a_result_has_the_dtype_that_it_has_under_torchs_default_dtype(name, dty
 
 def _kind(leaf):
     return (type(leaf), leaf.dtype, getattr(leaf, "layout", None)) if hasattr(leaf, "dtype") else leaf
+
+
+class Plain(torch.Tensor):
+    """A subclass without a word of its own."""
+
+
+class Counting(torch.Tensor):
+    """A subclass with a constructor."""
+
+    def __new__(cls, *args, **kwargs):
+        result = super().__new__(cls, *args, **kwargs)
+        result.given = len(args)
+        return result
+
+    def __init__(self, *args, **kwargs):
+        self.named = sorted(kwargs)
+
+
+# The legacy constructor as people call it, of torch.Tensor or of a subclass.
+LEGACY = {
+    "sizes": lambda make, t: make(2, 3).fill_(0.1),
+    "sizes of numpy": lambda make, t: make(np.int64(2), 3).fill_(0.1),
+    "a tensor's size": lambda make, t: make(t(2, 3).size()).fill_(0.1),
+    "a number of elements": lambda make, t: make(t(2, 3).numel()).fill_(0.1),
+    "sizes by name": lambda make, t: make(size=(2, 3)).fill_(0.1),
+    "sizes and a device": lambda make, t: make(2, 3, device="cpu").fill_(0.1),
+    "nothing": lambda make, t: make(),
+    "a list": lambda make, t: make([0.1, 2]),
+    "a list by name": lambda make, t: make(data=[0.1, 2]),
+    "a tuple of lists": lambda make, t: make(([1, 2], [3, 4])),
+    "a range": lambda make, t: make(range(3)),
+    "an array": lambda make, t: make(np.full(3, 0.1)),
+    "a list of tensors": lambda make, t: make([t(), t()]),
+    "a tensor": lambda make, t: make(t(3)),
+    "a parameter": lambda make, t: make(nn.Parameter(t(3))).detach(),
+    "a view": lambda make, t: make(t(2, 3)[1]),
+    "a storage": lambda make, t: make(torch.zeros(3).untyped_storage()),
+    "new of a list": lambda make, t: t(2).new([0.1, 2]),
+    "new of a tuple": lambda make, t: t(2).new((1, 2)),
+    "new of a size": lambda make, t: t(2).new(t(2, 3).size()).fill_(0.1),
+    "new of sizes": lambda make, t: t(2).new(2, 3).fill_(0.1),
+    "a typed list of tensors": lambda make, t: torch.FloatTensor([t(), [*t(2)][1]]),
+    "a typed list of integers": lambda make, t: torch.LongTensor([t().ceil().long(), torch.zeros(2).long()[1]]),
+    "a typed list of bools": lambda make, t: torch.BoolTensor([t() > 0.1, torch.zeros(()).bool()]),
+}
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, Plain, Counting])
+@pytest.mark.parametrize("name", LEGACY)
+@over_dtypes
+@over_sources
+def test_the_legacy_constructor_makes_what_it_makes_in_torch(name, kind, dtype, source):
+    check(lambda t: LEGACY[name](kind, t).as_subclass(torch.Tensor), dtype, source)
+    kept = inside(lambda: LEGACY[name](kind, SOURCES[source]), dtype)
+    model = plain(lambda: LEGACY[name](kind, SOURCES["computed"]), dtype)
+    assert type(kept) is type(model) and vars(kept) == vars(model)
+
+
+def test_what_the_legacy_constructor_refuses_is_refused_in_a_block():
+    for wrong in (lambda: torch.Tensor(1.5), lambda: Plain(data=torch.ones(2)), lambda: torch.Tensor(-1)):
+        with pytest.raises((TypeError, RuntimeError)) as theirs:
+            wrong()
+        with pytest.raises(theirs.type):
+            inside(wrong)
+
+
+def test_a_subclass_made_of_a_pending_tensor_shares_its_memory():
+    def construct():
+        weight = nn.Linear(2, 2).weight
+        other = Plain(weight.detach())
+        other.fill_(3)
+        return weight, other
+
+    weight, other = inside(construct)
+    assert type(other) is Plain and weight.data_ptr() == other.data_ptr() and (weight == 3).all()
 
 
 @over_dtypes

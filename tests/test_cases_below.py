@@ -218,6 +218,27 @@ class Own(nn.Parameter):
         return torch.Tensor._make_subclass(cls, data, requires_grad)
 
 
+class Bare(nn.Parameter):
+    """A subclass without a word of its own."""
+
+
+class Tagged(nn.Parameter):
+    """A subclass that has more than nn.Parameter only in its constructor."""
+
+    def __init__(self, data, requires_grad=True):
+        self.tag = tuple(data.shape)
+
+
+class Named(nn.Parameter):
+    def __new__(cls, data, requires_grad=True, label="weight"):
+        parameter = super().__new__(cls, data, requires_grad)
+        parameter.label = label
+        return parameter
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+
 class Plain(torch.Tensor):
     """A subclass without a word of its own."""
 
@@ -245,6 +266,10 @@ SUBCLASSES = {
     "one element": (Own, lambda t: Own(t(1))),
     "without gradient": (Own, lambda t: Own(t(2, 3), requires_grad=False)),
     "of a view": (Own, lambda t: Own(t(2, 3)[1])),
+    "a parameter of a class without constructor": (Bare, lambda t: Bare(t(3))),
+    "a parameter of a class with __init__": (Tagged, lambda t: Tagged(t(3))),
+    "a parameter of a class whose __new__ asks nn.Parameter's": (Named, lambda t: Named(t(3), False)),
+    "a parameter of such a class from another one": (Bare, lambda t: Bare(nn.Parameter(t(2, 3)).data)),
     "as_subclass": (Plain, lambda t: t(3).as_subclass(Plain)),
     "_make_subclass": (Plain, lambda t: torch.Tensor._make_subclass(Plain, t(2, 3))),
     "Parameter of a subclass": (Plain, lambda t: nn.Parameter(t(3).as_subclass(Plain))),
@@ -261,6 +286,7 @@ def test_a_tensor_of_a_subclass_has_its_class_and_its_values(name, dtype, source
     model = plain(lambda: SUBCLASSES[name][1](SOURCES["computed"]), dtype)
     assert type(kept) is type(model) and isinstance(kept, SUBCLASSES[name][0])
     assert kept.stride() == model.stride() and kept.requires_grad == model.requires_grad
+    assert vars(kept) == vars(model)
 
 
 @over_dtypes
@@ -272,9 +298,50 @@ def test_a_registered_parameter_of_a_subclass_is_initialised_as_any_other(dtype)
         module.bias = make(torch.zeros(4))
         return module
 
-    own, usual = (inside(lambda make=make: construct(make), dtype) for make in (Own, nn.Parameter))
-    assert type(own.weight) is Own and list(own.state_dict()) == ["weight", "bias"]
-    assert same_bits(own.weight.detach(), usual.weight.detach()) and not own.bias.any()
+    usual = inside(lambda: construct(nn.Parameter), dtype)
+    for kind in (Own, Bare):
+        own = inside(lambda kind=kind: construct(kind), dtype)
+        assert type(own.weight) is kind and list(own.state_dict()) == ["weight", "bias"]
+        assert same_bits(own.weight.detach(), usual.weight.detach()) and not own.bias.any()
+
+
+def test_torchs_module_of_parameters_is_as_it_was_after_the_block():
+    before = dict(vars(nn.parameter))
+    inside(lambda: Bare(torch.ones(2)))
+    assert vars(nn.parameter) == before
+
+
+class Answering(torch.Tensor):
+    """A subclass that answers factories of tensors like it itself."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in LIKE:
+            return func
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+LIKE = (torch.empty_like, torch.zeros_like, torch.full_like, torch.rand_like, torch.Tensor.new_ones)
+
+
+@over_dtypes
+def test_a_factory_of_a_tensor_like_one_of_a_subclass_is_that_ones_to_answer(dtype):
+    def run():
+        answering, plain = torch.ones(3).as_subclass(Answering), torch.ones(3).as_subclass(Plain)
+        answers = [
+            *(torch.empty_like(answering), torch.zeros_like(input=answering), torch.full_like(answering, 2.0)),
+            *(torch.rand_like(answering), answering.new_ones(2)),
+        ]
+        assert answers == list(LIKE)
+        return torch.zeros_like(plain), plain.new_ones(2), torch.ones_like(answering)
+
+    ours, theirs = inside(run, dtype), plain(run, dtype)
+    assert [(type(each), each.dtype, each.tolist()) for each in ours] == [
+        (type(each), each.dtype, each.tolist()) for each in theirs
+    ]
+    lazy = nn.UninitializedParameter()
+    with pytest.raises(ValueError, match="uninitialized parameter"):
+        inside(lambda: torch.empty_like(lazy), dtype)
 
 
 @over_dtypes

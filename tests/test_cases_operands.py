@@ -49,6 +49,15 @@ FACTORIES = {
     "normal of a deviation": lambda t: torch.normal(0.0, t(4).floor()),
     "poisson of zeros": lambda t: torch.poisson(t(4).floor()),
     "multinomial": lambda t: torch.multinomial(torch.cat([torch.zeros(3), t(1)]), 2, replacement=True),
+    "addmm without inner elements": lambda t: torch.addmm(t(2, 3), torch.ones(2, 0), torch.ones(0, 3), beta=0.7),
+    "cat into one without elements": lambda t: torch.cat([t(2) / 3, t(3)], out=torch.empty(0)),
+    "a result with a dimension of one": lambda t: torch.linalg.solve_triangular(
+        t(2, 2).float(), t(2, 1).float(), upper=True
+    ),
+    "splits at a tensor": lambda t: t(5).tensor_split(torch.empty(2, dtype=torch.int64).copy_(torch.tensor([1, 3]))),
+    "splits at one's own": lambda t: torch.tensor_split(
+        t(5), tensor_indices_or_sections=torch.full((), 2, dtype=torch.int64)
+    ),
 }
 
 WRITERS = {
@@ -372,3 +381,16 @@ def test_bounds_are_right_in_every_block(dtype):
         uniform, normal = inside(weights, dtype)
         assert uniform.float().abs().max() == pytest.approx((6 / (8 + number)) ** 0.5, rel=0.01)
         assert normal.float().std() == pytest.approx(0.02 * (number + 1), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["as_strided", "as_strided_"])
+@over_dtypes
+def test_a_view_beyond_its_tensor_is_refused_when_it_is_asked_for(name, dtype):
+    def construct():
+        weight = torch.ones(3, 3)
+        for sizes, strides, offset in (((4, 4), (4, 2), 0), ((2,), (1,), 8)):
+            with pytest.raises(RuntimeError, match="out of bounds"):
+                getattr(weight, name)(sizes, strides, offset)
+        return weight.as_strided((3,), (4,)).zero_() + weight.sum()
+
+    assert inside(construct, dtype).tolist() == [6.0] * 3

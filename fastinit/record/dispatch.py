@@ -27,7 +27,6 @@ from .tensors import (
     concrete,
     has_master,
     is_in_order,
-    is_whole,
     map_tensors,
     modes_off,
     stand_for,
@@ -55,6 +54,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return result
     if torch.Tag.inplace_view in func.tags and func not in _TAKES_MEMORY and type(args[0]) is Placeholder:
         geometry = func(on_meta(args[0]), *args[1:], **kwargs)
+        if _ends_beyond(args[0]._record, geometry):
+            return run(func, args, kwargs)  # torch's refusal
         _retarget(args[0], Region(int(geometry.storage_offset()), tuple(geometry.shape), geometry.stride()))
         return args[0]
     if func.is_view and type(args[0]) is Placeholder:
@@ -112,13 +113,12 @@ def wrap(block: Block, values: torch.Tensor, dtype: torch.dtype, device: torch.d
     sizes, strides = tuple(values.shape), values.stride()
     record = Record(block, sizes, dtype, device)
     region = None
-    if not is_in_order(record, Region(0, sizes, strides)):
-        if is_whole(record, Region(0, sizes, strides)):
-            record.shape, region = (numel(sizes),), Region(0, sizes, strides)
-            values = values.as_strided(record.shape, (1,))
-        else:
-            values = values.contiguous()
-    if values.untyped_storage().nbytes() != values.numel() * values.element_size() or values.storage_offset():
+    if strides != contiguous_strides(sizes):
+        region = Region(0, sizes, strides)
+        if not is_in_order(record, region):
+            record.shape = (region.end,)
+        values = values.as_strided(record.shape, contiguous_strides(record.shape))
+    if values.untyped_storage().nbytes() != values.nbytes or values.storage_offset():
         values = values.clone()
     if record.needs_master:
         record.values = values
@@ -193,7 +193,7 @@ def _is_in_use(func: Any, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -
         if type(tensor) is Placeholder:
             if tensor._record.memory is not None and tensor._record.needs_master:
                 return True
-        elif tensor.dim() and (tensor.dtype in HALVES or tensor.device.type not in ("cpu", "meta")):
+        elif tensor.dim() and tensor.numel() and (tensor.dtype in HALVES or tensor.device.type not in ("cpu", "meta")):
             return True
     return False
 
@@ -311,6 +311,8 @@ def _own(func: Any, results: Any, written: list[Any], values: dict[int, torch.Te
     for each in written:
         if type(each) is Placeholder:
             _follow(func, each, values[id(each)])
+        elif id(each) in values:  # one without elements, which has some now
+            each.resize_(values[id(each)].shape).copy_(values[id(each)])
     if not func._schema.returns:
         return None
     if not _returns_operands(func):
@@ -357,8 +359,10 @@ def take_view(func: Callable[..., Any], tensor: Placeholder, *args: Any, **kwarg
         return stand_for(record, tensor._region)
     geometry = func(on_meta(tensor), *args, **kwargs)
     results = [geometry] if isinstance(geometry, torch.Tensor) else list(geometry)
-    if any(each.dtype != record.dtype or each.is_conj() or each.is_neg() for each in results):
-        # Memory under another dtype: the views of the tensor itself.
+    if any(
+        each.dtype != record.dtype or each.is_conj() or each.is_neg() or _ends_beyond(record, each) for each in results
+    ):
+        # Memory under another dtype, or torch's refusal: the views of the tensor itself.
         return func(view_of(record.materialize(), tensor._region), *args, **kwargs)
     views = [
         stand_for(record, Region(int(each.storage_offset()), tuple(each.shape), each.stride()))
@@ -367,6 +371,13 @@ def take_view(func: Callable[..., Any], tensor: Placeholder, *args: Any, **kwarg
         for each in results
     ]
     return views[0] if isinstance(geometry, torch.Tensor) else type(geometry)(views)
+
+
+def _ends_beyond(record: Record, view: torch.Tensor) -> bool:
+    """Whether a view on meta, where as_strided takes any sizes, needs more elements than a record has."""
+    if not view.numel():
+        return False
+    return Region(int(view.storage_offset()), tuple(view.shape), view.stride()).end > numel(record.shape)
 
 
 _SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}

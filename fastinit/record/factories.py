@@ -134,13 +134,11 @@ FACTORIES[torch.randn] = _recorded((NORMAL, (0.0, 1.0)))
 def _full(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     options = dict(kwargs)
     size, value = (*args, *(options.pop(name) for name in ("size", "fill_value") if name in options))
-    # Without a dtype, torch takes that of the value: only a float becomes the default dtype.
+    # Without a dtype, torch makes whole numbers int64, and anything else the default dtype.
     if type(value) is float or (type(value) is int and options.get("dtype") is not None):
         result = _create(mode, _size((size,), {}), options, (CONSTANT, (float(value),)))
         if result is not NotImplemented:
             return result
-    if isinstance(value, torch.Tensor):
-        kwargs = {"dtype": value.dtype, **kwargs}
     return compute(mode, func, *args, **kwargs)
 
 
@@ -150,9 +148,8 @@ def _empty_strided(mode: Mode, func: Any, size: Any, stride: Any, **options: Any
     if sizes is not None and strides is not None and 0 not in sizes and not torch._C._len_torch_dispatch_stack():
         block, device = mode.block, _device(mode, options)
         dtype = options.get("dtype") or block.default_dtype
-        elements = 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
         if dtype not in _OPAQUE and device.type != "meta" and not options.get("pin_memory"):
-            base = create(block, (elements,), dtype, device, None)
+            base = create(block, (Region(0, sizes, strides).end,), dtype, device, None)
             result = base.as_strided(sizes, strides)
             return result.requires_grad_() if options.get("requires_grad") else result
     return compute(mode, func, size, stride, **options)
@@ -193,9 +190,13 @@ _LIKE = {
 
 def _like(overload: Any) -> Factory:
     def factory(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
-        other = kwargs.pop("input", None) if not args else args[0]
-        if not isinstance(other, torch.Tensor) or torch._C._len_torch_dispatch_stack():
-            return NotImplemented if not args else _again(func, args, kwargs)
+        other = args[0] if args else kwargs.get("input")
+        if not isinstance(other, torch.Tensor) or type(other).__torch_function__ not in _SILENT:
+            return NotImplemented  # torch's to refuse, or a subclass's to answer
+        if not args:
+            del kwargs["input"]
+        if torch._C._len_torch_dispatch_stack():
+            return _again(func, (other, *args[1:]), kwargs)
         rest = args[1:]
         requires_grad = kwargs.pop("requires_grad", False)
         plain = type(other) in (torch.Tensor, torch.nn.Parameter, Placeholder)
@@ -213,6 +214,10 @@ def _like(overload: Any) -> Factory:
         return _again(func, (other, *rest), kwargs, requires_grad)
 
     return factory
+
+
+# What classes have that leave functions of torch to torch.
+_SILENT = (torch.Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
 
 
 def _again(func: Any, args: Any, kwargs: Any, requires_grad: bool = False) -> Any:
@@ -293,7 +298,7 @@ def _is_default(func: Any, args: Any, kwargs: Any) -> bool:
 def _is_float(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.is_floating_point()
-    return isinstance(value, float) or getattr(getattr(value, "dtype", None), "kind", "") == "f"
+    return isinstance(value, float) or getattr(getattr(value, "dtype", None), "kind", "") in ("f", "b")
 
 
 def _dtype_of_data(data: Any, default: torch.dtype) -> torch.dtype | None:
@@ -371,24 +376,30 @@ def _new_tensor(mode: Mode, func: Any, other: torch.Tensor, data: Any, **kwargs:
 
 @_is(torch.Tensor.new)
 def _new(mode: Mode, func: Any, other: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    size = _size(args or (0,), kwargs)
     if kwargs.keys() - {"device", "size"} or other.layout != torch.strided:
         return NotImplemented
+    if len(args) == 1 and isinstance(args[0], (list, tuple)) and not isinstance(args[0], torch.Size):
+        return _tensor(mode, torch.tensor, args[0], dtype=other.dtype, device=other.device)
+    size = _size(args or (0,), kwargs)
     if size is not None:
         return create(mode.block, size, other.dtype, other.device, None)
-    if len(args) == 1 and isinstance(args[0], (list, tuple)):
-        return _tensor(mode, torch.tensor, args[0], dtype=other.dtype, device=other.device)
     return NotImplemented
 
 
-def legacy_tensor(mode: Mode, args: tuple[Any, ...]) -> Any:
-    """``torch.Tensor(2, 3)``, uninitialised, and ``torch.Tensor([2, 3])``, both of the default dtype."""
-    dtype = mode.block.default_dtype
-    if all(type(argument) is int for argument in args) or (len(args) == 1 and isinstance(args[0], torch.Size)):
-        return _create(mode, _size(args or (0,), {}), {"dtype": dtype}, None)
-    if len(args) == 1 and (isinstance(args[0], (list, tuple)) or hasattr(args[0], "__array_interface__")):
-        return _tensor(mode, torch.tensor, args[0], dtype=dtype)
-    return NotImplemented
+def legacy_tensor(mode: Mode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.Tensor(2, 3)``, uninitialised, ``torch.Tensor([2, 3])`` and the like, all of the default dtype."""
+    options = {**kwargs, "dtype": mode.block.default_dtype}
+    values = [*args, *options.pop("size", ()), *([options.pop("data")] if "data" in kwargs else ())]
+    if not options.keys() <= {"dtype", "device"} or torch.device(options.get("device") or "cpu").type != "cpu":
+        return NotImplemented
+    data = values[0] if len(values) == 1 else None
+    if isinstance(data, torch.Tensor):
+        return NotImplemented  # another tensor of the same memory
+    if isinstance(data, (torch.UntypedStorage, torch.TypedStorage)):
+        return torch.empty(0, **options).set_(data)
+    if isinstance(data, torch.Size) or not any(hasattr(value, "__len__") for value in values):
+        return _create(mode, _size(tuple(values) or (0,), {}), options, None)
+    return _tensor(mode, torch.tensor, data, **options) if hasattr(data, "__len__") else NotImplemented
 
 
 def _take_memory(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:

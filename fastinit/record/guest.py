@@ -83,6 +83,7 @@ def _install() -> None:
         _replace(owner, "get_rng_state", _get_rng_state)
         _replace(owner, "set_rng_state", _set_rng_state)
     _replace(init, "_no_grad_trunc_normal_", truncated_normal)
+    _shadow_type(torch.nn.parameter)
     # Code of C++ that keeps tensors, or reads their memory.
     _replace(torch.utils, "swap_tensors", _real_first)
     for owner in (torch, torch.utils.dlpack):
@@ -118,6 +119,28 @@ def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
 
     setattr(owner, name, replacement)
     _restore.append(put_back)
+
+
+def _shadow_type(module: Any) -> None:
+    """Let ``nn.Parameter`` take placeholders for plain tensors.
+
+    Only then does it say to `torch.Tensor._make_subclass` of which class the parameter is to be: of tensors of other
+    classes it makes an nn.Parameter whatever subclass was called, and Python does not call that one's ``__init__``.
+    """
+    if "type" in vars(module):
+        return
+    module.type = _type_of
+
+    def put_back() -> None:
+        if vars(module).get("type") is _type_of:
+            del module.type
+
+    _restore.append(put_back)
+
+
+def _type_of(value: Any) -> type:
+    kind = type(value)
+    return torch.Tensor if kind is Placeholder else kind
 
 
 def _default_dtype(function: Any) -> Any:
@@ -302,17 +325,23 @@ def _wrap_constructors() -> None:
     # No named parameters: torch._dynamo compares these signatures with its own when it is first imported.
     def tensor_new(*args: Any, **kwargs: Any) -> Any:
         block = current.get()
-        if block is not None and args[0] is torch.Tensor and not kwargs:
-            mode = _mode_of(block)
-            if mode is not None:
-                with modes_off():
-                    tensor = legacy_tensor(mode, args[1:])
-                if tensor is not NotImplemented:
-                    return tensor
+        mode = None if block is None else _mode_of(block)
+        if mode is not None:
+            with modes_off():
+                tensor = legacy_tensor(mode, args[1:], kwargs)
+            if tensor is not NotImplemented:
+                return tensor if args[0] is torch.Tensor else make_subclass(args[0], tensor)
+            if args[0] is not torch.Tensor:
+                for each in _placeholders(args):
+                    become_real(each)
         return new_tensor(*args, **kwargs)
 
     def make_subclass(*args: Any, **kwargs: Any) -> Any:
         if len(args) > 1 and type(args[1]) is Placeholder:
+            if args[0] is torch.nn.Parameter and len(args) == 3 and not kwargs:
+                parameter: Any = args[1].detach().requires_grad_(args[2])
+                parameter._is_param = True
+                return parameter
             become_real(args[1])
         return original(*args, **kwargs)
 

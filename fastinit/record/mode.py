@@ -71,6 +71,9 @@ _NAME_A_DTYPE = {
     torch.Tensor.__getitem__,
 }
 
+# Views whose C++ reads where to split from the memory of a tensor.
+_SPLITS = frozenset({torch.tensor_split, torch.Tensor.tensor_split})
+
 # Where a tensor becomes part of another one, below the dispatcher.
 TAKES_OVER: set[Any] = {
     _TENSOR.data.__set__,
@@ -146,6 +149,9 @@ class Mode(native.Mode, TorchFunctionMode):
             for each in _tensors(args, kwargs):
                 if each.requires_grad and not has_master(each):
                     become_real(each)
+        if func in _SPLITS:
+            for each in _tensors(args[1:], kwargs):
+                become_real(each)
         if func is torch.Tensor.__setitem__ and type(args[2]) is float and has_master(args[0]):
             # torch would round the number before any operator sees it.
             with modes_off():

@@ -177,9 +177,7 @@ for _name, _dtype in (
     *(("float", torch.float32), ("double", torch.float64), ("half", torch.float16), ("bfloat16", torch.bfloat16)),
     *(("long", torch.int64), ("int", torch.int32)),
 ):
-    _method(_name)(
-        lambda self, *args, dtype=_dtype: NotImplemented if args else _converted(self, dtype)
-    )
+    _method(_name)(lambda self, *args, dtype=_dtype: NotImplemented if args else _converted(self, dtype))
 
 
 def _to(self: Placeholder, *args: Any, **kwargs: Any) -> Any:
@@ -222,3 +220,8 @@ def _getitem(self: Placeholder, index: Any) -> Any:
         return NotImplemented
     with lock, modes_off():
         return take_view(_torch.__getitem__, self, index)
+
+
+# Not under its own name, with which C++ would take tensors without dimensions for sequences.
+OPERATORS["_getitem"] = OPERATORS.pop("__getitem__")
+AS_METHODS[_torch.__getitem__] = "_getitem"

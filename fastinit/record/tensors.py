@@ -292,6 +292,23 @@ for _name in (
     setattr(Placeholder, _name, _real_first(_name))
 
 
+def _number(name: str) -> Callable[[Placeholder], Any]:
+    usual = getattr(torch.Tensor, name)
+
+    def method(self: Placeholder) -> Any:
+        # C++ that makes a tensor of a list asks its elements with the way to __torch_dispatch__ barred.
+        if not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Python):
+            return usual(self)
+        with lock, modes_off(), torch.no_grad():
+            return usual(view_of(self._record.compute(), self._region))
+
+    return method
+
+
+for _name in "__bool__ __complex__ __float__ __index__ __int__".split():
+    setattr(Placeholder, _name, _number(_name))
+
+
 def stand_for(record: Record, region: Region | None = None) -> Placeholder:
     """A new placeholder for a record, or for a region of it."""
     if torch.is_inference_mode_enabled():
