@@ -109,7 +109,7 @@ def _check_seeds_that_differ():
     with fastinit.on("cpu"):
         reference.reset_parameters()
     # Rank 0's key; the rank's own draw moved its generator by one, as ever.
-    return [parameter.full_tensor() for parameter in model.parameters()]
+    return [parameter.detach().full_tensor() for parameter in model.parameters()]
 
 
 def test_ranks_that_have_drawn_other_seeds_take_that_of_rank_0(ranks):
