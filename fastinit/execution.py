@@ -168,7 +168,7 @@ class Fills:
             call, index, strides = recipe[0].parameters
             # Calls share operands within a recipe; whole tensors are not kept for longer.
             results = call.results(self._seed, {} if self._results is None else self._results)
-            _copy(_in_storage_order(results[index], strides), memory, boxes)
+            copy_part(_in_storage_order(results[index], strides), memory, boxes)
             self.count += 1
             recipe, zeros = recipe[1:], False
         if boxes is not None:
@@ -256,7 +256,7 @@ def _in_storage_order(values: torch.Tensor, strides: Sequence[int] | None) -> to
     return laid_out.as_strided((values.numel(),), (1,))
 
 
-def _copy(values: torch.Tensor, memory: torch.Tensor, boxes: Sequence[Box] | None) -> None:
+def copy_part(values: torch.Tensor, memory: torch.Tensor, boxes: Sequence[Box] | None) -> None:
     """Copy from a whole tensor what another one holds of it."""
     if boxes is None:
         memory.copy_(values.reshape(memory.shape))

@@ -9,8 +9,9 @@ import torch
 
 from . import native
 from .execution import DTYPES, allocate, can_fill, run_batch
-from .layout import Window, contiguous_strides
+from .layout import Window, contiguous_strides, with_dims
 from .recipe import Distribution, canonical
+from .sharding import is_dtensor, local_boxes, local_tensor
 
 
 def fill_(
@@ -27,7 +28,8 @@ def fill_(
     from fp32) and the part of the global tensor that `tensor` holds. docs/stream-v1.md specifies them.
 
     Args:
-        tensor: fp32, fp16 or bf16 tensor of any shape and strides, or a sequence of such on one device.
+        tensor: fp32, fp16 or bf16 tensor of any shape and strides, or a sequence of such on one device. Of a DTensor,
+            this rank's shard is filled.
         distribution: `Normal`, `Uniform`, `TruncatedNormal` or `Constant`; or one per tensor.
         seed: 64-bit key.
         stream: 64-bit number of the stream; or one per tensor. Give each tensor of a model its own.
@@ -106,6 +108,11 @@ def _add(
         raise TypeError(
             f"fill_: distribution={distribution!r} must be a fastinit.Normal, Uniform, TruncatedNormal or Constant"
         )
+    boxes = None
+    if is_dtensor(tensor):
+        if window is not None:
+            raise ValueError("fill_: window= was given for a DTensor, whose placements say which part this rank holds")
+        boxes, tensor = local_boxes(tensor), local_tensor(tensor)
     if not can_fill(tensor.dtype, tensor.device) or tensor.layout != torch.strided:
         raise TypeError(
             f"fill_: tensor has dtype={tensor.dtype}, device={str(tensor.device)!r} and layout={tensor.layout}; fills "
@@ -119,6 +126,23 @@ def _add(
     if window is not None:
         window.check(sizes)
     kind, parameters, _ = canonical(distribution.kind, distribution.parameters, ())
+    if boxes is not None:
+        for box in boxes:
+            for index_offset, extent, index_strides, memory_offset, memory_strides in with_dims(box, 8):
+                batch.add_region(
+                    tensor.data_ptr() + memory_offset * tensor.element_size(),
+                    DTYPES[tensor.dtype],
+                    kind,
+                    parameters,
+                    seed,
+                    stream,
+                    (),
+                    index_offset,
+                    extent or (1,),
+                    index_strides or (1,),
+                    memory_strides or (1,),
+                )
+        return
     if tensor.numel() == 0:
         return
     if window is None and tensor.is_contiguous():

@@ -79,6 +79,7 @@ class Block(native.Block):
         self._master_bytes = 0
         self.modules = {}
         self._reserved_for = 0
+        self._existing: dict[int, tuple[int, int]] = {}
 
     # --- fills --------------------------------------------------------------------------------------------------
 
@@ -158,6 +159,11 @@ class Block(native.Block):
                     seen.add(id(child))
                     waiting.append(child)
 
+    def initialised(self, tensor: torch.Tensor) -> None:
+        """A parameter that was there before the block has been initialised in it."""
+        if isinstance(tensor, torch.nn.Parameter):
+            self._existing[id(tensor)] = (tensor.numel(), tensor.numel() * tensor.element_size())
+
     def name_of(self, record: Record) -> str | None:
         """What a model calls a record's tensor, for a message; None if no module has it."""
         tensors = {id(tensor) for ref in record.tensors if (tensor := ref()) is not None}
@@ -172,13 +178,17 @@ class Block(native.Block):
         return None
 
     def parameters(self) -> tuple[int, int]:
-        """Elements and bytes of the parameters of all modules that the block has seen, each counted once."""
+        """Elements and bytes of the parameters of all modules that the block has seen, and of others that it filled."""
+        tensors = {id(p): p for module in self.seen_modules() for p in module._parameters.values() if p is not None}
+        others = [size for key, size in self._existing.items() if key not in tensors] if self._existing else []
         if fast.in_use:
             with modes_off():
-                return native.tally([module._parameters for module in self.seen_modules()])
-        tensors = {id(p): p for module in self.seen_modules() for p in module._parameters.values() if p is not None}
-        with modes_off():
-            return sum(p.numel() for p in tensors.values()), sum(p.numel() * p.element_size() for p in tensors.values())
+                elements, nbytes = native.tally([module._parameters for module in self.seen_modules()])
+        else:
+            with modes_off():
+                elements = sum(p.numel() for p in tensors.values())
+                nbytes = sum(p.numel() * p.element_size() for p in tensors.values())
+        return elements + sum(n for n, _ in others), nbytes + sum(n for _, n in others)
 
     # --- becoming real ------------------------------------------------------------------------------------------
 

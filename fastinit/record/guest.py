@@ -24,6 +24,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.nn.utils import parametrizations
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -32,7 +33,7 @@ from .block import current
 from .factories import legacy_tensor
 from .mode import Mode, truncated_normal
 from .pending import leave_unwritten
-from .tensors import Placeholder, become_real, concrete, modes_off
+from .tensors import Placeholder, become_real, concrete, has_master, modes_off
 
 # Python objects made between two runs of the garbage collector while a model is created.
 _COLLECT_EVERY = 200_000
@@ -84,6 +85,7 @@ def _install() -> None:
         _replace(owner, "set_rng_state", _set_rng_state)
     _replace(init, "_no_grad_trunc_normal_", truncated_normal)
     _shadow_type(torch.nn.parameter)
+    _replace(parametrizations, "_is_orthogonal", _orthogonal_in_fp32)
     # Code of C++ that keeps tensors, or reads their memory.
     _replace(torch.utils, "swap_tensors", _real_first)
     for owner in (torch, torch.utils.dlpack):
@@ -199,6 +201,20 @@ def _compiled_later(function: Any) -> Any:
         return either
 
     return compile
+
+
+def _orthogonal_in_fp32(function: Any) -> Any:
+    """Whether a matrix is orthogonal, which torch asks with a tolerance of the precision in which it computes."""
+
+    @functools.wraps(function)
+    def _is_orthogonal(Q: torch.Tensor, eps: Any = None) -> bool:
+        if not (type(Q) is Placeholder and has_master(Q)):
+            return function(Q, eps)  # type: ignore[no-any-return]
+        rows, columns = Q.shape[-2:]
+        identity = torch.eye(columns, dtype=Q.dtype, device=Q.device)
+        return torch.allclose(Q.mT @ Q, identity, atol=10.0 * rows * torch.finfo(torch.float32).eps)
+
+    return _is_orthogonal
 
 
 def _get_rng_state(function: Any) -> Any:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from .. import native
 from ..execution import can_fill
 from ..native import NORMAL, TRUNCATED_NORMAL, UNIFORM
+from . import existing
 from .block import Block, current
 from .dispatch import wrap
 from .factories import FACTORIES, fill_now, in_functorch, is_fillable, over
@@ -164,8 +165,17 @@ class Mode(native.Mode, TorchFunctionMode):
     def _initialise(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A function of torch.nn.init, for a tensor that has memory by way of a placeholder over that."""
         tensor = args[0] if args else kwargs.get("tensor")
+        if existing.takes(self.block, tensor) and func in INITIALISERS:
+
+            def record(whole: torch.Tensor) -> None:
+                func(whole, *args[1:], **kwargs) if args else func(**{**kwargs, "tensor": whole})
+
+            existing.initialise(self.block, tensor, record)
+            self.block.initialised(tensor)
+            return tensor
         if type(tensor) is Placeholder or not is_fillable(self.block, tensor):
             return func(*args, **kwargs)
+        self.block.initialised(tensor)
         with modes_off():
             alias = over(self.block, tensor)
             alias.__dict__.update(tensor.__dict__)
@@ -248,13 +258,24 @@ def _fills(func: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @_fills(torch.Tensor.uniform_)
 def _uniform(block: Block, tensor: Any, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
     low, high = _pair(args, kwargs, ("from", "to"), (0.0, 1.0))
-    return NotImplemented if generator is not None else fill_now(block, tensor, UNIFORM, (low, high))
+    return NotImplemented if generator is not None else _fill(block, tensor, UNIFORM, (low, high))
 
 
 @_fills(torch.Tensor.normal_)
 def _normal(block: Block, tensor: Any, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
     mean, std = _pair(args, kwargs, ("mean", "std"), (0.0, 1.0))
-    return NotImplemented if generator is not None else fill_now(block, tensor, NORMAL, (mean, std))
+    return NotImplemented if generator is not None else _fill(block, tensor, NORMAL, (mean, std))
+
+
+_METHODS: dict[int, Callable[..., Any]] = {UNIFORM: torch.Tensor.uniform_, NORMAL: torch.Tensor.normal_}
+
+
+def _fill(block: Block, tensor: Any, kind: int, parameters: tuple[Any, Any]) -> Any:
+    if existing.takes(block, tensor) and not (torch.is_grad_enabled() and tensor.requires_grad):
+        existing.initialise(block, tensor, lambda whole: _METHODS[kind](whole, *parameters))
+        block.initialised(tensor)
+        return tensor
+    return fill_now(block, tensor, kind, parameters)
 
 
 def _pair(args: Any, kwargs: Any, names: tuple[str, str], defaults: tuple[float, float]) -> Any:
@@ -292,4 +313,8 @@ def _truncated(block: Block, tensor: torch.Tensor, mean: Any, std: Any, a: Any, 
         if not can_fill(tensor.dtype, tensor.device):
             return NotImplemented
         return fill(tensor, TRUNCATED_NORMAL, parameters)
+    if existing.takes(block, tensor):
+        existing.initialise(block, tensor, lambda whole: _truncated(block, whole, *parameters))
+        block.initialised(tensor)
+        return tensor
     return fill_now(block, tensor, TRUNCATED_NORMAL, parameters)

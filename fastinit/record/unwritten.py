@@ -351,7 +351,7 @@ for _name in "__array__ __dlpack__ __dlpack_device__ as_subclass numpy share_mem
     setattr(Unwritten, _name, _reads(_name))
 for _name in "storage storage_type untyped_storage _typed_storage".split():
     setattr(Unwritten, _name, _stores(_name))
-Unwritten.__cuda_array_interface__ = property(_reads("__cuda_array_interface__"))
+Unwritten.__cuda_array_interface__ = property(_reads("__cuda_array_interface__"))  # type: ignore[assignment]
 
 
 def stand_for(rest: Rest, region: Region | None = None) -> Unwritten:
@@ -453,7 +453,7 @@ def inner(tensor: torch.Tensor | None) -> Unwritten | None:
         return tensor
     if tensor is None or not is_traceable_wrapper_subclass(tensor):
         return None
-    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    names, _ = tensor.__tensor_flatten__()
     for name in names:
         found = inner(getattr(tensor, name))
         if found is not None:
