@@ -1,6 +1,6 @@
 """Inits of tensors that exist already, inside of a block: distributed and unwritten ones (the order of torchtitan).
 
-    meta device, fully_shard or parallelize_module, to_empty, with fastinit.on(device, seed=...): model.init_weights()
+Meta device, fully_shard or parallelize_module, to_empty, with fastinit.on(device, seed=...): model.init_weights()
 """
 
 import pytest
