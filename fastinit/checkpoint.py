@@ -470,7 +470,7 @@ class _Loading:
             self._refuse_lost(copy, lambda: tensor, target if write and not target.is_cpu else tensor)
 
     def _refuse_lost(self, copy: _Copy, read: Callable[[], torch.Tensor], same: torch.Tensor) -> None:
-        value = _first_lost(read, copy.target.dtype, same)
+        value = _first_lost(read, copy.target, same)
         if value is not None:
             self._problems.append(_lost_message(_name(copy), value, copy.source.dtype, copy.target.dtype))
 
@@ -486,7 +486,7 @@ class _Loading:
                 if _kind(source.dtype) != _kind(target.dtype):
                     raise TypeError(f"{source.dtype} in the checkpoint, {target.dtype} in the model")
                 if _narrows(_Copy(target, source)):
-                    value = _first_lost(lambda: source, target.dtype, source)
+                    value = _first_lost(lambda: source, target, source)
                     if value is not None:
                         raise ValueError(_lost_message(name, value, source.dtype, target.dtype))
                 stand_in = _Stored.of(self.checkpoint, name)
@@ -646,11 +646,13 @@ def _narrows(copy: _Copy) -> bool:
     return low < lowest or high > highest
 
 
-def _first_lost(read: Callable[[], torch.Tensor], dtype: torch.dtype, same: torch.Tensor) -> float | None:
-    """The first finite value of a tensor that another dtype of the same kind cannot hold.
+def _first_lost(read: Callable[[], torch.Tensor], target: torch.Tensor, same: torch.Tensor) -> float | None:
+    """The first finite value of a tensor that a target's dtype, of the same kind, cannot hold.
 
-    `same` is the tensor, or what became of it in that dtype: it is looked at first, and as a rule suffices.
+    `same` is the tensor, or what became of it in that dtype: it is looked at first, and as a rule suffices. A buffer
+    may have the most extreme values of the checkpoint's dtype, which masks are made of: they become infinite.
     """
+    dtype = target.dtype
     same = _local_real(same.detach())
     if not same.numel():
         return None
@@ -665,6 +667,8 @@ def _first_lost(read: Callable[[], torch.Tensor], dtype: torch.dtype, same: torc
     for part in tensor.reshape(-1).split(_CHUNK):
         if part.is_floating_point():
             lost = part.isfinite() & ~part.to(real).double().isfinite()
+            if not isinstance(target, nn.Parameter):
+                lost &= part.abs() != torch.finfo(part.dtype).max
         else:
             lost = (part.long() < low) | (part.long() > high)
         if lost.any():

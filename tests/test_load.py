@@ -982,6 +982,27 @@ def test_a_model_with_values_keeps_those_that_are_missing(tmp_path):
     assert same_bits(model.body[0].bias, trained().body[0].bias)
 
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+        self.register_buffer("mask", torch.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_mask_of_the_least_value_of_its_dtype_becomes_infinite_as_in_torch(tmp_path, dtype):
+    least = torch.tensor([0.0, torch.finfo(torch.float32).min, 1.0])
+    model = quiet_load(Masked, saved(tmp_path, {"weight": torch.ones(3), "mask": least}), dtype=dtype)
+    assert torch.equal(model.mask, least.to(model.mask.dtype)) and model.mask[1] == -torch.inf
+    for name in ("weight", "mask"):
+        state = {"weight": torch.ones(3), "mask": torch.ones(3)}
+        state[name] = least if name == "weight" else least * 0.999
+        if dtype == "bf16" and name == "mask":
+            continue  # which bf16 can hold
+        with pytest.raises(CheckpointError, match=f"{name} has the value -3.* beyond the range"):
+            quiet_load(Masked, saved(tmp_path, state), dtype=dtype)
+
+
 def test_the_report_says_what_was_done(tmp_path):
     source = trained()
     state = source.state_dict()
