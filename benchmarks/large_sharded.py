@@ -61,7 +61,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fastinit
-from fastinit import context, deepspeed, execution, sharded
+from fastinit import context, deepspeed, execution, materialization
 from fastinit.cli import machine, measure, text
 from fastinit.cli.models import LLAMA_7B, LLAMA_70B, Decoder, DecoderConfig
 
@@ -133,9 +133,9 @@ class Clock:
     # Where fastinit calls what is timed.
     INSIDE = (
         ("key broadcast", context, "from_rank_0"),
-        ("key broadcast", sharded, "from_rank_0"),
-        ("allocation", sharded, "reserve"),
-        ("allocation", sharded, "allocate"),
+        ("key broadcast", materialization, "from_rank_0"),
+        ("allocation", materialization, "reserve"),
+        ("allocation", materialization, "allocate"),
         ("allocation", deepspeed, "reserve"),
         ("allocation", deepspeed, "allocate"),
         ("fills", execution, "run_batch"),
