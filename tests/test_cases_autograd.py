@@ -258,6 +258,20 @@ def test_a_model_of_such_functions_is_trained_in_the_block(dtype):
     assert_as_torch(inside(train, dtype), plain(train, dtype), dtype)
 
 
+@over_dtypes
+def test_a_buffer_with_a_graph_is_written_to_again_after_it_became_real(dtype):
+    def train():
+        weight, output = nn.Parameter(torch.ones(2)), torch.zeros(4)
+        output.index_copy_(0, torch.tensor([0, 1]), weight * 2)
+        assert output.data_ptr()
+        output.index_copy_(0, torch.tensor([2, 3]), weight * 3)
+        output += output.detach().sum()
+        output.pow(2).sum().backward()
+        return output, weight.grad
+
+    assert_as_torch(inside(train, dtype), plain(train, dtype), dtype)
+
+
 # Gradients that are assigned ------------------------------------------------------------------------------------------
 
 GRADIENTS = {
