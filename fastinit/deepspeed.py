@@ -22,6 +22,8 @@ from .record.block import warn_never_initialised
 from .record.tensors import swap_in
 from .record.unwritten import Origin, Piece, Unwritten, write_pieces
 
+__all__ = ["zero3"]
+
 _modes_off = torch._C.DisableTorchFunction
 
 # Those that the tests were run with: the first, and the first one that is too new. pyproject.toml asks for them.

@@ -227,6 +227,7 @@ def test_the_reference_is_what_the_docstrings_give(build_api):
 
 def test_the_reference_has_every_public_name(build_api):
     listed = {f"{module}.{name}" for module, _, names in build_api.SECTIONS for name in names}
-    public = {f"fastinit.{name}" for name in fastinit.__all__ if name not in ("__version__", "deepspeed")}
-    public |= {f"fastinit.lightning.{name}" for name in importlib.import_module("fastinit.lightning").__all__}
+    modules = {"accelerate", "deepspeed", "lightning"}
+    public = {f"fastinit.{name}" for name in fastinit.__all__ if name not in modules | {"__version__"}}
+    public |= {f"fastinit.{module}.{name}" for module in modules for name in getattr(fastinit, module).__all__}
     assert public <= listed
