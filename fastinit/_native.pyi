@@ -138,9 +138,11 @@ def connect(**connected: Any) -> tuple[dict[str, Any], Any, Any]:
     """Connect the fast path to fastinit.record and to torch, once in a process; see csrc/recorder/recorder.h.
 
     Returns:
-        Methods of Placeholder by name, ``Mode.__torch_function__``, the hook of registrations,
-        ``torch.overrides.has_torch_function_variadic`` for torch.nn.init, and bodies of functions of torch.nn.init.
+        Methods of Placeholder by name, ``Mode.__torch_function__``, and the hook of registrations.
     """
+
+def around_handle(original: Any) -> Any:
+    """``torch.overrides.handle_torch_function`` for the time of a block, around torch's own."""
 
 def waiting(block: Any) -> list[Any]:
     """The records of a block that placeholders still stand for, in the order of their creation; dead ones go."""

@@ -27,7 +27,8 @@ from torch.nn.modules.module import (
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from . import methods
+from .. import native
+from . import fast, methods
 from .block import current
 from .factories import legacy_tensor
 from .mode import Mode, truncated_normal
@@ -84,6 +85,8 @@ def _install() -> None:
         _replace(owner, "set_rng_state", _set_rng_state)
     _replace(init, "_no_grad_trunc_normal_", truncated_normal)
     _shadow_type(torch.nn.parameter)
+    if fast.in_use:
+        _replace(torch.overrides, "handle_torch_function", native.around_handle)
     # Code of C++ that keeps tensors, or reads their memory.
     _replace(torch.utils, "swap_tensors", _real_first)
     for owner in (torch, torch.utils.dlpack):
