@@ -168,5 +168,5 @@ def give_memory(
 def swap_in(given: list[tuple[Any, torch.Tensor]]) -> list[Any]:
     """Let placeholders have the memory that `give_memory` has made; the records that have others yet, not so plain."""
 
-def tally(parameters: list[Any]) -> tuple[int, int]:
-    """The number of elements and the bytes of the tensors in dicts, each counted once."""
+def tally(block: Any) -> tuple[int, int]:
+    """Elements and bytes of the parameters of the modules that a block has seen, and of those below, each once."""

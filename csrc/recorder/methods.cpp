@@ -439,10 +439,9 @@ PyObject* registered(PyObject*, PyObject* const* given, Py_ssize_t count) {
             }
             assign(block->last_seen, ref.ptr());
         }
-        if (is_placeholder(value)) {
-            const Target target(value);
+        if (const Target target(value); target.record) {
             const py::object owner = checked(PyTuple_Pack(2, reinterpret_cast<PyObject*>(Py_TYPE(module)), name));
-            if (target.record) assign(target->owner, owner.ptr());
+            assign(target->owner, owner.ptr());
         }
         return py::none();
     });

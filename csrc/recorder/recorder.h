@@ -69,7 +69,7 @@ extern State state;
 
 #define FASTINIT_NAMES(X) \
     X(_is_param) X(_record) X(_region) X(__class__) X(device) X(dtype) X(itemsize) X(tensor) X(generator) X(next_stream) X(detach) \
-    X(requires_grad_) X(uniform_) X(normal_) X(fill_) X(zero_) X(shape) X(size) X(dim) X(numel) X(element_size) X(_use_count) X(data_ptr) X(new_empty)
+    X(requires_grad_) X(uniform_) X(normal_) X(fill_) X(zero_) X(shape) X(size) X(dim) X(numel) X(element_size) X(_use_count) X(data_ptr) X(_modules) X(_parameters)
 struct Names {
 #define X(name) PyObject* const name = PyUnicode_InternFromString(#name);
     FASTINIT_NAMES(X)
@@ -191,17 +191,15 @@ inline Record* as_record(const py::object& object) { return reinterpret_cast<Rec
 
 inline py::object attribute(PyObject* object, PyObject* name) { return checked(PyObject_GetAttr(object, name)); }
 
-// What a placeholder stands for. Nothing, if another thread has made it real since its method was looked up.
+// What a tensor stands for; nothing, if it is no placeholder, or if another thread has made it real meanwhile.
 struct Target {
-    py::object record, region;
+    py::object attributes, record, region;
 
     explicit Target(PyObject* tensor) {
-        record = steal(PyObject_GenericGetAttr(tensor, names->_record));
-        if (record) region = steal(PyObject_GenericGetAttr(tensor, names->_region));
-        if (!region) {
-            PyErr_Clear();
-            record = py::object();
-        }
+        if (!is_placeholder(tensor)) return;
+        attributes = checked(PyObject_GenericGetDict(tensor, nullptr));
+        record = borrow(item(attributes.ptr(), names->_record));
+        region = borrow(item(attributes.ptr(), names->_region));
     }
     bool whole() const { return record && region.is_none(); }
     Record* operator->() const { return as_record(record); }

@@ -15,8 +15,7 @@ py::object placeholder_of(const py::object& record, bool& others) {
     PyObject* const tensors = as_record(record)->tensors;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {
         py::object tensor = alive(PyList_GET_ITEM(tensors, i));
-        if (!is_placeholder(tensor.ptr()) || tensor.ptr() == found.ptr()) continue;
-        if (checked(PyObject_GenericGetAttr(tensor.ptr(), names->_record)).ptr() != record.ptr()) continue;
+        if (tensor.ptr() == found.ptr() || Target(tensor.ptr()).record.ptr() != record.ptr()) continue;
         others = others || found;
         found = std::move(tensor);
     }
@@ -67,7 +66,7 @@ py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list&
     const FloatEnvironment environment;  // parameters are rounded to float32 here
     uint64_t bytes = 0;
     Py_ssize_t at = start;
-    py::object like;  // torch parses the arguments of new_empty in half the time of those of empty
+    py::object new_empty;  // with sizes one by one, its arguments take torch half the time of those of empty
     PyObject* dtype = nullptr;
     const bool usual = !is_positive(call(state.dispatch_modes)) && !truth(call(state.inference_mode));
     for (; usual && at < PyList_GET_SIZE(segment.ptr()) && bytes < limit; ++at) {
@@ -82,10 +81,11 @@ py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list&
         if (n == 0 || n * size > largest) break;
         if (record->dtype != dtype) {
             dtype = record->dtype;
-            like = borrow(state.empty)(0, py::arg("dtype") = borrow(dtype), py::arg("device") = borrow(record->device));
+            const py::object empty = borrow(state.empty);
+            new_empty = empty(0, py::arg("dtype") = borrow(dtype), py::arg("device") = borrow(record->device)).attr("new_empty");
         }
-        PyObject* const args[] = {like.ptr(), record->shape};
-        const py::object memory = steal(PyObject_VectorcallMethod(names->new_empty, args, 2, nullptr));
+        const py::object memory = steal(PyTuple_GET_SIZE(record->shape) ? PyObject_CallObject(new_empty.ptr(), record->shape)
+                                                                       : PyObject_CallOneArg(new_empty.ptr(), record->shape));
         if (!memory) {  // the Python side tries again, and says what there is no memory for
             PyErr_Clear();
             break;
@@ -101,8 +101,9 @@ py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list&
 // Lets the only placeholder of a record have its memory; false, and nothing done, if autograd knows more of it than that
 // it requires a gradient. What fastinit.record.tensors.swap_in does.
 bool swap_plain(const py::object& record, const py::object& tensor, const py::object& memory) {
-    const py::object attributes = checked(PyObject_GenericGetDict(tensor.ptr(), nullptr));
-    if (!is_none(item(attributes.ptr(), names->_region))) return false;
+    const Target target(tensor.ptr());
+    if (!target.whole()) return false;
+    PyObject* const attributes = target.attributes.ptr();
     const bool requires_grad = truth(get(state.requires_grad, tensor.ptr()));
     if (requires_grad) {
         if (!truth(get(state.is_leaf, tensor.ptr()))) return false;
@@ -110,13 +111,13 @@ bool swap_plain(const py::object& record, const py::object& tensor, const py::ob
             if (!get(descriptor, tensor.ptr()).is_none()) return false;
         check(Py_TYPE(state.requires_grad)->tp_descr_set(state.requires_grad, memory.ptr(), Py_True));
     }
-    PyObject* const is_parameter = item(attributes.ptr(), names->_is_param);
+    PyObject* const is_parameter = item(attributes, names->_is_param);
     PyObject* const type = is_parameter && truth(borrow(is_parameter)) ? state.parameter : state.tensor;
-    check(PyDict_DelItem(attributes.ptr(), names->_record));
-    check(PyDict_DelItem(attributes.ptr(), names->_region));
-    if (is_parameter) check(PyDict_DelItem(attributes.ptr(), names->_is_param));
+    check(PyDict_DelItem(attributes, names->_record));
+    check(PyDict_DelItem(attributes, names->_region));
+    if (is_parameter) check(PyDict_DelItem(attributes, names->_is_param));
+    check(PyObject_SetAttr(tensor.ptr(), names->__class__, type));  // first, since torch looks longer at a subclass
     call(state.swap_impl, {tensor.ptr(), memory.ptr()});
-    check(PyObject_SetAttr(tensor.ptr(), names->__class__, type));
     // The object that had the memory is a placeholder now. Mostly nothing else is left of it, nor of the record.
     if (PyLong_AsLong(call_method(names->_use_count, {memory.ptr()}).ptr()) > 1) {
         assign(as_record(record)->memory, call_method(names->detach, {tensor.ptr()}).ptr());
@@ -145,25 +146,42 @@ py::list swap_in(const py::list& given) {
     return left;
 }
 
-// tally(parameters) -> the number of elements and the bytes of the tensors in dicts, each counted once.
-py::tuple tally(const py::list& dicts) {
+// tally(block) -> the number of elements and the bytes of the parameters of the modules that a block has seen, and of
+// those below them, each counted once.
+py::tuple tally(const py::object& block) {
     uint64_t count = 0, bytes = 0;
     std::unordered_set<PyObject*> seen;
+    std::vector<py::object> modules;
+    const auto each = [&](const py::object& dict, auto&& found) {
+        const auto look = [&](PyObject* value) {
+            if (value != Py_None && seen.insert(value).second) found(value);
+        };
+        PyObject *key, *value;
+        if (PyDict_Check(dict.ptr())) {
+            for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value);) look(value);
+        } else {  // TorchScript's
+            for (const py::handle each : dict.attr("values")()) look(each.ptr());
+        }
+    };
+    const auto add = [&](PyObject* module) { modules.push_back(borrow(module)); };
+    each(borrow(reinterpret_cast<Block*>(block.ptr())->modules), [&](PyObject* ref) {
+        const py::object module = alive(ref);
+        if (!module.is_none() && seen.insert(module.ptr()).second) add(module.ptr());
+    });
     const auto number = [](const py::object& value) { return PyLong_AsUnsignedLongLong(value.ptr()); };
-    for (const py::handle dict : dicts) {
-        PyObject *key, *tensor;
-        for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &tensor);) {
-            if (tensor == Py_None || !seen.insert(tensor).second) continue;
-            if (is_placeholder(tensor)) {
-                if (const Target target(tensor); target.whole()) {
-                    count += elements(target->shape), bytes += nbytes(target.operator->());
-                    continue;
-                }
+    while (!modules.empty()) {
+        const py::object module = std::move(modules.back());
+        modules.pop_back();
+        each(attribute(module.ptr(), names->_modules), add);
+        each(attribute(module.ptr(), names->_parameters), [&](PyObject* tensor) {
+            if (const Target target(tensor); target.whole()) {
+                count += elements(target->shape), bytes += nbytes(target.operator->());
+                return;
             }
             const uint64_t n = number(call_method(names->numel, {tensor}));
             count += n;
             bytes += n * number(call_method(names->element_size, {tensor}));
-        }
+        });
     }
     if (PyErr_Occurred()) throw py::error_already_set();
     return py::make_tuple(count, bytes);

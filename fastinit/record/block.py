@@ -9,6 +9,8 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextvars import ContextVar
+from itertools import groupby
+from operator import attrgetter
 from typing import Literal
 
 import torch
@@ -175,7 +177,7 @@ class Block(native.Block):
         """Elements and bytes of the parameters of all modules that the block has seen, each counted once."""
         if fast.in_use:
             with modes_off():
-                return native.tally([module._parameters for module in self.seen_modules()])
+                return native.tally(self)
         tensors = {id(p): p for module in self.seen_modules() for p in module._parameters.values() if p is not None}
         with modes_off():
             return sum(p.numel() for p in tensors.values()), sum(p.numel() * p.element_size() for p in tensors.values())
@@ -224,7 +226,7 @@ class Block(native.Block):
         """Add records of one device with their memory to `given`, or to `plain` what the fast path has served."""
         started, ran = time.perf_counter(), self.run_seconds
         device = segment[0].device
-        reserve([record.nbytes for record in segment], device)
+        reserve(map(attrgetter("nbytes"), segment), device)
         fills, size = Fills(self.seed, device), 0
         done = 0
         while done < len(segment):
@@ -292,13 +294,16 @@ def _fill_by_torch(view: torch.Tensor, write: Write, seed: int) -> None:
 
 def _segments(records: list[Record]) -> Iterator[list[Record]]:
     """Records of one device each, in groups for which memory is reserved in one step."""
-    segment: list[Record] = []
-    reserved = 0
-    for record in records:
-        if segment and (reserved + record.nbytes > _SEGMENT_BYTES or record.device != segment[0].device):
+    for device, group in groupby(records, attrgetter("device")):
+        segment = list(group)
+        if device.type == "cpu" or sum(map(attrgetter("nbytes"), segment)) <= _SEGMENT_BYTES:
             yield segment
-            segment, reserved = [], 0
-        segment.append(record)
-        reserved += record.nbytes
-    if segment:
+            continue
+        rest, segment, reserved = segment, [], 0
+        for record in rest:
+            if segment and reserved + record.nbytes > _SEGMENT_BYTES:
+                yield segment
+                segment, reserved = [], 0
+            segment.append(record)
+            reserved += record.nbytes
         yield segment
