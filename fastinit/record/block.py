@@ -202,6 +202,8 @@ class Block(native.Block):
 
     def settle(self) -> None:
         """Make every placeholder an ordinary tensor with its memory and values, or leave all as they are."""
+        if not self.records:
+            return
         with lock, modes_off(), torch.no_grad():
             records = self.waiting()
             unwritten = [record for record in records if record.recipe == () and not record.deferred]

@@ -42,6 +42,11 @@ _lock = threading.Lock()
 _users = 0
 _restore: list[Callable[[], object]] = []
 
+# What is replaced now, by module and name; and what each was replaced by last, behind what that wraps: the next block
+# mostly wants the same.
+_replaced: list[tuple[Any, str]] = []
+_made: dict[tuple[Any, str], tuple[Any, Any]] = {}
+
 
 def install() -> None:
     """Install the replacements, or count one more user of them."""
@@ -68,6 +73,11 @@ def remove() -> None:
 def _put_back() -> None:
     while _restore:
         _restore.pop()()
+    while _replaced:
+        owner, name = _replaced.pop()
+        function, replacement = _made[owner, name]
+        if getattr(owner, name, None) is replacement:
+            setattr(owner, name, function)
 
 
 def _install() -> None:
@@ -114,14 +124,12 @@ def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
     function = getattr(owner, name, None)
     if function is None:  # another version of torch, or not imported
         return
-    replacement = wrap(function)
+    known = _made.get((owner, name))
+    if known is None or known[0] is not function:
+        known = _made[owner, name] = function, wrap(function)
 
-    def put_back() -> None:
-        if getattr(owner, name, None) is replacement:
-            setattr(owner, name, function)
-
-    setattr(owner, name, replacement)
-    _restore.append(put_back)
+    _replaced.append((owner, name))
+    setattr(owner, name, known[1])
 
 
 def _shadow_type(module: Any) -> None:
