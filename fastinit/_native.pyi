@@ -138,9 +138,11 @@ def connect(**connected: Any) -> tuple[dict[str, Any], Any, Any]:
     """Connect the fast path to fastinit.record and to torch, once in a process; see csrc/recorder/recorder.h.
 
     Returns:
-        Methods of Placeholder by name, ``Mode.__torch_function__``, the hook of registrations,
-        ``torch.overrides.has_torch_function_variadic`` for torch.nn.init, and bodies of functions of torch.nn.init.
+        Methods of Placeholder by name, ``Mode.__torch_function__``, and the hook of registrations.
     """
+
+def around_handle(original: Any) -> Any:
+    """``torch.overrides.handle_torch_function`` for the time of a block, around torch's own."""
 
 def waiting(block: Any) -> list[Any]:
     """The records of a block that placeholders still stand for, in the order of their creation; dead ones go."""
@@ -166,5 +168,5 @@ def give_memory(
 def swap_in(given: list[tuple[Any, torch.Tensor]]) -> list[Any]:
     """Let placeholders have the memory that `give_memory` has made; the records that have others yet, not so plain."""
 
-def tally(parameters: list[Any]) -> tuple[int, int]:
-    """The number of elements and the bytes of the tensors in dicts, each counted once."""
+def tally(block: Any) -> tuple[int, int]:
+    """Elements and bytes of the parameters of the modules that a block has seen, and of those below, each once."""

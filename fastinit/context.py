@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+# Not `signal`, which learns by two exceptions that a handler is a function and no number: 28 % of an empty block.
+import _signal  # type: ignore[import-not-found]
 import importlib
 import inspect
-import signal
 import sys
 import threading
 import time
@@ -315,16 +316,16 @@ class on(ContextDecorator):
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
     """Let a Ctrl-C wait until torch is whole again: in the middle, what is replaced would stay so."""
-    handler = signal.getsignal(signal.SIGINT)
+    handler = _signal.getsignal(_signal.SIGINT)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield
         return
     waiting: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *arguments: waiting.append(arguments))
+    _signal.signal(_signal.SIGINT, lambda *arguments: waiting.append(arguments))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        _signal.signal(_signal.SIGINT, handler)
         if waiting:
             handler(*waiting[0])
 

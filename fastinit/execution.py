@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def allocate(
     return tensor
 
 
-def reserve(sizes: list[int], device: torch.device) -> None:
+def reserve(sizes: Iterable[int], device: torch.device) -> None:
     """Let torch's allocator hold one free segment that the next allocations of these sizes are cut from.
 
     Freed memory stays in the allocator's cache, so this replaces one cudaMalloc per tensor by one in all. The sum is

@@ -223,6 +223,7 @@ def state_of_torch():
         "default device": torch.get_default_device(),
         "init": {name: id(value) for name, value in vars(nn.init).items() if callable(value)},
         "torch": {name: id(value) for name, value in vars(torch).items() if callable(value)},
+        "overrides": {name: id(value) for name, value in vars(torch.overrides).items() if callable(value)},
         # A static method is a new wrapper around the same function each time it is assigned.
         "Parameter": {name: id(getattr(value, "__func__", value)) for name, value in vars(nn.Parameter).items()},
         "Tensor": {name: id(value) for name, value in vars(torch.Tensor).items()},

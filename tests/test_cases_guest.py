@@ -376,3 +376,13 @@ def test_a_torch_that_lacks_an_internal_function_has_blocks_that_all_behave_alik
         assert not hasattr(torch.jit._recursive, "create_script_module_impl")
     assert outcomes[0] == outcomes[1] == outcomes[2]
     assert init.normal_.__code__.co_filename.endswith("init.py")
+
+
+def test_a_function_that_is_replaced_between_two_blocks_is_what_the_second_one_calls(monkeypatch):
+    calls, by_torch = [], torch.get_rng_state
+    with fastinit.on("cpu"):
+        torch.get_rng_state()
+    monkeypatch.setattr(torch, "get_rng_state", lambda: calls.append("mine") or by_torch())
+    with fastinit.on("cpu"):
+        torch.get_rng_state()
+    assert "mine" in calls

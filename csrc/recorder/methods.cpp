@@ -9,22 +9,6 @@ namespace {
 
 // --- placeholders -----------------------------------------------------------------------------------------------------
 
-// What a placeholder stands for. Nothing, if another thread has made it real since its method was looked up.
-struct Target {
-    py::object record, region;
-
-    explicit Target(PyObject* tensor) {
-        record = steal(PyObject_GenericGetAttr(tensor, names->_record));
-        if (record) region = steal(PyObject_GenericGetAttr(tensor, names->_region));
-        if (!region) {
-            PyErr_Clear();
-            record = py::object();
-        }
-    }
-    bool whole() const { return record && region.is_none(); }
-    Record* operator->() const { return as_record(record); }
-};
-
 // The sizes of a tensor as torch.Size, or null.
 py::object size_of(const Target& target) {
     if (!target.record) return {};
@@ -174,14 +158,21 @@ bool is_native(const Record* record) {
     return answer;
 }
 
-// Whether nobody else's mode would see a call.
-bool is_mine() {
+// The mode that is asked first, or null.
+py::object top_mode() {
     const py::object modes = call(state.function_modes);
     const long count = PyLong_AsLong(modes.ptr());
-    if (count == 0) return true;
+    if (count == 0) return {};
     const py::object top = checked(PyLong_FromLong(count - 1));
-    const py::object mode = call(state.mode_at, {top.ptr()});
-    return reinterpret_cast<PyObject*>(Py_TYPE(mode.ptr())) == state.mode;
+    return call(state.mode_at, {top.ptr()});
+}
+
+bool is_mode(const py::object& mode) { return reinterpret_cast<PyObject*>(Py_TYPE(mode.ptr())) == state.mode; }
+
+// Whether nobody else's mode would see a call.
+bool is_mine() {
+    const py::object mode = top_mode();
+    return !mode || is_mode(mode);
 }
 
 // Records a fill of the whole of a pending tensor; false, and nothing done, if it is not so plain.
@@ -274,6 +265,26 @@ py::object current() {
     check(PyContextVar_Get(state.current, Py_None, &block));
     return steal(block);
 }
+
+// Whether a block is that of the running thread or coroutine, and torch's generators are in its state.
+bool has_turn(PyObject* block) {
+    return current().ptr() == block && reinterpret_cast<Block*>(block)->generator == state.turn;
+}
+
+// While it lives, torch asks all modes but the topmost.
+class ModePopped {
+public:
+    ModePopped() : mode_(call(state.pop_mode)) {}
+    ~ModePopped() {
+        const py::error_scope error;
+        Py_XDECREF(PyObject_CallOneArg(state.push_mode, mode_.ptr()));
+    }
+    ModePopped(const ModePopped&) = delete;
+    ModePopped& operator=(const ModePopped&) = delete;
+
+private:
+    py::object mode_;
+};
 
 // The sizes in the arguments of a factory as a tuple; null if they are not plain positive integers.
 py::object plain_size(PyObject* args) {
@@ -388,6 +399,22 @@ PyObject* torch_function(PyObject* self, PyObject* const* given, Py_ssize_t coun
     });
 }
 
+// torch.overrides.handle_torch_function(function, tensors, *args, **kwargs), with torch's own one as self: asks the mode,
+// as torch.nn.init does in each of its fills. For a placeholder that is told no more than to call the function.
+PyObject* handle_torch_function(PyObject* original, PyObject* const* given, Py_ssize_t count, PyObject* kwnames) {
+    return for_python([&] {
+        if (count == 2 && kwnames && PyTuple_GET_ITEM(kwnames, 0) == names->tensor && is_placeholder(given[2]) &&
+            PyFunction_Check(given[0])) {
+            const py::object mode = top_mode();
+            if (mode && is_mode(mode) && has_turn(reinterpret_cast<Mode*>(mode.ptr())->block)) {
+                const ModePopped popped;
+                return checked(PyObject_Vectorcall(given[0], given + 2, 0, kwnames));
+            }
+        }
+        return checked(PyObject_Vectorcall(original, given, count, kwnames));
+    });
+}
+
 // --- modules ----------------------------------------------------------------------------------------------------------
 
 // The hook of registrations: (module, name, value). The block keeps the modules in the order of their first one.
@@ -412,10 +439,9 @@ PyObject* registered(PyObject*, PyObject* const* given, Py_ssize_t count) {
             }
             assign(block->last_seen, ref.ptr());
         }
-        if (is_placeholder(value)) {
-            const Target target(value);
+        if (const Target target(value); target.record) {
             const py::object owner = checked(PyTuple_Pack(2, reinterpret_cast<PyObject*>(Py_TYPE(module)), name));
-            if (target.record) assign(target->owner, owner.ptr());
+            assign(target->owner, owner.ptr());
         }
         return py::none();
     });
@@ -440,6 +466,8 @@ PyGetSetDef getters[] = {
 };
 PyMethodDef torch_function_def = {"__torch_function__", as_c_function(torch_function), METH_FASTCALL | METH_KEYWORDS,
                                   nullptr};
+PyMethodDef handle_def = {"handle_torch_function", as_c_function(handle_torch_function), METH_FASTCALL | METH_KEYWORDS,
+                          nullptr};
 PyMethodDef registered_def = {"registered", as_c_function(registered), METH_FASTCALL, nullptr};
 
 }  // namespace
@@ -454,6 +482,11 @@ py::dict methods_of_placeholder() {
 
 py::object method_of_mode(PyObject* type) {
     return checked(PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type), &torch_function_def));
+}
+
+// torch.overrides.handle_torch_function for the time of a block.
+py::object around_handle(const py::object& original) {
+    return checked(PyCFunction_New(&handle_def, original.ptr()));
 }
 
 py::object registration_hook() { return checked(PyCFunction_New(&registered_def, nullptr)); }

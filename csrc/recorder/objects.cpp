@@ -146,6 +146,8 @@ py::tuple connect(const py::kwargs& connected) {
     state.no_steps = keep(py::tuple());
     state.zero = keep(py::int_(0));
     state.mode_at = keep(low.attr("_get_function_stack_at"));
+    state.pop_mode = keep(low.attr("_pop_torch_function_stack"));
+    state.push_mode = keep(low.attr("_push_on_torch_function_stack"));
     return py::make_tuple(methods_of_placeholder(), method_of_mode(state.mode), registration_hook());
 }
 
@@ -162,6 +164,7 @@ void add_recorder(py::module_& m) {
     m.def("give_turn", [](const py::object& generator) {
         assign(state.turn, generator.is_none() ? nullptr : generator.ptr());
     });
+    m.def("around_handle", &around_handle);
     add_settling(m);
 }
 

@@ -57,7 +57,7 @@ struct Mode {
     X(tensor) X(parameter) X(size) X(make) X(empty) X(increment_version) X(modes_off) X(enter) X(exit) \
     X(function_modes) X(dispatch_modes) X(inference_mode) X(grad_enabled) X(initial_seed) X(acquire) X(release) \
     X(backward_hooks) X(device) X(dtype) X(grad) X(grad_fn) X(is_cuda) X(is_leaf) X(post_hooks) X(requires_grad) \
-    X(shape_getter) X(no_steps) X(zero) X(mode_at)
+    X(shape_getter) X(no_steps) X(zero) X(mode_at) X(pop_mode) X(push_mode)
 struct State {
 #define X(name) PyObject* name;
     FASTINIT_CONNECTED(X)
@@ -69,7 +69,7 @@ extern State state;
 
 #define FASTINIT_NAMES(X) \
     X(_is_param) X(_record) X(_region) X(__class__) X(device) X(dtype) X(itemsize) X(tensor) X(generator) X(next_stream) X(detach) \
-    X(requires_grad_) X(uniform_) X(normal_) X(fill_) X(zero_) X(shape) X(size) X(dim) X(numel) X(element_size) X(_use_count) X(data_ptr)
+    X(requires_grad_) X(uniform_) X(normal_) X(fill_) X(zero_) X(shape) X(size) X(dim) X(numel) X(element_size) X(_use_count) X(data_ptr) X(_modules) X(_parameters)
 struct Names {
 #define X(name) PyObject* const name = PyUnicode_InternFromString(#name);
     FASTINIT_NAMES(X)
@@ -162,11 +162,9 @@ class ModesOff {
 public:
     ModesOff() : guard_(checked(PyObject_CallNoArgs(state.modes_off))) { call(state.enter, {guard_.ptr()}); }
     ~ModesOff() {
-        PyObject *type, *value, *traceback;  // an error that is under way is not this one's to lose
-        PyErr_Fetch(&type, &value, &traceback);
+        const py::error_scope error;  // one that is under way is not this one's to lose
         PyObject* const args[] = {guard_.ptr(), Py_None, Py_None, Py_None};
         Py_XDECREF(PyObject_Vectorcall(state.exit, args, 4, nullptr));
-        PyErr_Restore(type, value, traceback);
     }
     ModesOff(const ModesOff&) = delete;
     ModesOff& operator=(const ModesOff&) = delete;
@@ -180,10 +178,8 @@ class Locked {
 public:
     Locked() { call(state.acquire); }
     ~Locked() {
-        PyObject *type, *value, *traceback;
-        PyErr_Fetch(&type, &value, &traceback);
+        const py::error_scope error;
         Py_XDECREF(PyObject_CallNoArgs(state.release));
-        PyErr_Restore(type, value, traceback);
     }
     Locked(const Locked&) = delete;
     Locked& operator=(const Locked&) = delete;
@@ -194,6 +190,20 @@ inline bool is_placeholder(PyObject* object) { return reinterpret_cast<PyObject*
 inline Record* as_record(const py::object& object) { return reinterpret_cast<Record*>(object.ptr()); }
 
 inline py::object attribute(PyObject* object, PyObject* name) { return checked(PyObject_GetAttr(object, name)); }
+
+// What a tensor stands for; nothing, if it is no placeholder, or if another thread has made it real meanwhile.
+struct Target {
+    py::object attributes, record, region;
+
+    explicit Target(PyObject* tensor) {
+        if (!is_placeholder(tensor)) return;
+        attributes = checked(PyObject_GenericGetDict(tensor, nullptr));
+        record = borrow(item(attributes.ptr(), names->_record));
+        region = borrow(item(attributes.ptr(), names->_region));
+    }
+    bool whole() const { return record && region.is_none(); }
+    Record* operator->() const { return as_record(record); }
+};
 
 // What a descriptor of torch's says of a tensor.
 inline py::object get(PyObject* descriptor, PyObject* tensor) {
@@ -216,6 +226,7 @@ uint64_t nbytes(const Record* record);
 
 py::dict methods_of_placeholder();
 py::object method_of_mode(PyObject* type);
+py::object around_handle(const py::object& original);
 py::object registration_hook();
 void add_settling(py::module_& m);
 void add_recorder(py::module_& m);

@@ -8,16 +8,16 @@
 namespace fastinit::recorder {
 namespace {
 
-// The placeholders that stand for a record, each once.
-std::vector<py::object> placeholders(const py::object& record) {
-    std::vector<py::object> found;
+// The placeholder that stands for a record, or null; `others` tells whether there are more.
+py::object placeholder_of(const py::object& record, bool& others) {
+    py::object found;
+    others = false;
     PyObject* const tensors = as_record(record)->tensors;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {
         py::object tensor = alive(PyList_GET_ITEM(tensors, i));
-        if (!is_placeholder(tensor.ptr()) || attribute(tensor.ptr(), names->_record).ptr() != record.ptr()) continue;
-        bool again = false;
-        for (const py::object& other : found) again = again || other.ptr() == tensor.ptr();
-        if (!again) found.push_back(std::move(tensor));
+        if (tensor.ptr() == found.ptr() || Target(tensor.ptr()).record.ptr() != record.ptr()) continue;
+        others = others || found;
+        found = std::move(tensor);
     }
     return found;
 }
@@ -32,7 +32,8 @@ py::list waiting(const py::object& object) {
         const py::object record = alive(ref);
         if (record.is_none()) continue;
         check(PyList_Append(refs.ptr(), ref));
-        if (!placeholders(record).empty()) check(PyList_Append(waiting.ptr(), record.ptr()));
+        bool others;
+        if (placeholder_of(record, others)) check(PyList_Append(waiting.ptr(), record.ptr()));
     }
     assign(block->records, refs.ptr());
     return waiting;
@@ -65,7 +66,8 @@ py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list&
     const FloatEnvironment environment;  // parameters are rounded to float32 here
     uint64_t bytes = 0;
     Py_ssize_t at = start;
-    py::object dtype, options;
+    py::object new_empty;  // with sizes one by one, its arguments take torch half the time of those of empty
+    PyObject* dtype = nullptr;
     const bool usual = !is_positive(call(state.dispatch_modes)) && !truth(call(state.inference_mode));
     for (; usual && at < PyList_GET_SIZE(segment.ptr()) && bytes < limit; ++at) {
         PyObject* const object = PyList_GET_ITEM(segment.ptr(), at);
@@ -77,13 +79,13 @@ py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list&
         if (!size || record->deferred || !is_none(record->memory) || !plain_fill(record->recipe, values, stream)) break;
         const uint64_t n = elements(record->shape);
         if (n == 0 || n * size > largest) break;
-        if (record->dtype != dtype.ptr()) {
-            dtype = borrow(record->dtype), options = py::dict();
-            check(PyDict_SetItem(options.ptr(), names->dtype, record->dtype));
-            check(PyDict_SetItem(options.ptr(), names->device, record->device));
+        if (record->dtype != dtype) {
+            dtype = record->dtype;
+            const py::object empty = borrow(state.empty);
+            new_empty = empty(0, py::arg("dtype") = borrow(dtype), py::arg("device") = borrow(record->device)).attr("new_empty");
         }
-        const py::object args = checked(PyTuple_Pack(1, record->shape));
-        const py::object memory = steal(PyObject_Call(state.empty, args.ptr(), options.ptr()));
+        const py::object memory = steal(PyTuple_GET_SIZE(record->shape) ? PyObject_CallObject(new_empty.ptr(), record->shape)
+                                                                       : PyObject_CallOneArg(new_empty.ptr(), record->shape));
         if (!memory) {  // the Python side tries again, and says what there is no memory for
             PyErr_Clear();
             break;
@@ -99,22 +101,23 @@ py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list&
 // Lets the only placeholder of a record have its memory; false, and nothing done, if autograd knows more of it than that
 // it requires a gradient. What fastinit.record.tensors.swap_in does.
 bool swap_plain(const py::object& record, const py::object& tensor, const py::object& memory) {
-    if (!attribute(tensor.ptr(), names->_region).is_none()) return false;
+    const Target target(tensor.ptr());
+    if (!target.whole()) return false;
+    PyObject* const attributes = target.attributes.ptr();
     const bool requires_grad = truth(get(state.requires_grad, tensor.ptr()));
     if (requires_grad) {
         if (!truth(get(state.is_leaf, tensor.ptr()))) return false;
         for (PyObject* const descriptor : {state.backward_hooks, state.post_hooks, state.grad})
             if (!get(descriptor, tensor.ptr()).is_none()) return false;
-        call_method(names->requires_grad_, {memory.ptr()});
+        check(Py_TYPE(state.requires_grad)->tp_descr_set(state.requires_grad, memory.ptr(), Py_True));
     }
-    const py::object is_parameter = steal(PyObject_GenericGetAttr(tensor.ptr(), names->_is_param));
-    if (!is_parameter) PyErr_Clear();
-    check(PyObject_GenericSetAttr(tensor.ptr(), names->_record, nullptr));
-    check(PyObject_GenericSetAttr(tensor.ptr(), names->_region, nullptr));
-    if (is_parameter) check(PyObject_GenericSetAttr(tensor.ptr(), names->_is_param, nullptr));
+    PyObject* const is_parameter = item(attributes, names->_is_param);
+    PyObject* const type = is_parameter && truth(borrow(is_parameter)) ? state.parameter : state.tensor;
+    check(PyDict_DelItem(attributes, names->_record));
+    check(PyDict_DelItem(attributes, names->_region));
+    if (is_parameter) check(PyDict_DelItem(attributes, names->_is_param));
+    check(PyObject_SetAttr(tensor.ptr(), names->__class__, type));  // first, since torch looks longer at a subclass
     call(state.swap_impl, {tensor.ptr(), memory.ptr()});
-    check(PyObject_SetAttr(tensor.ptr(), names->__class__,
-                           is_parameter && truth(is_parameter) ? state.parameter : state.tensor));
     // The object that had the memory is a placeholder now. Mostly nothing else is left of it, nor of the record.
     if (PyLong_AsLong(call_method(names->_use_count, {memory.ptr()}).ptr()) > 1) {
         assign(as_record(record)->memory, call_method(names->detach, {tensor.ptr()}).ptr());
@@ -136,27 +139,49 @@ py::list swap_in(const py::list& given) {
         assign(as_record(record)->memory, memory.ptr());
         assign(as_record(record)->recipe, nullptr);
         assign(as_record(record)->values, nullptr);
-        const std::vector<py::object> tensors = placeholders(record);
-        if (tensors.empty()) continue;
-        if (tensors.size() > 1 || !swap_plain(record, tensors[0], memory))
-            check(PyList_Append(left.ptr(), record.ptr()));
+        bool others;
+        const py::object tensor = placeholder_of(record, others);
+        if (tensor && (others || !swap_plain(record, tensor, memory))) check(PyList_Append(left.ptr(), record.ptr()));
     }
     return left;
 }
 
-// tally(parameters) -> the number of elements and the bytes of the tensors in dicts, each counted once.
-py::tuple tally(const py::list& dicts) {
+// tally(block) -> the number of elements and the bytes of the parameters of the modules that a block has seen, and of
+// those below them, each counted once.
+py::tuple tally(const py::object& block) {
     uint64_t count = 0, bytes = 0;
     std::unordered_set<PyObject*> seen;
+    std::vector<py::object> modules;
+    const auto each = [&](const py::object& dict, auto&& found) {
+        const auto look = [&](PyObject* value) {
+            if (value != Py_None && seen.insert(value).second) found(value);
+        };
+        PyObject *key, *value;
+        if (PyDict_Check(dict.ptr())) {
+            for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value);) look(value);
+        } else {  // TorchScript's
+            for (const py::handle each : dict.attr("values")()) look(each.ptr());
+        }
+    };
+    const auto add = [&](PyObject* module) { modules.push_back(borrow(module)); };
+    each(borrow(reinterpret_cast<Block*>(block.ptr())->modules), [&](PyObject* ref) {
+        const py::object module = alive(ref);
+        if (!module.is_none() && seen.insert(module.ptr()).second) add(module.ptr());
+    });
     const auto number = [](const py::object& value) { return PyLong_AsUnsignedLongLong(value.ptr()); };
-    for (const py::handle dict : dicts) {
-        PyObject *key, *tensor;
-        for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &tensor);) {
-            if (tensor == Py_None || !seen.insert(tensor).second) continue;
+    while (!modules.empty()) {
+        const py::object module = std::move(modules.back());
+        modules.pop_back();
+        each(attribute(module.ptr(), names->_modules), add);
+        each(attribute(module.ptr(), names->_parameters), [&](PyObject* tensor) {
+            if (const Target target(tensor); target.whole()) {
+                count += elements(target->shape), bytes += nbytes(target.operator->());
+                return;
+            }
             const uint64_t n = number(call_method(names->numel, {tensor}));
             count += n;
             bytes += n * number(call_method(names->element_size, {tensor}));
-        }
+        });
     }
     if (PyErr_Occurred()) throw py::error_already_set();
     return py::make_tuple(count, bytes);

@@ -9,6 +9,8 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextvars import ContextVar
+from itertools import groupby
+from operator import attrgetter
 from typing import Literal
 
 import torch
@@ -179,16 +181,13 @@ class Block(native.Block):
 
     def parameters(self) -> tuple[int, int]:
         """Elements and bytes of the parameters of all modules that the block has seen, and of others that it filled."""
-        tensors = {id(p): p for module in self.seen_modules() for p in module._parameters.values() if p is not None}
-        others = [size for key, size in self._existing.items() if key not in tensors] if self._existing else []
-        if fast.in_use:
-            with modes_off():
-                elements, nbytes = native.tally([module._parameters for module in self.seen_modules()])
-        else:
-            with modes_off():
-                elements = sum(p.numel() for p in tensors.values())
-                nbytes = sum(p.numel() * p.element_size() for p in tensors.values())
-        return elements + sum(n for n, _ in others), nbytes + sum(n for _, n in others)
+        with modes_off():
+            if fast.in_use and not self._existing:
+                return native.tally(self)
+            tensors = {id(p): p for module in self.seen_modules() for p in module._parameters.values() if p is not None}
+            sizes = {key: (p.numel(), p.numel() * p.element_size()) for key, p in tensors.items()}
+            sizes = {**self._existing, **sizes}
+        return sum(elements for elements, _ in sizes.values()), sum(nbytes for _, nbytes in sizes.values())
 
     # --- becoming real ------------------------------------------------------------------------------------------
 
@@ -210,6 +209,8 @@ class Block(native.Block):
 
     def settle(self) -> None:
         """Make every placeholder an ordinary tensor with its memory and values, or leave all as they are."""
+        if not self.records:
+            return
         with lock, modes_off(), torch.no_grad():
             records = self.waiting()
             unwritten = [record for record in records if record.recipe == () and not record.deferred]
@@ -234,7 +235,7 @@ class Block(native.Block):
         """Add records of one device with their memory to `given`, or to `plain` what the fast path has served."""
         started, ran = time.perf_counter(), self.run_seconds
         device = segment[0].device
-        reserve([record.nbytes for record in segment], device)
+        reserve(map(attrgetter("nbytes"), segment), device)
         fills, size = Fills(self.seed, device), 0
         done = 0
         while done < len(segment):
@@ -302,13 +303,16 @@ def _fill_by_torch(view: torch.Tensor, write: Write, seed: int) -> None:
 
 def _segments(records: list[Record]) -> Iterator[list[Record]]:
     """Records of one device each, in groups for which memory is reserved in one step."""
-    segment: list[Record] = []
-    reserved = 0
-    for record in records:
-        if segment and (reserved + record.nbytes > _SEGMENT_BYTES or record.device != segment[0].device):
+    for device, group in groupby(records, attrgetter("device")):
+        segment = list(group)
+        if device.type == "cpu" or sum(map(attrgetter("nbytes"), segment)) <= _SEGMENT_BYTES:
             yield segment
-            segment, reserved = [], 0
-        segment.append(record)
-        reserved += record.nbytes
-    if segment:
+            continue
+        rest, segment, reserved = segment, [], 0
+        for record in rest:
+            if segment and reserved + record.nbytes > _SEGMENT_BYTES:
+                yield segment
+                segment, reserved = [], 0
+            segment.append(record)
+            reserved += record.nbytes
         yield segment

@@ -21,7 +21,7 @@ from ..recipe import Region, Write
 from .block import Block
 from .dispatch import RECORDED, create, wrap
 from .recorded import records
-from .tensors import HALVES, Placeholder, Record, become_real, concrete, stand_for, view_of
+from .tensors import HALVES, Placeholder, Record, become_real, concrete, stand_for, tensors_in, view_of
 
 if TYPE_CHECKING:
     from .mode import Mode
@@ -259,7 +259,8 @@ def compute(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs["device"] = "cpu"
     if final is not None and _takes_dtype(func):
         kwargs["dtype"] = torch.float32 if final in HALVES else final
-    args, kwargs = tree_map_only(Placeholder, _host_values, (args, kwargs))
+    if any(type(each) is Placeholder for each in tensors_in((args, kwargs))):
+        args, kwargs = tree_map_only(Placeholder, _host_values, (args, kwargs))
     values = func(*args, **kwargs)
     if final is None:
         final = values.dtype

@@ -28,7 +28,8 @@ from torch.nn.utils import parametrizations
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from . import methods
+from .. import native
+from . import fast, methods
 from .block import current
 from .factories import legacy_tensor
 from .mode import Mode, truncated_normal
@@ -41,6 +42,11 @@ _COLLECT_EVERY = 200_000
 _lock = threading.Lock()
 _users = 0
 _restore: list[Callable[[], object]] = []
+
+# What is replaced now, by module and name; and what each was replaced by last, behind what that wraps: the next block
+# mostly wants the same.
+_replaced: list[tuple[Any, str]] = []
+_made: dict[tuple[Any, str], tuple[Any, Any]] = {}
 
 
 def install() -> None:
@@ -68,6 +74,11 @@ def remove() -> None:
 def _put_back() -> None:
     while _restore:
         _restore.pop()()
+    while _replaced:
+        owner, name = _replaced.pop()
+        function, replacement = _made[owner, name]
+        if getattr(owner, name, None) is replacement:
+            setattr(owner, name, function)
 
 
 def _install() -> None:
@@ -86,6 +97,8 @@ def _install() -> None:
     _replace(init, "_no_grad_trunc_normal_", truncated_normal)
     _shadow_type(torch.nn.parameter)
     _replace(parametrizations, "_is_orthogonal", _orthogonal_in_fp32)
+    if fast.in_use:
+        _replace(torch.overrides, "handle_torch_function", native.around_handle)
     # Code of C++ that keeps tensors, or reads their memory.
     _replace(torch.utils, "swap_tensors", _real_first)
     for owner in (torch, torch.utils.dlpack):
@@ -113,14 +126,12 @@ def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
     function = getattr(owner, name, None)
     if function is None:  # another version of torch, or not imported
         return
-    replacement = wrap(function)
+    known = _made.get((owner, name))
+    if known is None or known[0] is not function:
+        known = _made[owner, name] = function, wrap(function)
 
-    def put_back() -> None:
-        if getattr(owner, name, None) is replacement:
-            setattr(owner, name, function)
-
-    setattr(owner, name, replacement)
-    _restore.append(put_back)
+    _replaced.append((owner, name))
+    setattr(owner, name, known[1])
 
 
 def _shadow_type(module: Any) -> None:

@@ -6,7 +6,7 @@ Everything else is decided below, in fastinit.record.dispatch, by what a placeho
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -25,7 +25,7 @@ from .dispatch import wrap
 from .factories import FACTORIES, fill_now, in_functorch, is_fillable, over
 from .precision import WHOLE
 from .recorded import fill
-from .tensors import HALVES, Placeholder, become_real, concrete, has_master, modes_off
+from .tensors import HALVES, Placeholder, become_real, concrete, has_master, modes_off, tensors_in
 
 _TENSOR: Any = torch.Tensor
 
@@ -142,16 +142,17 @@ class Mode(native.Mode, TorchFunctionMode):
                 result = filled(block, *args, **kwargs)
             if result is not NotImplemented:
                 return result
+        tensors = tensors_in((args, kwargs))
         if torch._C._len_torch_dispatch_stack():
             # Modes below autograd, which trace or fake, know placeholders no more than autograd's graphs do.
-            for each in _tensors(args, kwargs):
+            for each in tensors:
                 become_real(each)
         elif torch.is_grad_enabled() and func not in _ABOUT_TENSORS and func not in _VIEWS:
-            for each in _tensors(args, kwargs):
+            for each in tensors:
                 if each.requires_grad and not has_master(each):
                     become_real(each)
         if func in _SPLITS:
-            for each in _tensors(args[1:], kwargs):
+            for each in tensors_in((args[1:], kwargs)):
                 become_real(each)
         if func is torch.Tensor.__setitem__ and type(args[2]) is float and has_master(args[0]):
             # torch would round the number before any operator sees it.
@@ -159,7 +160,7 @@ class Mode(native.Mode, TorchFunctionMode):
                 args = (*args[:2], wrap(block, torch.tensor(args[2]), args[0].dtype, args[0].device))
         result = func(*args, **kwargs)
         if type(result) is torch.Tensor and result.dtype in _PRECISIONS:
-            return self._in_the_blocks_precision(func, result, args, kwargs)
+            return self._in_the_blocks_precision(func, result, args, kwargs, tensors)
         return result
 
     def _initialise(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -183,27 +184,28 @@ class Mode(native.Mode, TorchFunctionMode):
         torch.autograd.graph.increment_version(tensor)
         return tensor if result is alias else result
 
-    def _in_the_blocks_precision(self, func: Any, result: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+    def _in_the_blocks_precision(
+        self, func: Any, result: torch.Tensor, args: Any, kwargs: Any, operands: list[torch.Tensor]
+    ) -> torch.Tensor:
         """What torch has computed of integers or fp64 outside of placeholders, as the block is to have it.
 
         Of integers torch makes its default dtype, which is fp32 in the process and may be another one in the block. And
         what is converted to half precision keeps its values in fp32.
         """
         default = self.block.default_dtype
+        is_half = result.dtype in HALVES
+        if not is_half and (default is torch.float32 or not operands or any(t.dtype not in WHOLE for t in operands)):
+            return result
         if result.requires_grad or result.layout != torch.strided or torch._C._len_torch_dispatch_stack():
             return result
-        if result.dtype in HALVES:
+        if is_half:
             source: Any = args[0] if args and func in _CONVERTS else None
             computed = type(source) is torch.Tensor and source.is_cpu and source.dtype in (*WHOLE, torch.float64)
             if computed and result.is_cpu and not in_functorch():
                 with modes_off():
                     return wrap(self.block, source.to(torch.float32), result.dtype, result.device)
             return result
-        if default is torch.float32 or func in _NAME_A_DTYPE:
-            return result
-        operands = list(_tensors(args, kwargs))
-        names = any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values()))
-        if not operands or names or any(each.dtype not in WHOLE for each in operands):
+        if func in _NAME_A_DTYPE or any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values())):
             return result
         with modes_off():
             if default is torch.float64:
@@ -232,16 +234,6 @@ def _initialises(func: Any, kwargs: dict[str, Any]) -> bool:
     # torch.nn.init hands a mode whatever has its public name, which a library may have replaced for a while; it is
     # called with `tensor` by name.
     return func in INITIALISERS or (type(func) is FunctionType and "tensor" in kwargs)
-
-
-def _tensors(*values: Any) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(*value)
-        elif isinstance(value, dict):
-            yield from _tensors(*value.values())
 
 
 # --- fills of tensors that exist already ---------------------------------------------------------------------------

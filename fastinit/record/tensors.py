@@ -330,19 +330,33 @@ def stand_for(record: Record, region: Region | None = None) -> Placeholder:
 _make: Any = torch.Tensor._make_wrapper_subclass
 
 
+# What operators are mostly given beside tensors: torch takes its time to say that a number is no tensor.
+_ATOMS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
+
+
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """The tensors among the arguments or results of an operator; much sooner than by torch's pytrees."""
+    if type(value) in _ATOMS:
+        return []
     if isinstance(value, torch.Tensor):
         return [value]
+    found: list[torch.Tensor] = []
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, (list, tuple)):
-        return []
-    return [tensor for each in value for tensor in tensors_in(each)]
+        return found
+    for each in value:
+        if type(each) is Placeholder or type(each) is torch.Tensor:
+            found.append(each)
+        elif type(each) not in _ATOMS:
+            found += tensors_in(each)
+    return found
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     """The arguments or results of an operator with a function of each of their tensors in its place."""
+    if type(value) in _ATOMS:
+        return value
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, dict):

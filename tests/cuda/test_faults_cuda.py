@@ -50,9 +50,10 @@ def test_memory_that_is_not_there_is_asked_for_by_name_and_all_is_freed(little_m
     before = allocated()
     for _ in range(3):
         made = []
-        with pytest.raises(torch.OutOfMemoryError, match=r"no memory for .*\(8192, 8192\).*\bweight of "):
+        with pytest.raises(torch.OutOfMemoryError, match=r"no memory for .*\(8192, 8192\).*\bweight\b"):
             with fastinit.on("cuda", "bf16", seed=SEED, **options):
                 made.append(nn.Sequential(*(nn.Linear(8192, 8192) for _ in range(16))))
+            fastinit.initialize(made[0])
         made.clear()
         assert allocated() == before
     fits = built(lambda: nn.Linear(16384, 16384, bias=False), "bf16", "cuda")
