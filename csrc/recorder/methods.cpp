@@ -56,7 +56,7 @@ py::object by_torch(PyObject* name, PyObject* self, PyObject* const* given = nul
 }
 
 // What torch says of a tensor, without telling the modes.
-template <PyObject* State::*descriptor>
+template <PyObject* State::* descriptor>
 PyObject* getter(PyObject* self, void*) {
     return for_python([&] {
         const ModesOff off;
@@ -138,8 +138,8 @@ void next_stream(PyObject* object, py::object& stream, py::object& key) {
 py::object make_write(PyObject* generator, Kind kind, const py::object& parameters) {
     py::object stream = borrow(state.zero), key = py::none();
     if (kind != Kind::constant) next_stream(generator, stream, key);
-    py::object fields[] = {checked(PyLong_FromLong(static_cast<long>(kind))), parameters, stream,
-                           borrow(state.no_steps), py::none(), key};
+    py::object fields[] = {
+        checked(PyLong_FromLong(static_cast<long>(kind))), parameters, stream, borrow(state.no_steps), py::none(), key};
     auto* const type = reinterpret_cast<PyTypeObject*>(state.write);
     py::object write = checked(type->tp_alloc(type, 6));
     for (Py_ssize_t i = 0; i < 6; ++i) PyTuple_SET_ITEM(write.ptr(), i, fields[i].release().ptr());
@@ -252,9 +252,7 @@ PyObject* fill_(PyObject* self, PyObject* const* given, Py_ssize_t count, PyObje
 }
 
 PyObject* zero_(PyObject* self, PyObject*) {
-    return for_python([&] {
-        return fill(self, Kind::constant, {0.0}) ? borrow(self) : by_torch(names->zero_, self);
-    });
+    return for_python([&] { return fill(self, Kind::constant, {0.0}) ? borrow(self) : by_torch(names->zero_, self); });
 }
 
 // --- the mode ---------------------------------------------------------------------------------------------------------
@@ -293,7 +291,8 @@ py::object plain_size(PyObject* args) {
         PyObject* const only = PyTuple_GET_ITEM(args, 0);
         if (PyTuple_Check(only) || PyList_CheckExact(only)) size = only;
     }
-    if (!PyTuple_CheckExact(size) && !PyList_CheckExact(size) && !Py_IS_TYPE(size, (PyTypeObject*)state.size)) return {};
+    if (!PyTuple_CheckExact(size) && !PyList_CheckExact(size) && !Py_IS_TYPE(size, (PyTypeObject*)state.size))
+        return {};
     const py::object tuple = PyTuple_CheckExact(size) ? borrow(size) : checked(PySequence_Tuple(size));
     const Py_ssize_t dims = PyTuple_GET_SIZE(tuple.ptr());
     uint64_t elements = 1;
@@ -399,8 +398,8 @@ PyObject* torch_function(PyObject* self, PyObject* const* given, Py_ssize_t coun
     });
 }
 
-// torch.overrides.handle_torch_function(function, tensors, *args, **kwargs), with torch's own one as self: asks the mode,
-// as torch.nn.init does in each of its fills. For a placeholder that is told no more than to call the function.
+// torch.overrides.handle_torch_function(function, tensors, *args, **kwargs), with torch's own one as self: asks the
+// mode, as torch.nn.init does in each of its fills. For a placeholder that is told no more than to call the function.
 PyObject* handle_torch_function(PyObject* original, PyObject* const* given, Py_ssize_t count, PyObject* kwnames) {
     return for_python([&] {
         if (count == 2 && kwnames && PyTuple_GET_ITEM(kwnames, 0) == names->tensor && is_placeholder(given[2]) &&
@@ -485,9 +484,7 @@ py::object method_of_mode(PyObject* type) {
 }
 
 // torch.overrides.handle_torch_function for the time of a block.
-py::object around_handle(const py::object& original) {
-    return checked(PyCFunction_New(&handle_def, original.ptr()));
-}
+py::object around_handle(const py::object& original) { return checked(PyCFunction_New(&handle_def, original.ptr())); }
 
 py::object registration_hook() { return checked(PyCFunction_New(&registered_def, nullptr)); }
 

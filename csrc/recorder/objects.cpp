@@ -12,8 +12,7 @@ const Names* names;
 
 uint64_t elements(PyObject* shape) {
     uint64_t n = 1;
-    for (Py_ssize_t d = 0; d < PyTuple_GET_SIZE(shape); ++d)
-        n *= PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(shape, d));
+    for (Py_ssize_t d = 0; d < PyTuple_GET_SIZE(shape); ++d) n *= PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(shape, d));
     if (PyErr_Occurred()) throw py::error_already_set();
     return n;
 }
@@ -64,30 +63,28 @@ PyObject* get_nbytes(PyObject* self, void*) {
     return for_python([&] { return checked(PyLong_FromUnsignedLongLong(nbytes(reinterpret_cast<Record*>(self)))); });
 }
 
-PyMemberDef record_members[] = {
-    {"block", T_OBJECT, offsetof(Record, block), 0, nullptr},
-    {"shape", T_OBJECT, offsetof(Record, shape), 0, nullptr},
-    {"dtype", T_OBJECT, offsetof(Record, dtype), 0, nullptr},
-    {"device", T_OBJECT, offsetof(Record, device), 0, nullptr},
-    {"recipe", T_OBJECT, offsetof(Record, recipe), 0, nullptr},
-    {"values", T_OBJECT, offsetof(Record, values), 0, nullptr},
-    {"memory", T_OBJECT, offsetof(Record, memory), 0, nullptr},
-    {"owner", T_OBJECT, offsetof(Record, owner), 0, nullptr},
-    {"tensors", T_OBJECT, offsetof(Record, tensors), 0, nullptr},
-    {"recorded", T_BOOL, offsetof(Record, recorded), 0, nullptr},
-    {"deferred", T_BOOL, offsetof(Record, deferred), 0, nullptr},
-    {"__weaklistoffset__", T_PYSSIZET, offsetof(Record, weak), READONLY, nullptr},
-    {nullptr, 0, 0, 0, nullptr}};
+PyMemberDef record_members[] = {{"block", T_OBJECT, offsetof(Record, block), 0, nullptr},
+                                {"shape", T_OBJECT, offsetof(Record, shape), 0, nullptr},
+                                {"dtype", T_OBJECT, offsetof(Record, dtype), 0, nullptr},
+                                {"device", T_OBJECT, offsetof(Record, device), 0, nullptr},
+                                {"recipe", T_OBJECT, offsetof(Record, recipe), 0, nullptr},
+                                {"values", T_OBJECT, offsetof(Record, values), 0, nullptr},
+                                {"memory", T_OBJECT, offsetof(Record, memory), 0, nullptr},
+                                {"owner", T_OBJECT, offsetof(Record, owner), 0, nullptr},
+                                {"tensors", T_OBJECT, offsetof(Record, tensors), 0, nullptr},
+                                {"recorded", T_BOOL, offsetof(Record, recorded), 0, nullptr},
+                                {"deferred", T_BOOL, offsetof(Record, deferred), 0, nullptr},
+                                {"__weaklistoffset__", T_PYSSIZET, offsetof(Record, weak), READONLY, nullptr},
+                                {nullptr, 0, 0, 0, nullptr}};
 PyGetSetDef record_getters[] = {{"nbytes", get_nbytes, nullptr, nullptr, nullptr},
                                 {nullptr, nullptr, nullptr, nullptr, nullptr}};
-PyMemberDef block_members[] = {
-    {"device", T_OBJECT, offsetof(Block, device), 0, nullptr},
-    {"default_dtype", T_OBJECT, offsetof(Block, default_dtype), 0, nullptr},
-    {"records", T_OBJECT, offsetof(Block, records), 0, nullptr},
-    {"generator", T_OBJECT, offsetof(Block, generator), 0, nullptr},
-    {"modules", T_OBJECT, offsetof(Block, modules), 0, nullptr},
-    {"dropped", T_PYSSIZET, offsetof(Block, dropped), 0, nullptr},
-    {nullptr, 0, 0, 0, nullptr}};
+PyMemberDef block_members[] = {{"device", T_OBJECT, offsetof(Block, device), 0, nullptr},
+                               {"default_dtype", T_OBJECT, offsetof(Block, default_dtype), 0, nullptr},
+                               {"records", T_OBJECT, offsetof(Block, records), 0, nullptr},
+                               {"generator", T_OBJECT, offsetof(Block, generator), 0, nullptr},
+                               {"modules", T_OBJECT, offsetof(Block, modules), 0, nullptr},
+                               {"dropped", T_PYSSIZET, offsetof(Block, dropped), 0, nullptr},
+                               {nullptr, 0, 0, 0, nullptr}};
 PyMemberDef generator_members[] = {{"_seed", T_ULONGLONG, offsetof(Generator, seed), 0, nullptr},
                                    {"streams", T_ULONGLONG, offsetof(Generator, streams), 0, nullptr},
                                    {nullptr, 0, 0, 0, nullptr}};
@@ -97,8 +94,8 @@ PyMemberDef mode_members[] = {{"block", T_OBJECT, offsetof(Mode, block), 0, null
     {Py_tp_members, members}, {Py_tp_traverse, (void*)(traverse<T, fields>)},   \
         {Py_tp_clear, (void*)(clear<T, fields>)}, {Py_tp_dealloc, (void*)(deallocate<T, fields>)}
 
-PyType_Slot record_slots[] = {FASTINIT_SLOTS(Record, record_fields, record_members),
-                              {Py_tp_getset, record_getters}, {0, nullptr}};
+PyType_Slot record_slots[] = {
+    FASTINIT_SLOTS(Record, record_fields, record_members), {Py_tp_getset, record_getters}, {0, nullptr}};
 PyType_Slot block_slots[] = {FASTINIT_SLOTS(Block, block_fields, block_members), {0, nullptr}};
 PyType_Slot mode_slots[] = {FASTINIT_SLOTS(Mode, mode_fields, mode_members), {0, nullptr}};
 PyType_Slot generator_slots[] = {{Py_tp_members, generator_members}, {0, nullptr}};
@@ -161,9 +158,8 @@ void add_recorder(py::module_& m) {
     m.add_object("Mode", checked(PyType_FromSpec(&mode_spec)));
     m.def("connect", &connect);
     m.def("turn", [] { return state.turn ? borrow(state.turn) : py::object(py::none()); });
-    m.def("give_turn", [](const py::object& generator) {
-        assign(state.turn, generator.is_none() ? nullptr : generator.ptr());
-    });
+    m.def("give_turn",
+          [](const py::object& generator) { assign(state.turn, generator.is_none() ? nullptr : generator.ptr()); });
     m.def("around_handle", &around_handle);
     add_settling(m);
 }

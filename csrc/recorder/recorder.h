@@ -185,7 +185,9 @@ public:
     Locked& operator=(const Locked&) = delete;
 };
 
-inline bool is_placeholder(PyObject* object) { return reinterpret_cast<PyObject*>(Py_TYPE(object)) == state.placeholder; }
+inline bool is_placeholder(PyObject* object) {
+    return reinterpret_cast<PyObject*>(Py_TYPE(object)) == state.placeholder;
+}
 
 inline Record* as_record(const py::object& object) { return reinterpret_cast<Record*>(object.ptr()); }
 

@@ -58,9 +58,9 @@ bool plain_fill(PyObject* recipe, Values& values, uint64_t& stream) {
 }
 
 // give_memory(segment, start, given, batch, seed, largest, limit):
-// Gives the records of a segment, all of one device, their memory and adds their fills to a batch, beginning with number
-// start, until one is not plain or larger than `largest` bytes, or `limit` bytes are reached. Returns the number of the
-// next record, and how many bytes and fills there were; `given` gets pairs of records and memory.
+// Gives the records of a segment, all of one device, their memory and adds their fills to a batch, beginning with
+// number start, until one is not plain or larger than `largest` bytes, or `limit` bytes are reached. Returns the number
+// of the next record, and how many bytes and fills there were; `given` gets pairs of records and memory.
 py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list& given, Batch& batch, uint64_t seed,
                       uint64_t largest, uint64_t limit) {
     const FloatEnvironment environment;  // parameters are rounded to float32 here
@@ -82,10 +82,12 @@ py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list&
         if (record->dtype != dtype) {
             dtype = record->dtype;
             const py::object empty = borrow(state.empty);
-            new_empty = empty(0, py::arg("dtype") = borrow(dtype), py::arg("device") = borrow(record->device)).attr("new_empty");
+            new_empty = empty(0, py::arg("dtype") = borrow(dtype), py::arg("device") = borrow(record->device))
+                            .attr("new_empty");
         }
-        const py::object memory = steal(PyTuple_GET_SIZE(record->shape) ? PyObject_CallObject(new_empty.ptr(), record->shape)
-                                                                       : PyObject_CallOneArg(new_empty.ptr(), record->shape));
+        const py::object memory =
+            steal(PyTuple_GET_SIZE(record->shape) ? PyObject_CallObject(new_empty.ptr(), record->shape)
+                                                  : PyObject_CallOneArg(new_empty.ptr(), record->shape));
         if (!memory) {  // the Python side tries again, and says what there is no memory for
             PyErr_Clear();
             break;
@@ -98,8 +100,8 @@ py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list&
     return py::make_tuple(at, bytes, at - start);
 }
 
-// Lets the only placeholder of a record have its memory; false, and nothing done, if autograd knows more of it than that
-// it requires a gradient. What fastinit.record.tensors.swap_in does.
+// Lets the only placeholder of a record have its memory; false, and nothing done, if autograd knows more of it than
+// that it requires a gradient. What fastinit.record.tensors.swap_in does.
 bool swap_plain(const py::object& record, const py::object& tensor, const py::object& memory) {
     const Target target(tensor.ptr());
     if (!target.whole()) return false;
