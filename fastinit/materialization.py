@@ -54,11 +54,11 @@ def unwritten_tensors(model: nn.Module, *, recurse: bool = True) -> list[Named]:
     named: dict[int, Named] = {}
     for prefix, module in model.named_modules() if recurse else (("", model),):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.is_meta:
+                tensor = _offloaded(module, name, tensor)
             unwritten = inner(tensor)
             if unwritten is None or tensor is None:
                 continue
-            if unwritten.is_meta:
-                tensor, unwritten = _offloaded(module, name, tensor, unwritten)
             rest = unwritten._record
             if rest.has(unwritten._region):
                 settle(unwritten)
@@ -67,18 +67,15 @@ def unwritten_tensors(model: nn.Module, *, recurse: bool = True) -> list[Named]:
     return list(named.values())
 
 
-def _offloaded(
-    module: nn.Module, name: str, tensor: torch.Tensor, unwritten: Unwritten
-) -> tuple[torch.Tensor, Unwritten]:
-    """Where Accelerate keeps a tensor that it has offloaded."""
+def _offloaded(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Where Accelerate keeps the values of a tensor that it has offloaded."""
     hook = module.__dict__.get("_hf_hook")
     for each in getattr(hook, "hooks", (hook,)):
         values = getattr(each, "weights_map", None)
         if values is not None and name in values:
-            kept = inner(values[name])
-            if kept is not None:
-                return kept, kept
-    return tensor, unwritten
+            offloaded: torch.Tensor = values[name]
+            return offloaded
+    return tensor
 
 
 def uninitialized(model: nn.Module) -> list[str]:

@@ -1156,7 +1156,8 @@ def integers_drawn(state, tensor, other, index, value):
 
 @operation
 def drawn_by_a_generator(state, tensor, other, index, value):
-    return torch.rand(SIDE, generator=torch.Generator().manual_seed(index), dtype=torch.float32)
+    drawn = torch.rand(SIDE, generator=torch.Generator().manual_seed(index), dtype=torch.float32)
+    return drawn.to(torch.get_default_dtype())
 
 
 # Reads
