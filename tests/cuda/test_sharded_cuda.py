@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).with_name("two_gpus.py")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("engine", ["fsdp2", "fsdp2_tp", "fsdp1", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp2", "fsdp2_tp", "init_weights", "fsdp1", "zero3"])
 def test_shards_have_the_bits_of_the_cpu_and_train(engine):
     if engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")

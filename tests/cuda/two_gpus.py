@@ -1,6 +1,6 @@
 """What test_sharded_cuda.py runs on two GPUs with NCCL: shards have the bits of the CPU's unsharded model, and train.
 
-torchrun --standalone --nproc-per-node 2 tests/cuda/two_gpus.py fsdp2|fsdp2_tp|fsdp1|zero3
+torchrun --standalone --nproc-per-node 2 tests/cuda/two_gpus.py fsdp2|fsdp2_tp|init_weights|fsdp1|zero3
 """
 
 import os
@@ -106,6 +106,39 @@ def fsdp2_tp():
         train(model)
 
 
+def init_weights():
+    """The order of torchtitan: shards that exist get their values inside of a block."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    def write(model):
+        nn.init.normal_(model.embedding.weight, std=0.02)
+        for block in model.blocks:
+            block.norm.reset_parameters()
+            nn.init.trunc_normal_(block.up.weight, std=0.02)
+            nn.init.uniform_(block.up.bias, -0.1, 0.1)
+            nn.init.xavier_uniform_(block.down.weight)
+
+    reference = Model().to(torch.bfloat16)
+    with fastinit.on("cpu", seed=3):
+        write(reference)
+    for shape in ((1, 2), (2, 1)):
+        mesh = init_device_mesh("cuda", shape, mesh_dim_names=("data", "tensor"))
+        with torch.device("meta"):
+            model = Model().to(torch.bfloat16)
+        for block in model.blocks:
+            parallelize_module(block, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+            fully_shard(block, mesh=mesh["data"])
+        fully_shard(model, mesh=mesh["data"])
+        model.to_empty(device="cuda")
+        with fastinit.on("cuda", seed=3):
+            write(model)
+        for name, parameter in model.named_parameters():
+            whole = parameter.detach().full_tensor().cpu()
+            assert torch.equal(whole.view(torch.int16), reference.get_parameter(name).detach().view(torch.int16)), name
+        train(model)
+
+
 def fsdp1():
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -152,5 +185,5 @@ if __name__ == "__main__":
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if sys.argv[1] != "zero3":
         dist.init_process_group("nccl")
-    {"fsdp2": fsdp2, "fsdp2_tp": fsdp2_tp, "fsdp1": fsdp1, "zero3": zero3}[sys.argv[1]]()
+    {each.__name__: each for each in (fsdp2, fsdp2_tp, init_weights, fsdp1, zero3)}[sys.argv[1]]()
     dist.destroy_process_group()
