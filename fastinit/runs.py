@@ -20,6 +20,13 @@ class Runs:
     def __init__(self) -> None:
         self._bounds = torch.empty((0, 2), dtype=torch.int64)
 
+    @staticmethod
+    def of(count: int) -> Runs:
+        """The first so many elements."""
+        runs = Runs()
+        runs._bounds = torch.tensor([[0, count]])
+        return runs
+
     def add(self, offset: int, sizes: Sequence[int], strides: Sequence[int]) -> None:
         """Add a region: its first element, sizes and strides, in elements."""
         self._unite(_runs(offset, sizes, strides))

@@ -91,6 +91,7 @@ class Rest:
         self.written = written or Runs()
         self.tensors: list[Unwritten] = []
         self._prune_at = 64
+        self._complete = self.memory is not None and self.written.cover(*self._all())
 
     def __reduce__(self) -> Any:
         state = (self.origin, self.shape, self.place, self.dtype, self.device, self.memory, self.written)
@@ -106,7 +107,9 @@ class Rest:
 
     def has(self, region: Region | None) -> bool:
         """Whether every element of a region is written."""
-        return self.memory is not None and self.written.cover(*(region or self._all()))
+        if self.memory is None:
+            return False
+        return self._complete or self.written.cover(*(region or self._all()))
 
     def _all(self) -> Region:
         return Region(0, (numel(self.shape),), (1,))
@@ -131,7 +134,11 @@ class Rest:
 
     def wrote(self, region: Region | None) -> None:
         """Note that a region of memory is written, and let those tensors become real that are written whole."""
-        self.written.add(*(region or self._all()))
+        if region is None:
+            self.written = Runs.of(numel(self.shape))
+        else:
+            self.written.add(*region)
+        self._complete = region is None or self.written.cover(*self._all())
         self.settle()
 
     def settle(self) -> None:
@@ -139,7 +146,8 @@ class Rest:
         assert self.memory is not None
         waiting = []
         for tensor in self.tensors:
-            if type(tensor) is Unwritten and tensor._record is self:
+            # FSDP2 looks at the parts of all ranks: most views are gone for everybody but this list.
+            if type(tensor) is Unwritten and tensor._record is self and sys.getrefcount(tensor) > _ALONE:
                 if self.has(tensor._region):
                     swap_in(tensor, view_of(self.memory, tensor._region), Unwritten)
                 else:
@@ -148,6 +156,8 @@ class Rest:
 
     def materialize(self) -> None:
         """Give all that is unwritten its values, here and now; what somebody has written is kept."""
+        if self.has(None):
+            return
         if self.origin.placeless:
             refuse_placeless(self.origin)
         with torch.no_grad():
@@ -363,11 +373,13 @@ def stand_for(rest: Rest, region: Region | None = None) -> Unwritten:
 
 
 def _made(rest: Rest, region: Region | None) -> Unwritten:
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return _made(rest, region)
     offset, sizes, strides = region or Region(0, rest.shape, contiguous_strides(rest.shape))
-    with torch.inference_mode(False):
-        tensor: Unwritten = _make(
-            Unwritten, sizes, strides=strides, storage_offset=offset, dtype=rest.dtype, device=rest.device
-        )
+    tensor: Unwritten = _make(
+        Unwritten, sizes, strides=strides, storage_offset=offset, dtype=rest.dtype, device=rest.device
+    )
     return tensor
 
 
