@@ -34,6 +34,7 @@ def run(folder, *arguments):
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(SCRIPT), "--quick", "--out", str(folder), *arguments]
+    command += ["--patience", "600"]  # all ranks, however slow the machine
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "large-sharded-cpu.json").read_text())["runs"], done.stdout
