@@ -8,6 +8,7 @@ the seed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +24,6 @@ from .record.unwritten import (
     Key,
     Origin,
     Piece,
-    Rest,
     Unwritten,
     inner,
     move,
@@ -270,7 +270,7 @@ def _give_values(
     # One memory for each storage, however many tensors of the model show it.
     memories: dict[int, torch.Tensor] = {}
     pieces: list[Piece] = []
-    kept: list[tuple[Rest, list[torch.Tensor]]] = []
+    partly = []
     for each, target, part in work:
         rest, origin = each.unwritten._record, each.origin
         if id(rest) in memories:
@@ -280,12 +280,12 @@ def _give_values(
         if memory is None:
             memory = allocate(shape, rest.dtype, target, name_of=partial(getattr, origin, "name"))
         else:
-            kept.append((rest, rest.written.values(memory)))
+            partly.append(rest)
         memories[id(rest)] = memory
         boxes: list[Box] | None
         if is_dtensor(each.tensor):
             view = view_of(memory, each.unwritten._region)
-            if view.numel() < memory.numel():
+            if rest.memory is None and view.numel() < memory.numel():
                 memory.zero_()  # FSDP2's padding
             boxes = local_boxes(each.tensor)
         elif part is not None:
@@ -298,9 +298,10 @@ def _give_values(
         if not each.origin.recipe:
             name = each.name
             warn_never_initialised(name if "." in name else f"model.{name}", each.origin.shape)
-    write_pieces(pieces)
-    for rest, values in kept:
-        rest.written.put(memories[id(rest)], values)
+    with ExitStack() as kept:
+        for rest in partly:
+            kept.enter_context(rest.keeping_what_is_written())
+        write_pieces(pieces)
     # Only now, when nothing is left that fails.
     rests = [each.unwritten._record for each in named]
     for each, rest, part in zip(named, rests, windows, strict=True):

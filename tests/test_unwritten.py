@@ -266,6 +266,12 @@ USES = {
     "bool": lambda m, p: bool(m.first.weight[0, 0] > 0),
     "in place": lambda m, p: m.first.weight.data.mul_(2),
     "a slice in place": lambda m, p: m.first.weight.data[0].add_(2),
+    "adding at places": lambda m, p: m.first.weight.data.index_put_(
+        (torch.tensor([0]),), torch.ones(8), accumulate=True
+    ),
+    "scatter_add": lambda m, p: m.first.weight.data.scatter_add_(
+        0, torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8)
+    ),
     "a copy of it": lambda m, p: torch.zeros(8, 8).copy_(m.first.weight.detach()),
     "cat": lambda m, p: torch.cat([m.first.weight, m.second.weight]),
     "parameters_to_vector": lambda m, p: nn.utils.parameters_to_vector(m.parameters()),

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -159,7 +160,7 @@ def readable(report: dict[str, Any]) -> str:
     build = report["build"]
     cuda = f"{build['cuda_version']}, for {', '.join(build['cuda_architectures'])} and PTX" if build["cuda"] else "no"
     lines = {
-        "fastinit": f"{report['fastinit']} in {report['fastinit_path']}",
+        "fastinit": f"{report['fastinit']} in {Path(fastinit.__file__).parent}",
         "built by": build["compiler"],
         "CUDA half": cuda,
         "torch": f"{report['torch']}, {'CUDA ' + report['torch_cuda'] if report['torch_cuda'] else 'CPU build'}",

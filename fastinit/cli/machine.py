@@ -33,7 +33,6 @@ def describe() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "torch_threads": torch.get_num_threads(),
         "fastinit": fastinit.__version__,
-        "fastinit_path": str(Path(fastinit.__file__).parent),
         "git_commit": git_commit(),
         "build": dict(native.build_info()),
         "cpu_isa": native.cpu_isa(),

@@ -38,9 +38,11 @@ def initialise(block: Block, tensor: torch.Tensor, record: Callable[[torch.Tenso
     with modes_off(), torch.no_grad():
         if is_dtensor(tensor):
             _agree_on_key(block)  # also those ranks that have no element
+        if type(whole) is Placeholder and whole._record.recipe == ():
+            return  # nothing was asked for
         memory, boxes = _held(tensor, local)
         if memory.numel():
-            _write(block, memory, boxes, whole)
+            _write(block, memory, boxes, whole, zeros=type(local) is Unwritten)
         if type(local) is Unwritten:
             local._record.wrote(local._region)
             settle(local)
@@ -60,7 +62,7 @@ def _held(tensor: torch.Tensor, local: torch.Tensor) -> tuple[torch.Tensor, list
     return memory, [Window(tuple(memory.shape), (0,) * memory.dim()).box(memory.shape, memory.stride())]
 
 
-def _write(block: Block, memory: torch.Tensor, boxes: list[Box] | None, whole: torch.Tensor) -> None:
+def _write(block: Block, memory: torch.Tensor, boxes: list[Box] | None, whole: torch.Tensor, *, zeros: bool) -> None:
     if type(whole) is not Placeholder:
         return
     record = whole._record
@@ -68,7 +70,7 @@ def _write(block: Block, memory: torch.Tensor, boxes: list[Box] | None, whole: t
         copy_part(view_of(record.compute(), whole._region), memory, boxes)
         return
     fills = Fills(block.seed, memory.device)
-    fills.write(memory, record.recipe, boxes, zeros=False)
+    fills.write(memory, record.recipe, boxes, zeros=zeros)
     block.run(fills)
 
 

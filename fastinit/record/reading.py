@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from ..layout import numel
 from ..native import CONSTANT
 from ..recipe import Region, Write
 from .tensors import concrete, is_in_order, is_whole, map_tensors, tensors_in, view_of
-from .unwritten import Rest, Unwritten, readable, refuse, stand_for
+from .unwritten import Rest, Unwritten, readable, refuse, region_of, stand_for
 
 aten = torch.ops.aten
 
@@ -65,7 +64,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if type(tensor) is not Unwritten:
             continue
         if any(tensor is each for each in written):
-            substitutes[id(tensor)] = view_of(tensor._record.with_memory(), tensor._region)
+            # Another object than the memory itself, which an out= argument of another shape would resize.
+            substitutes[id(tensor)] = view_of(tensor._record.with_memory(), tensor._region).detach()
         else:
             substitutes[id(tensor)] = readable(tensor)
 
@@ -73,8 +73,10 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return substitutes.get(id(tensor), tensor)
 
     results = func(*map_tensors(replaced, args), **map_tensors(replaced, kwargs))
-    places = _places(func, args, kwargs) if func in _SCATTERS and type(args[0]) is Unwritten else None
+    places = _places(func, args, kwargs) if written and func in _SCATTERS else None
     for tensor in written:
+        if substitutes[id(tensor)].shape != tensor.shape:
+            refuse(tensor, "; an out= argument of another shape cannot take its place")
         if places is None:
             tensor._record.wrote(tensor._region)
         else:
@@ -91,12 +93,17 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _overwritten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Unwritten]:
     """The unwritten operands that an operator writes without reading them."""
-    if func in _FILLS or func in _SCATTERS:
+    if func in _FILLS or (func in _SCATTERS and not _accumulates(func, args, kwargs)):
         first = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
         yield from (each for each in first if type(each) is Unwritten)
     for argument in func._schema.arguments:
         if argument.is_out and type(kwargs.get(argument.name)) is Unwritten:
             yield kwargs[argument.name]
+
+
+def _accumulates(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether index_put_ adds to what is there."""
+    return func is aten.index_put_.default and bool(args[3] if len(args) > 3 else kwargs.get("accumulate"))
 
 
 def _overloads(*names: str) -> set[Any]:
@@ -137,8 +144,8 @@ def _places(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.T
     names = [argument.name for argument in func._schema.arguments]
     rest = [ones(name, value) for name, value in zip(names[1:], args[1:], strict=False)]
     func(hits, *rest, **{name: ones(name, value) for name, value in kwargs.items()})
-    positions = torch.arange(numel(tensor._record.shape))
-    return view_of(positions, tensor._region).flatten()[hits.flatten().cpu().bool()]
+    offset, _, strides = region_of(tensor)
+    return offset + (hits.nonzero().cpu() * torch.tensor(strides, dtype=torch.int64)).sum(1)
 
 
 _HANDLED: dict[Any, Callable[..., Any]] = {}

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -161,12 +162,20 @@ class Rest:
         if self.origin.placeless:
             refuse_placeless(self.origin)
         with torch.no_grad():
-            written = None if self.memory is None else self.written.values(self.memory)
             memory = self.with_memory()
-            write_pieces([Piece(view_of(memory, self.place), self.origin, None)])
-            if written is not None:
-                self.written.put(memory, written)
+            with self.keeping_what_is_written():
+                write_pieces([Piece(view_of(memory, self.place), self.origin, None)])
             self.wrote(None)
+
+    @contextmanager
+    def keeping_what_is_written(self) -> Iterator[None]:
+        """Put back what somebody has written, whatever is written over it meanwhile, and whether that fails or not."""
+        values = [] if self.memory is None else self.written.values(self.memory)
+        try:
+            yield
+        finally:
+            if self.memory is not None:
+                self.written.put(self.memory, values)
 
 
 # What sys.getrefcount says there of an object that nothing but the list holds.
@@ -257,6 +266,8 @@ class Unwritten(torch.Tensor):
                 rest = memo[id(self._record)] = self._record.forked(self.dtype, self.device)
             result = stand_for(rest, self._region).requires_grad_(self.requires_grad)
             memo[id(self)] = result
+            if self.grad is not None:
+                result.grad = copy.deepcopy(self.grad, memo)
             for name, value in _attributes(self).items():
                 setattr(result, name, copy.deepcopy(value, memo))
         return result
