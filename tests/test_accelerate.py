@@ -185,7 +185,6 @@ def test_models_of_every_kind_are_loaded_after_the_block(checkpoints, dtype, kin
     for name, tensor in model.state_dict().items():
         assert same_bits(tensor, expected.state_dict()[name]), name
     assert torch.isfinite(output_of(model)).all()
-    assert not any("_fastinit" in vars(module) for module in model.modules()) or options.get("shard")
 
 
 @over_dtypes
@@ -241,7 +240,6 @@ def test_a_model_that_is_offloaded_computes_what_it_computed(tmp_path, offload, 
     assert fastinit.uninitialized(model) == []
     assert model.scaled.weight.is_meta
     assert torch.equal(output_of(model), expected)
-    assert not any("_fastinit" in vars(module) for module in model.modules())
 
 
 def test_what_is_unwritten_is_refused_although_it_is_offloaded():

@@ -484,7 +484,6 @@ def test_parametrized_and_pruned_modules_are_the_same_in_every_way(name, way):
     assert_same_structure(model, plain(construct))
     assert_same_bits(model, expected)
     model(X).square().sum().backward()
-    assert not any("_fastinit" in vars(module) for module in model.modules())
     stored = made(construct, way, "bf16")
     assert_same_bits(stored, built(construct, "bf16"))
     if name not in ("cayley", "householder"):  # which torch computes in full precision alone

@@ -122,7 +122,6 @@ def assert_created_sharded(shard, constructor, dtype, **how):
     parameters = dict(model.named_parameters())
     assert all(parameters[name] is parameter for name, parameter in sharded.items()), "other objects"
     assert set(names) <= parameters.keys()
-    assert not any("_fastinit" in module.__dict__ for module in model.modules())
     return model
 
 
@@ -486,7 +485,6 @@ def _check_fsdp1(dtype, use_orig_params, mixed):
             assert same_bits(full[name], tensor), name
     tokens = torch.arange(12).view(2, 6)
     model(tokens).sum().backward()
-    assert not any("_fastinit" in module.__dict__ for module in model.modules())
 
 
 @HALF_AND_FULL
@@ -643,7 +641,6 @@ def _check_partial_load(directory, dtype, finish):
     assert fastinit.uninitialized(model) == []
     assert_same_shards(model, reference)
     model(torch.zeros(2, 3, dtype=torch.long))
-    assert not any("_fastinit" in module.__dict__ for module in model.modules())
 
 
 @pytest.mark.parametrize("world, dtype", [(2, "fp32"), (2, "bf16"), (4, "bf16")])
