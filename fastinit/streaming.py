@@ -23,8 +23,10 @@ import torch
 # Copying from the page cache keeps several cores busy before memory is the limit; a disk wants reads in flight.
 _READERS = 16
 # What Python does for a chunk takes a few hundred microseconds of a reader; reading this much takes it several times
-# as long. The pinned buffers together are 128 MiB.
+# as long.
 _CHUNK_BYTES = 8 << 20
+# A reader fills one pinned buffer while the GPU copies the other. All of them together are 256 MiB.
+_PINNED_BUFFERS = 2
 # What the CPU converts is best still in its cache. These buffers are 32 MiB.
 _CONVERTED_BYTES = 2 << 20
 # What a GPU converts lies in memory of its own first, for much less time than it takes to read: so few chunks, 32 MiB.
@@ -137,10 +139,17 @@ def _chunks(transfers: Iterable[Transfer]) -> Iterator[_Chunk]:
 
 
 class _Lane(NamedTuple):
-    """What a reader has of a GPU: a stream, and a share in memory for chunks that are to be converted."""
+    """What a reader has of a GPU.
+
+    Attributes:
+        stream: of its own.
+        staging: shared by all readers, memory for chunks that are to be converted.
+        pinned: buffers, the one that waits longest first, each with an event that is recorded behind its last copy.
+    """
 
     stream: torch.cuda.Stream
     staging: SimpleQueue[torch.Tensor]
+    pinned: deque[tuple[torch.Tensor, torch.cuda.Event]]
 
 
 class _Reader:
@@ -149,7 +158,7 @@ class _Reader:
     def __init__(self, lanes: dict[torch.device, _Lane]) -> None:
         self.done = 0
         self._lanes = lanes
-        self._buffers: dict[bool, torch.Tensor] = {}
+        self._buffer: torch.Tensor | None = None
         self._stored: StoredFile | None = None
         self._file: Any = None
 
@@ -162,11 +171,17 @@ class _Reader:
                 elif chunk.is_direct:
                     self._read(chunk, chunk.pieces[0].target)
                 else:
-                    buffer = self._read_buffered(chunk)
+                    if self._buffer is None:
+                        self._buffer = torch.empty(_CONVERTED_BYTES, dtype=torch.uint8, device="cpu")
+                    buffer = self._buffer
+                    self._read(chunk, buffer)
                     for piece in chunk.pieces:
                         torch._foreach_copy_(piece.target.split(_SERIAL), piece.values_in(buffer).split(_SERIAL))
                 self.done += sum(piece.nbytes for piece in chunk.pieces)
         finally:
+            # Only then the buffers may be used again, and the memory of the targets for something else.
+            for lane in self._lanes.values():
+                lane.stream.synchronize()
             if self._file is not None:
                 self._file.close()
 
@@ -186,32 +201,33 @@ class _Reader:
                 raise OSError(f"{str(chunk.file.path)!r} ends at byte {chunk.offset + done} while it is being read")
             done += count
 
-    def _read_buffered(self, chunk: _Chunk, pinned: bool = False) -> torch.Tensor:
-        """Read a chunk into a buffer."""
-        buffer = self._buffers.get(pinned)
-        if buffer is None:
-            nbytes = _CHUNK_BYTES if pinned else _CONVERTED_BYTES
-            buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-            self._buffers[pinned] = buffer
-        self._read(chunk, buffer)
-        return buffer
-
     def _carry_to_gpu(self, chunk: _Chunk) -> None:
-        stream, staging = self._lanes[chunk.device]
+        stream, staging, pinned = self._lanes[chunk.device]
         torch.cuda.set_stream(stream)  # of this thread; pinned memory is of its device, too
-        buffer = self._read_buffered(chunk, pinned=True)
-        # First as it is, if anything is to be converted: torch would do that on the CPU, and then copy.
-        staged = staging.get() if any(piece.dtype != piece.target.dtype for piece in chunk.pieces) else None
+        if len(pinned) < _PINNED_BUFFERS:
+            buffer = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
+            pinned.appendleft((buffer, torch.cuda.Event()))
+        buffer, copied = pinned[0]
+        pinned.rotate(-1)
+        copied.synchronize()
+        self._read(chunk, buffer)
+        if all(piece.dtype == piece.target.dtype for piece in chunk.pieces):
+            _copy(chunk, buffer)
+            copied.record(stream)
+            return
+        # First as it is: torch would convert on the CPU, and then copy.
+        staged = staging.get()
         try:
-            if staged is not None:
-                buffer = staged[: chunk.nbytes].copy_(buffer[: chunk.nbytes], non_blocking=True)
-            for piece in chunk.pieces:
-                piece.target.copy_(piece.values_in(buffer), non_blocking=True)
+            staged[: chunk.nbytes].copy_(buffer[: chunk.nbytes], non_blocking=True)
+            _copy(chunk, staged)
         finally:
-            # Then the buffers may be used again, and the memory of the targets for something else.
             stream.synchronize()
-            if staged is not None:
-                staging.put(staged)
+            staging.put(staged)
+
+
+def _copy(chunk: _Chunk, buffer: torch.Tensor) -> None:
+    for piece in chunk.pieces:
+        piece.target.copy_(piece.values_in(buffer), non_blocking=True)
 
 
 def _next(chunks: deque[_Chunk]) -> _Chunk | None:
@@ -232,7 +248,7 @@ def _readers(transfers: Sequence[Transfer], count: int) -> list[_Reader]:
         for part in torch.empty((_STAGED_CHUNKS if converts else 0, _CHUNK_BYTES), dtype=torch.uint8, device=device):
             staging.put(part)
         for lane in lanes:
-            lane[device] = _Lane(torch.cuda.Stream(device), staging)
+            lane[device] = _Lane(torch.cuda.Stream(device), staging, deque())
             lane[device].stream.wait_stream(current)
     return [_Reader(lane) for lane in lanes]
 
