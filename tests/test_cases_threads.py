@@ -104,6 +104,22 @@ def test_values_in_a_thread_are_those_that_the_code_says(dtype):
 
 
 @over_dtypes
+def test_a_thread_without_a_block_cannot_let_a_pending_tensor_be_the_data_of_another_one(dtype):
+    ordinary = nn.Parameter(torch.zeros(4, 4, dtype=DTYPES[dtype]))
+
+    def assign(tensor):
+        ordinary.data = tensor
+
+    with fastinit.on("cpu", dtype, seed=SEED):
+        layer = nn.Linear(4, 4)
+        with pytest.raises(RuntimeError, match=r"fastinit: a tensor of shape \(4, 4\) has no memory while the block"):
+            in_thread(assign, layer.weight)
+        assert not ordinary.any()
+        assign(layer.weight)
+    assert same_bits(ordinary, layer.weight) and ordinary.any()
+
+
+@over_dtypes
 def test_threads_may_read_and_write_while_the_block_goes_on(dtype):
     def construct(run):
         models = [Pair() for _ in range(12)]

@@ -234,6 +234,14 @@ def total(x: torch.Tensor) -> torch.Tensor:
     return x.sum()
 
 
+class Weight(torch.Tensor):
+    pass
+
+
+def _conversion_of_another_module(model):
+    nn.Linear(8, 8)._apply(lambda tensor: model.first.weight.data)
+
+
 def _safetensors(model, path):
     from safetensors.torch import save_file
 
@@ -273,6 +281,14 @@ USES = {
         0, torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8)
     ),
     "a copy of it": lambda m, p: torch.zeros(8, 8).copy_(m.first.weight.detach()),
+    "data of another tensor": lambda m, p: setattr(torch.zeros(8, 8), "data", m.first.weight),
+    "data of another parameter": lambda m, p: setattr(nn.Linear(8, 8).weight, "data", m.first.weight.data[:4]),
+    "data by an operator": lambda m, p: torch.ops.aten.set_data(torch.zeros(8, 8), m.first.weight),
+    "data in inference mode": lambda m, p: torch.inference_mode()(setattr)(torch.zeros(1), "data", m.first.weight),
+    "memory of another tensor": lambda m, p: torch.zeros(8, 8).set_(m.first.weight.detach()),
+    "a conversion of another module": lambda m, p: _conversion_of_another_module(m),
+    "a subclass": lambda m, p: m.first.weight.as_subclass(Weight),
+    "a parameter of a subclass": lambda m, p: torch.Tensor._make_subclass(Weight, m.first.weight),
     "cat": lambda m, p: torch.cat([m.first.weight, m.second.weight]),
     "parameters_to_vector": lambda m, p: nn.utils.parameters_to_vector(m.parameters()),
     "clip": lambda m, p: nn.utils.clip_grads_with_norm_(_with_gradients(m), 1.0, m.first.weight.norm()),

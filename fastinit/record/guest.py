@@ -1,9 +1,12 @@
-"""What no mode and no dispatcher sees.
+"""What no mode and no placeholder's dispatch sees.
 
 Module-level functions of torch are replaced while a block is active anywhere, ask for the block of the calling thread
 or coroutine, and otherwise do what they did before. The last block to be left puts them back, unless somebody else has
 replaced them meanwhile. No class is modified, with two exceptions: the legacy constructor ``torch.Tensor(2, 3)`` and
 ``torch.Tensor._make_subclass`` are wrapped once per process, by the first block; `uninstall` takes that back.
+
+``ordinary.data = tensor`` lets a tensor share the C++ side of another one, without its class. One operator asks for
+leave first, and is answered here.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from .factories import legacy_tensor
 from .mode import Mode, truncated_normal
 from .pending import leave_unwritten
 from .tensors import Placeholder, become_real, concrete, has_master, modes_off
+from .unwritten import Unwritten, readable, refuse
 
 # Python objects made between two runs of the garbage collector while a model is created.
 _COLLECT_EVERY = 200_000
@@ -337,6 +341,32 @@ def _used(module: torch.nn.Module, args: Any) -> None:
                 become_real(tensor)
 
 
+# --- data of other tensors -------------------------------------------------------------------------------------------
+
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+def _may_share_data(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a tensor may take the data of another one: no ordinary one that of a tensor without storage.
+
+    It would be a tensor over nothing, which crashes whoever reads it.
+    """
+    if type(other) is Unwritten and type(tensor) is not Unwritten:
+        refuse(other, ", so that it cannot become the data of another tensor; assign the parameter itself")
+    if type(other) is Placeholder and type(tensor) is not Placeholder:
+        raise RuntimeError(
+            f"fastinit: a tensor of shape {tuple(other.shape)} has no memory while the block that creates it is "
+            "active, and cannot become the data of another tensor by this path; leave the block first"
+        )
+    may: bool = torch.ops.aten._has_compatible_shallow_copy_type.default.redispatch(_CPU, tensor, other)
+    return may
+
+
+# Of all dispatch keys, only tensors of classes with a __torch_dispatch__ have this one.
+_library = torch.library.Library("aten", "IMPL")
+_library.impl("_has_compatible_shallow_copy_type", _may_share_data, "PythonTLSSnapshot")
+
+
 # --- the two that are wrapped once ----------------------------------------------------------------------------------
 
 _make_subclass: Any = None
@@ -370,6 +400,8 @@ def _wrap_constructors() -> None:
                 parameter._is_param = True
                 return parameter
             become_real(args[1])
+        elif len(args) > 1 and type(args[1]) is Unwritten:
+            args = (args[0], readable(args[1]), *args[2:])
         return original(*args, **kwargs)
 
     torch.Tensor.__new__ = staticmethod(tensor_new)  # type: ignore[method-assign]

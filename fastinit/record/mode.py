@@ -129,6 +129,8 @@ class Mode(native.Mode, TorchFunctionMode):
             if func in TAKES_OVER:
                 become_real(args[1])
             return func(*args, **kwargs)
+        if func is torch._has_compatible_shallow_copy_type and type(args[0]) is not Placeholder:
+            become_real(args[1])  # it is asked for before a tensor takes over the other one's data
         block.generator.resume()
         name = AS_METHODS.get(func)
         if name is not None and args and not kwargs and type(args[0]) is Placeholder:
