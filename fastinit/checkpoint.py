@@ -9,6 +9,8 @@ others follow in the order of the files, one tensor in memory at a time.
 
 A model that brings loading code of its own may look at values while it is loaded. It gets what ``load_state_dict``
 would give it: tensors that are mapped from the files, copied at once.
+
+Private: it may change with any version.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ Reading is left to safetensors and torch. `Checkpoint` finds the files, knows th
 from their metadata, and maps one file at a time. There is a class for each kind of file.
 
 A checkpoint may come from anywhere, so nothing in it is run, and it names no file outside of its own directory.
+
+Private: it may change with any version.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""`on`: the context in which models are created, and the report that it gives."""
+"""`on`: the context in which models are created, and the report that it gives.
+
+Private: it may change with any version.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]
 import importlib
 import inspect
+import logging
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, contextmanager
 from contextvars import ContextVar, Token
@@ -25,6 +30,7 @@ if sys.platform != "win32":
 from . import native
 from .distributed import from_rank_0, is_distributed
 from .execution import refuse_capture
+from .log import logger
 from .record import guest
 from .record.block import Block, Empty, current
 from .record.mode import Mode
@@ -214,6 +220,8 @@ class on(ContextDecorator):
     def __call__(self, func: _F) -> _F:
         if isinstance(func, type):
             raise TypeError(f"fastinit.on: it cannot decorate the class {func.__name__}; {_DECORATE_A_FUNCTION}")
+        if not callable(func):
+            raise TypeError(f"fastinit.on: it cannot decorate {func!r}; {_DECORATE_A_FUNCTION}")
         for kind, check in _SUSPENDED.items():
             if check(func):
                 name = getattr(func, "__name__", repr(func))
@@ -251,6 +259,8 @@ class on(ContextDecorator):
             outer.settle()  # what it has pending may be read in here
         block = Block(device, dtype, seed, self._empty, self._shard is not False)
         block.seed_agreed = agreed
+        if logger.isEnabledFor(logging.INFO):
+            block.ran = Counter()
         report = Report(device, dtype, seed)
         report._start()
         guest.install()
@@ -311,6 +321,15 @@ class on(ContextDecorator):
             block.generator.leave(None if outer is None else outer.generator)
             guest.remove()
             report._finish(block)
+            if block.ran is not None:
+                _log(report, block.ran)
+
+
+def _log(report: Report, ran: Counter[str]) -> None:
+    logger.info("%s", report)
+    if ran:
+        calls = ", ".join(name if count == 1 else f"{name} ({count})" for name, count in ran.most_common())
+        logger.info("torch itself ran %s", calls)
 
 
 @contextmanager
@@ -345,7 +364,8 @@ def _parse_device(device: Any) -> torch.device:
         parsed = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f'fastinit.on: device={device!r} is not a device; use "cpu", "cuda" or "cuda:<index>". {error}'
+            f'fastinit.on: device={device!r} is not a device; use "cpu", "cuda" or "cuda:<index>". '
+            f"{str(error).partition(chr(10))[0]}"
         ) from error
     if parsed.type not in ("cpu", "cuda"):
         raise ValueError(f'fastinit.on: device={device!r} is not supported; use "cpu", "cuda" or "cuda:<index>"')

@@ -1,4 +1,7 @@
-"""What ranks have to agree on. torch.distributed is imported by the functions that need it."""
+"""What ranks have to agree on. torch.distributed is imported by the functions that need it.
+
+Private: it may change with any version.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Recipes carried out: fills collected into native batches, one per device and order, and run there."""
+"""Recipes carried out: fills collected into native batches, one per device and order, and run there.
+
+Private: it may change with any version.
+"""
 
 from __future__ import annotations
 

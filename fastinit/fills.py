@@ -1,4 +1,7 @@
-"""The fills by themselves, for people who write their own parallel code."""
+"""The fills by themselves, for people who write their own parallel code.
+
+Private: it may change with any version.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def fill_(
         The argument, written. On a GPU the fill runs on the tensor's device and its current stream.
 
     Raises:
-        TypeError: for a dtype or a device that no fill reaches.
+        TypeError: for what is no tensor, or a dtype or a device that no fill reaches.
         ValueError: for a window that does not fit, a seed or a stream out of range, sequences of unequal lengths, or
             a tensor whose elements share memory.
 
@@ -50,7 +53,9 @@ def fill_(
         >>> torch.equal(whole[4:], lower)
         True
     """
-    tensors = [tensor] if isinstance(tensor, torch.Tensor) else list(tensor)
+    tensors = [tensor] if isinstance(tensor, torch.Tensor) else tensor
+    if not isinstance(tensors, Sequence) or not all(isinstance(each, torch.Tensor) for each in tensors):
+        raise TypeError(f"fill_: tensor={tensor!r} must be a tensor or a sequence of tensors; give model.weight, say")
     distributions = _one_per_tensor("distribution", distribution, tensors)
     streams = _one_per_tensor("stream", stream, tensors)
     if not tensors:
@@ -93,7 +98,7 @@ def empty(
     )
 
 
-def _one_per_tensor(name: str, value: Any, tensors: list[torch.Tensor]) -> list[Any]:
+def _one_per_tensor(name: str, value: Any, tensors: Sequence[torch.Tensor]) -> list[Any]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * len(tensors)
     if len(value) != len(tensors):

@@ -3,6 +3,8 @@
 A `Box` places some elements of one row-major numbering in another. The same form says where a part of a tensor lies in
 local memory (a window, a shard, a flat slice) and which elements of a tensor a stream of values goes to (the region of
 a write), and `compose` chains the two.
+
+Private: it may change with any version.
 """
 
 from __future__ import annotations

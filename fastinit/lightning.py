@@ -31,6 +31,7 @@ from torch import nn
 from .context import _draw_seed, on
 from .deepspeed import zero3
 from .distributed import from_rank_0, is_distributed
+from .log import logger
 from .materialization import (
     agree_on_seeds,
     initialize,
@@ -80,6 +81,7 @@ def enable() -> None:
         for package in _imported():
             for path, method, handler in _methods(package):
                 _wrap(_class(package, path), method, handler)
+        logger.info("lightning.enable: strategies of %s create models with fastinit", ", ".join(_imported()))
 
 
 def disable() -> None:
@@ -264,6 +266,7 @@ def _dtype(plugin: Any) -> torch.dtype | None:
     """The dtype in which a precision plugin has modules created; None if it wants more than that."""
     for method in (type(plugin).module_init_context, type(plugin).tensor_init_context):
         if not (_is_lightnings(method) and method.__module__.rpartition(".")[2] in _PLAIN_PLUGINS):
+            logger.info("Lightning creates this model: %s does more than to name a dtype", type(plugin).__name__)
             return None
     with plugin.tensor_init_context():
         return torch.get_default_dtype()
@@ -272,6 +275,7 @@ def _dtype(plugin: Any) -> torch.dtype | None:
 def _on(device: torch.device, dtype: torch.dtype | None, **how: Any) -> on | None:
     """The context of fastinit, if it supports that device and dtype."""
     if device.type not in ("cpu", "cuda") or dtype not in _DTYPES:
+        logger.info("Lightning creates this model: fastinit has no %s on %s", dtype, device)
         return None
     return on(device, dtype, **how)
 

@@ -3,6 +3,8 @@
 Each rank allocates what it holds of each parameter (a DTensor's local shard, a window, or the whole) and fills that
 from the recipe. Values depend on the element's place in the whole tensor, so ranks have nothing to tell each other but
 the seed.
+
+Private: it may change with any version.
 """
 
 from __future__ import annotations
@@ -67,6 +69,14 @@ def unwritten_tensors(model: nn.Module, *, recurse: bool = True) -> list[Named]:
     return list(named.values())
 
 
+def _require_module(function: str, model: Any) -> None:
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise TypeError(f"fastinit.{function}: {model.__name__} is a class; pass a model, an instance of it")
+    raise TypeError(f"fastinit.{function}: it takes a torch.nn.Module, not one of {type(model).__name__}")
+
+
 def _offloaded(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Where Accelerate keeps the values of a tensor that it has offloaded."""
     hook = module.__dict__.get("_hf_hook")
@@ -90,6 +100,9 @@ def uninitialized(model: nn.Module) -> list[str]:
     Returns:
         Full names as ``model.named_parameters()`` and ``named_buffers()`` give them, tied tensors once.
 
+    Raises:
+        TypeError: the argument is no module, but a class, say.
+
     Example:
         >>> with fastinit.on("cpu", empty=True):
         ...     model = torch.nn.Linear(2, 2)
@@ -98,6 +111,7 @@ def uninitialized(model: nn.Module) -> list[str]:
         >>> fastinit.uninitialized(model)
         ['weight']
     """
+    _require_module("uninitialized", model)
     with lock, modes_off():
         return [each.name for each in unwritten_tensors(model)]
 
@@ -117,6 +131,7 @@ def initialize(model: nn.Module, names: Iterable[str] | None = None) -> list[str
         The names of the tensors that were written, tied tensors once.
 
     Raises:
+        TypeError: the argument is no module, but a class, say.
         ValueError: for a name that the model does not have, or a tensor that is on the meta device.
         RuntimeError: while a CUDA graph is being captured; or torch's own when memory is short.
 
@@ -126,6 +141,7 @@ def initialize(model: nn.Module, names: Iterable[str] | None = None) -> list[str
         >>> fastinit.initialize(model)
         ['weight', 'bias']
     """
+    _require_module("initialize", model)
     with lock, modes_off(), torch.no_grad():
         named = unwritten_tensors(model)
         if names is not None:
@@ -167,6 +183,7 @@ def materialize(
         The full names of the parameters that were given values (with ``empty``, a device).
 
     Raises:
+        TypeError: the argument is no module, but a class, say.
         ValueError: a parameter on the meta device that no context has recorded, one whose shape was changed, a window
             that is no such tuple of slices, or a placement of DTensor whose elements no rank owns.
         RuntimeError: ranks have created different models; or torch's own when memory is short.
@@ -181,6 +198,7 @@ def materialize(
         >>> model.weight.shape
         torch.Size([2, 4])
     """
+    _require_module("materialize", model)
     if empty and window is not None:
         raise ValueError("fastinit.materialize: empty=True and window= exclude each other; load the windows yourself")
     with lock, modes_off(), torch.no_grad():
@@ -211,13 +229,14 @@ def param_init_fn(module: nn.Module) -> None:
         module: created with ``fastinit.on(..., shard=True)``; what is below it is left alone.
 
     Raises:
-        ValueError, RuntimeError: as `materialize`.
+        TypeError, ValueError, RuntimeError: as `materialize`.
 
     Example:
         >>> with fastinit.on("cpu", shard=True):
         ...     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
         >>> FSDP(model, param_init_fn=fastinit.param_init_fn)  # doctest: +SKIP
     """
+    _require_module("param_init_fn", module)
     with lock, modes_off(), torch.no_grad():
         named = unwritten_tensors(module, recurse=False)
         _refuse_unrecorded(_tensors(module, recurse=False), named)

@@ -4,6 +4,8 @@ A :class:`Batch` collects fills of raw memory and runs them together; what a fil
 docs/stream-v1.md. It works on addresses and sizes and knows nothing of torch: who calls it keeps the memory alive
 until the batch has run, and on CUDA until the stream has. The rest is the fast path of fastinit.record: the bases of
 its classes, which hold the state that both sides change, and what fastinit.record.methods connects to torch.
+
+Private: it may change with any version.
 """
 
 from __future__ import annotations

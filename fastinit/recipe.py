@@ -3,6 +3,8 @@
 A *recipe* is a tuple of writes in program order. The first one usually covers the whole tensor; later ones cover
 rectangles of it (an embedding's padding row, the slices of a fused projection). An empty recipe means that nothing
 has been written yet. docs/stream-v1.md specifies the values to the bit.
+
+Private: it may change with any version.
 """
 
 from __future__ import annotations

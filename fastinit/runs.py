@@ -1,4 +1,7 @@
-"""Which elements of a storage are written, exactly, in memory that grows with the number of pieces alone."""
+"""Which elements of a storage are written, exactly, in memory that grows with the number of pieces alone.
+
+Private: it may change with any version.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 torch gives the offset of a shard's first element only, and that does not describe a shard of several runs, nor one that
 FSDP2 cut from the uneven shards of tensor parallelism. So the rows of each dimension are followed here through the cuts
 that made the shard. torch.distributed is imported by the functions that need it.
+
+Private: it may change with any version.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ What agrees in dtype with a tensor on the CPU is read straight into it. All else
 thread has. For a GPU that is pinned memory, from which the thread copies on a stream of its own; the GPU converts.
 While one thread waits for its copy the others read, and hardly any of it holds Python's lock. No file is mapped, so
 that one which shrinks is an error and not a crash.
+
+Private: it may change with any version.
 """
 
 from __future__ import annotations

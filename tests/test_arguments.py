@@ -53,3 +53,30 @@ def test_what_does_not_run_inside_of_a_decorator_is_not_decorated(func):
 
 def test_a_decorated_function_makes_its_model_in_a_block():
     assert fastinit.on("cpu", "fp16")(make)().weight.dtype is torch.float16
+
+
+def test_a_model_is_no_function_to_decorate():
+    with pytest.raises(TypeError, match="cannot decorate None; decorate a function"):
+        fastinit.on("cpu")(None)
+
+
+@pytest.mark.parametrize("device", [None, 3.5, "cpu:x", "gpu:0"])
+def test_what_is_no_device_is_refused_in_one_sentence(device):
+    with pytest.raises(ValueError, match=f"device={device!r} is not a device; use") as caught:
+        fastinit.on(device)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "function", [fastinit.materialize, fastinit.initialize, fastinit.uninitialized, fastinit.param_init_fn]
+)
+def test_a_class_in_place_of_a_model_is_refused(function):
+    with pytest.raises(TypeError, match=f"fastinit.{function.__name__}: Linear is a class; pass a model"):
+        function(torch.nn.Linear)
+    with pytest.raises(TypeError, match=f"fastinit.{function.__name__}: it takes a torch.nn.Module, not one of dict"):
+        function({"weight": torch.ones(1)})
+
+
+def test_a_module_in_place_of_a_tensor_is_refused():
+    with pytest.raises(TypeError, match=r"tensor=Linear\(.*must be a tensor or a sequence of tensors"):
+        fastinit.fill_(make(), fastinit.Normal(), seed=0)

@@ -182,6 +182,36 @@ def test_demo_gives_the_naive_way_a_part_of_the_layers_and_says_so(monkeypatch):
 # bench
 
 
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_a_device_that_there_is_not_is_refused_in_one_sentence(command, capsys):
+    assert main([command, "--device", "gpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"python -m fastinit {command}: fastinit.on: device='gpu' is not a device of torch; use")
+
+
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_created(capsys, monkeypatch):
+    monkeypatch.setattr(demo.machines, "available_memory", lambda: 4 << 30)
+    assert main(["demo", "--params", "100B", "--device", "cpu"]) == 2
+    output = capsys.readouterr()
+    (line,) = output.err.splitlines()
+    assert "--params 100B: with its gradients such a model takes 371." in line and "cpu has 4 GiB free" in line
+    assert output.out == ""
+    assert demo.choose_config("1B", "cpu", "bf16")[0].parameters < 2**30
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"), [(None, "No such file"), ("no JSON", "Expecting value"), ("[1]", "these are no results")]
+)
+def test_a_file_without_results_is_no_plot(content, complaint, tmp_path, capsys):
+    file = tmp_path / "results.json"
+    if content is not None:
+        file.write_text(content)
+    assert main(["bench", "--plot", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"python -m fastinit bench: --plot {file}: ") and complaint in line
+    assert line.endswith("pass a JSON file that bench has written")
+
+
 def test_bench_writes_results_and_plot(capsys, tmp_path):
     assert main(["bench", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     output = capsys.readouterr().out

@@ -249,10 +249,20 @@ def test_contexts_nest_with_those_of_fastinit_and_of_torch(enabled):
     assert inner.weight.device.type == "cpu" and inner.weight.dtype == torch.float16
 
 
-def test_another_accelerators_device_remains_lightnings(enabled):
+def test_another_accelerators_device_remains_lightnings_and_is_logged(enabled, caplog):
     strategy = FabricSingleDevice(device=torch.device("meta"))
-    with strategy.module_init_context():
+    with caplog.at_level("INFO", "fastinit"), strategy.module_init_context():
         assert nn.Linear(2, 2).weight.is_meta
+    assert caplog.messages == ["Lightning creates this model: fastinit has no torch.float32 on meta"]
+
+
+def test_what_enable_has_done_and_does_is_logged(caplog):
+    with caplog.at_level("INFO", "fastinit"), fastinit.lightning.enabled(), fabric(precision="bf16-true").init_module():
+        layer = nn.Linear(6, 6)
+    assert layer.weight.dtype == torch.bfloat16
+    first, second = caplog.messages
+    assert first.startswith("lightning.enable: strategies of lightning.fabric, lightning.pytorch")
+    assert second.startswith("42 parameters, 84 B in bfloat16 on cpu: ")
 
 
 class Small(Hooked):

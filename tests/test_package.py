@@ -51,6 +51,14 @@ def test_dir_shows_the_public_names_alone():
     assert dir(fastinit) == sorted(fastinit.__all__)
 
 
+def test_other_modules_say_that_they_are_private():
+    public = {"__init__", "__main__", "_version", "accelerate", "deepspeed", "lightning"}
+    package = Path(fastinit.__file__).parent
+    private = {path.stem for path in package.glob("*.py")} - public | {"cli", "record"}
+    documents = {name: importlib.import_module(f"fastinit.{name}").__doc__ for name in private}
+    assert [name for name, document in documents.items() if "\n\nPrivate: " not in document] == []
+
+
 def test_import_starts_neither_cuda_nor_threads():
     program = (
         "import threading, torch, fastinit\n"

@@ -24,7 +24,7 @@ import torch
 
 from . import figures, tables, text
 from . import machine as machines
-from .demo import default_device
+from .demo import checked_device
 from .peers import PEERS
 from .sections import SECTIONS, Settings
 from .ways import WAYS
@@ -46,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
-        show(json.loads(arguments.plot.read_text()), arguments.plot)
+        show(read(arguments.plot), arguments.plot)
         return 0
-    device = torch.device(arguments.device or default_device())
+    device = torch.device(checked_device(arguments.device))
     full = arguments.suite == "full"
     settings = Settings(str(device), arguments.quick, peers=full)
     results: dict[str, Any] = {
@@ -73,6 +73,16 @@ def run(arguments: argparse.Namespace) -> int:
                 save(results, path)
     show(results, path)
     return 1 if any("error" in section for section in results["sections"]) else 0
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--plot {path}: {error}; pass a JSON file that bench has written") from error
+    if not isinstance(results, dict) or not {"machine", "settings", "kernels", "models"} <= results.keys():
+        raise ValueError(f"--plot {path}: these are no results; pass a JSON file that bench has written")
+    return results
 
 
 def plan(settings: Settings) -> list[tuple[str, Settings]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import fastinit
 from fastinit import native
 
 from . import machine as machines
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    device = arguments.device or default_device()
+    device = checked_device(arguments.device)
     config, wanted = choose_config(arguments.params, device, arguments.dtype)
     if wanted is not None:
         print(f"Memory is short for {text.count(wanted)} parameters; the model is scaled down.")
@@ -59,16 +60,35 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def checked_device(argument: str | None) -> str:
+    """The device that the command line asks for, or the default one.
+
+    Raises:
+        ValueError, RuntimeError: as `fastinit.on`.
+    """
+    if argument is None:
+        return default_device()
+    with fastinit.on(argument):
+        return argument
+
+
 def default_device() -> str:
     return "cuda" if native.build_info()["cuda"] and torch.cuda.is_available() else "cpu"
 
 
 def choose_config(params: str | None, device: str, dtype: str) -> tuple[DecoderConfig, int | None]:
     """The model to create, and the number of parameters that memory was too short for, if it was."""
-    if params is not None:
-        return DecoderConfig.of_size(text.parse_count(params)), None
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else machines.available_memory()
     bytes_per_parameter = 2 * measure.DTYPES[dtype].itemsize  # a training step adds a gradient to each
+    if params is not None:
+        config = DecoderConfig.of_size(text.parse_count(params))
+        needed = config.parameters * bytes_per_parameter
+        if free is not None and needed > free:
+            raise ValueError(
+                f"--params {params}: with its gradients such a model takes {text.size(needed)} in {dtype}, and "
+                f"{device} has {text.size(free)} free; choose fewer parameters"
+            )
+        return config, None
     fitting = PARAMETERS if free is None else int(SHARE_OF_MEMORY * free / bytes_per_parameter)
     if fitting >= PARAMETERS:
         return DecoderConfig.of_size(PARAMETERS), None

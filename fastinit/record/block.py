@@ -6,7 +6,7 @@ import gc
 import time
 import warnings
 import weakref
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from contextvars import ContextVar
 from itertools import groupby
@@ -50,6 +50,7 @@ class Block(native.Block):
         executed, dropped, deferred: numbers of fills.
         allocation_seconds, run_seconds: host time for giving tensors memory, and for running fills or enqueueing them.
         fill_events: pairs of events around what was enqueued on a GPU.
+        ran: how often torch itself ran which operation; None where nobody wants to know.
         records: weak references, in the order of creation.
         modules: weak references to those that have been given a tensor or a child, by id, in the order of the first
         time.
@@ -75,6 +76,7 @@ class Block(native.Block):
         self.allocation_seconds = 0.0
         self.run_seconds = 0.0
         self.fill_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.ran: Counter[str] | None = None
         self.records = []
         self.generator = Generator(seed)
         self._masters: OrderedDict[Record, None] = OrderedDict()

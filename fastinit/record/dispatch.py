@@ -140,6 +140,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         waiting = record_call(func, args, kwargs, tensors)
         if waiting is not NotImplemented:
             return waiting
+    if block.ran is not None:
+        block.ran[str(func.overloadpacket)] += 1
     if kwargs.get("generator") is not None and has_master(args[0]) and func._schema.is_mutable:
         return _run_in_its_dtype(func, args, kwargs)
     values: dict[int, torch.Tensor] = {}

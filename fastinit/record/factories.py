@@ -241,6 +241,8 @@ for _function, _overload in _LIKE.items():
 def compute(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     """A factory whose values torch computes: on the host, in fp32 where the result is in half precision."""
     block = mode.block
+    if block.ran is not None:
+        block.ran[f"torch.{func.__name__}"] += 1
     if kwargs.get("out") is not None:
         return func(*args, **kwargs)
     device = _device(mode, kwargs)
