@@ -263,7 +263,7 @@ class Block(native.Block):
         if record.deferred:
             return 0
         if record.values is not None:
-            memory.copy_(record.values)
+            record.copy_values(memory)
             return 0
         if not record.is_native:
             self.execute(memory, record.recipe or ())

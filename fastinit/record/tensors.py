@@ -141,12 +141,18 @@ class Record(native.Record):
         if self.memory is None:
             memory = allocate(self.shape, self.dtype, self.device, name_of=lambda: self.block.name_of(self))
             if self.values is not None:
-                memory.copy_(self.values)
+                self.copy_values(memory)
             else:
                 self.block.execute(memory, self.recipe or ())
             self.become_resident(memory)
         assert self.memory is not None
         return self.memory
+
+    def copy_values(self, memory: torch.Tensor) -> None:
+        """Copy its master values into the memory that it is to have."""
+        assert self.values is not None
+        # CUDA has read what is not pinned when the call returns; else torch waits for all fills that are under way.
+        memory.copy_(self.values, non_blocking=not self.values.is_pinned())
 
     def become_resident(self, memory: torch.Tensor) -> None:
         """Take memory that has the final values."""
