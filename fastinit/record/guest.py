@@ -37,7 +37,7 @@ from .block import current
 from .factories import legacy_tensor
 from .mode import Mode, truncated_normal
 from .pending import leave_unwritten
-from .tensors import Placeholder, become_real, concrete, has_master, modes_off
+from .tensors import Placeholder, become_real, concrete, has_layout_of, has_master, modes_off
 from .unwritten import Unwritten, readable, refuse
 
 # Python objects made between two runs of the garbage collector while a model is created.
@@ -343,14 +343,14 @@ def _used(module: torch.nn.Module, args: Any) -> None:
 
 # --- data of other tensors -------------------------------------------------------------------------------------------
 
-_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
-
-def _may_share_data(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+def _may_take_data(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether a tensor may take the data of another one: no ordinary one that of a tensor without storage.
 
     It would be a tensor over nothing, which crashes whoever reads it.
     """
+    if not has_layout_of(tensor, other):
+        return False
     if type(other) is Unwritten and type(tensor) is not Unwritten:
         refuse(other, ", so that it cannot become the data of another tensor; assign the parameter itself")
     if type(other) is Placeholder and type(tensor) is not Placeholder:
@@ -358,13 +358,12 @@ def _may_share_data(tensor: torch.Tensor, other: torch.Tensor) -> bool:
             f"fastinit: a tensor of shape {tuple(other.shape)} has no memory while the block that creates it is "
             "active, and cannot become the data of another tensor by this path; leave the block first"
         )
-    may: bool = torch.ops.aten._has_compatible_shallow_copy_type.default.redispatch(_CPU, tensor, other)
-    return may
+    return True
 
 
 # Of all dispatch keys, only tensors of classes with a __torch_dispatch__ have this one.
 _library = torch.library.Library("aten", "IMPL")
-_library.impl("_has_compatible_shallow_copy_type", _may_share_data, "PythonTLSSnapshot")
+_library.impl("_has_compatible_shallow_copy_type", _may_take_data, "PythonTLSSnapshot")
 
 
 # --- the two that are wrapped once ----------------------------------------------------------------------------------

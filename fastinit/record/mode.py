@@ -25,7 +25,7 @@ from .dispatch import wrap
 from .factories import FACTORIES, fill_now, in_functorch, is_fillable, over
 from .precision import WHOLE
 from .recorded import fill
-from .tensors import HALVES, Placeholder, become_real, concrete, has_master, modes_off, tensors_in
+from .tensors import HALVES, Placeholder, become_real, concrete, has_layout_of, has_master, modes_off, tensors_in
 
 _TENSOR: Any = torch.Tensor
 
@@ -130,7 +130,8 @@ class Mode(native.Mode, TorchFunctionMode):
                 become_real(args[1])
             return func(*args, **kwargs)
         if func is torch._has_compatible_shallow_copy_type and type(args[0]) is not Placeholder:
-            become_real(args[1])  # it is asked for before a tensor takes over the other one's data
+            if has_layout_of(*args):
+                become_real(args[1])  # what is asked before a tensor takes the data of another one
         block.generator.resume()
         name = AS_METHODS.get(func)
         if name is not None and args and not kwargs and type(args[0]) is Placeholder:

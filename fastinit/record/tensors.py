@@ -205,25 +205,11 @@ class Placeholder(torch.Tensor):
             return Placeholder.dispatch(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        if id(self) in memo:
-            known: torch.Tensor = memo[id(self)]
-            return known
         with modes_off(), lock:
             if not self.is_leaf:
                 become_real(self)
                 return copy.deepcopy(self, memo)  # torch's refusal
-            # Tensors that share a storage share it in the copy, too.
-            record = memo.get(id(self._record))
-            if record is None:
-                record = memo[id(self._record)] = self._record.forked()
-            result = stand_for(record, self._region).requires_grad_(self.requires_grad)
-            memo[id(self)] = result
-            if self.grad is not None:
-                result.grad = copy.deepcopy(self.grad, memo)
-            for name, value in self.__dict__.items():
-                if name not in ("_record", "_region"):
-                    setattr(result, name, copy.deepcopy(value, memo))
-        return result
+            return deep_copy(self, memo, stand_for)
 
     @property
     def data(self) -> torch.Tensor:
@@ -334,6 +320,29 @@ def stand_for(record: Record, region: Region | None = None) -> Placeholder:
 
 
 _make: Any = torch.Tensor._make_wrapper_subclass
+
+
+def deep_copy(tensor: Any, memo: dict[int, Any], stand_for: Callable[..., Any]) -> torch.Tensor:
+    """A copy of a tensor without storage; those that share a record share its copy, too."""
+    if id(tensor) in memo:
+        known: torch.Tensor = memo[id(tensor)]
+        return known
+    record = memo.get(id(tensor._record))
+    if record is None:
+        record = memo[id(tensor._record)] = tensor._record.forked()
+    result: torch.Tensor = stand_for(record, tensor._region).requires_grad_(tensor.requires_grad)
+    memo[id(tensor)] = result
+    if tensor.grad is not None:
+        result.grad = copy.deepcopy(tensor.grad, memo)
+    for name, value in attributes_of(tensor).items():
+        setattr(result, name, copy.deepcopy(value, memo))
+    return result
+
+
+def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
+    """What others have set on a tensor without storage, and that it is a parameter."""
+    own = ("_record", "_region", "_fastinit_refused")
+    return {name: value for name, value in tensor.__dict__.items() if name not in own}
 
 
 # What operators are mostly given beside tensors: torch takes its time to say that a number is no tensor.
@@ -524,6 +533,15 @@ def leave_behind(
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
 
     old.register_post_accumulate_grad_hook(pass_on)
+
+
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+def has_layout_of(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """What torch says to whether a tensor can take the data of another one, whatever stands for them."""
+    has: bool = torch.ops.aten._has_compatible_shallow_copy_type.default.redispatch(_CPU, tensor, other)
+    return has
 
 
 def set_data(tensor: Placeholder, value: torch.Tensor) -> None:
