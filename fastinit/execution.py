@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import native
-from .layout import Box, compose, contiguous_strides, nested_parts, with_dims
+from .layout import Box, compose, contiguous_strides, nested_parts, whole_box, with_dims
 from .native import CONSTANT, TRUNCATED_NORMAL
 from .recipe import CALLED, Region, Write, canonical
 
@@ -161,7 +161,7 @@ class Fills:
         """Give a tensor the values of a recipe.
 
         Args:
-            memory: of a dtype and device that fills reach; contiguous if there are no boxes.
+            memory: of a dtype and device that fills reach.
             recipe: of the whole tensor.
             boxes: the places of the whole tensor's elements, relative to the first element of memory; None: all of them
                 in their order. Elements outside of the boxes keep what they have.
@@ -174,6 +174,8 @@ class Fills:
             copy_part(_in_storage_order(results[index], strides), memory, boxes)
             self.count += 1
             recipe, zeros = recipe[1:], False
+        if boxes is None and not memory.is_contiguous():
+            boxes = [whole_box(memory.shape, memory.stride())]
         if boxes is not None:
             self.add_part(memory.data_ptr(), memory.dtype, recipe, boxes, zeros=zeros)
         else:
@@ -202,23 +204,8 @@ class Fills:
         return self._batches[order]
 
     def _add_boxes(self, order: int, data_ptr: int, dtype: torch.dtype, write: Write, boxes: Sequence[Box]) -> None:
-        kind, parameters, steps = canonical(write.kind, write.parameters, write.steps)
-        batch = self._batch(order)
-        for box in boxes:
-            for index_offset, sizes, index_strides, memory_offset, memory_strides in with_dims(box, _MAX_DIMS):
-                batch.add_region(
-                    data_ptr + memory_offset * dtype.itemsize,
-                    DTYPES[dtype],
-                    kind,
-                    parameters,
-                    self._seed if write.key is None else write.key,
-                    write.stream,
-                    steps,
-                    index_offset,
-                    sizes or (1,),
-                    index_strides or (1,),
-                    memory_strides or (1,),
-                )
+        seed = self._seed if write.key is None else write.key
+        add_boxes(self._batch(order), data_ptr, dtype, write, seed, boxes)
 
     def run(self) -> None:
         """Run every batch: on a GPU on its current stream, on the CPU with torch's number of threads.
@@ -230,6 +217,28 @@ class Fills:
         for batch in self._batches:
             run_batch(batch, self.device)
         self._batches.clear()
+
+
+def add_boxes(
+    batch: native.Batch, data_ptr: int, dtype: torch.dtype, write: Write, seed: int, boxes: Iterable[Box]
+) -> None:
+    """Add a write to a batch for the elements in boxes, whose memory counts from data_ptr."""
+    kind, parameters, steps = canonical(write.kind, write.parameters, write.steps)
+    for box in boxes:
+        for index_offset, sizes, index_strides, memory_offset, memory_strides in with_dims(box, _MAX_DIMS):
+            batch.add_region(
+                data_ptr + memory_offset * dtype.itemsize,
+                DTYPES[dtype],
+                kind,
+                parameters,
+                seed,
+                write.stream,
+                steps,
+                index_offset,
+                sizes or (1,),
+                index_strides or (1,),
+                memory_strides or (1,),
+            )
 
 
 def refuse_capture(device: torch.device) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from . import native
-from .execution import DTYPES, allocate, can_fill, run_batch
-from .layout import Window, contiguous_strides, with_dims
-from .recipe import Distribution, canonical
+from .execution import DTYPES, add_boxes, allocate, can_fill, run_batch
+from .layout import Window, whole_box
+from .recipe import Distribution, Write, canonical
 from .sharding import is_dtensor, local_boxes, local_tensor
 
 
@@ -129,41 +129,13 @@ def _add(
             f"fill_: tensor of shape {sizes} and strides {strides} shares memory between elements; clone it"
         )
     if window is not None:
-        window.check(sizes)
-    kind, parameters, _ = canonical(distribution.kind, distribution.parameters, ())
-    if boxes is not None:
-        for box in boxes:
-            for index_offset, extent, index_strides, memory_offset, memory_strides in with_dims(box, 8):
-                batch.add_region(
-                    tensor.data_ptr() + memory_offset * tensor.element_size(),
-                    DTYPES[tensor.dtype],
-                    kind,
-                    parameters,
-                    seed,
-                    stream,
-                    (),
-                    index_offset,
-                    extent or (1,),
-                    index_strides or (1,),
-                    memory_strides or (1,),
-                )
+        boxes = [window.box(sizes, strides)]
+    if not tensor.numel():
         return
-    if tensor.numel() == 0:
+    write = Write(distribution.kind, distribution.parameters, stream)
+    if boxes is not None or not tensor.is_contiguous():
+        whole = [whole_box(sizes, strides)]
+        add_boxes(batch, tensor.data_ptr(), tensor.dtype, write, seed, whole if boxes is None else boxes)
         return
-    if window is None and tensor.is_contiguous():
-        batch.add(tensor.data_ptr(), tensor.numel(), DTYPES[tensor.dtype], kind, parameters, seed, stream, ())
-        return
-    index_strides = contiguous_strides(sizes) if window is None else window.index_strides
-    batch.add_region(
-        tensor.data_ptr(),
-        DTYPES[tensor.dtype],
-        kind,
-        parameters,
-        seed,
-        stream,
-        (),
-        0 if window is None else window.index_offset,
-        sizes or (1,),
-        index_strides or (1,),
-        strides or (1,),
-    )
+    kind, parameters, steps = canonical(write.kind, write.parameters, write.steps)
+    batch.add(tensor.data_ptr(), tensor.numel(), DTYPES[tensor.dtype], kind, parameters, seed, stream, steps)

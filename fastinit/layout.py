@@ -106,6 +106,16 @@ class Window:
         return Box(self.index_offset, tuple(sizes), self.index_strides, memory_offset, tuple(strides))
 
 
+def whole_box(sizes: Sequence[int], strides: Sequence[int]) -> Box:
+    """All elements of a row-major tensor, in a memory of these strides.
+
+    Example:
+        >>> whole_box((2, 3), (1, 2))
+        Box(index_offset=0, sizes=(2, 3), index_strides=(3, 1), memory_offset=0, memory_strides=(1, 2))
+    """
+    return Box(0, tuple(sizes), contiguous_strides(sizes), 0, tuple(strides))
+
+
 def contiguous_strides(sizes: Sequence[int]) -> tuple[int, ...]:
     """Row-major strides of a tensor of these sizes, in elements (torch's convention for empty dimensions)."""
     strides = []

@@ -26,11 +26,14 @@ from .record.unwritten import (
     Key,
     Origin,
     Piece,
+    Rest,
     Unwritten,
     inner,
     move,
     refuse_placeless,
+    region_of,
     remake,
+    rest_of,
     settle,
     write_pieces,
 )
@@ -47,8 +50,12 @@ class Named(NamedTuple):
     unwritten: Unwritten
 
     @property
+    def rest(self) -> Rest:
+        return rest_of(self.unwritten)
+
+    @property
     def origin(self) -> Origin:
-        return self.unwritten._record.origin
+        return self.rest.origin
 
 
 def unwritten_tensors(model: nn.Module, *, recurse: bool = True) -> list[Named]:
@@ -61,8 +68,7 @@ def unwritten_tensors(model: nn.Module, *, recurse: bool = True) -> list[Named]:
             unwritten = inner(tensor)
             if unwritten is None or tensor is None:
                 continue
-            rest = unwritten._record
-            if rest.has(unwritten._region):
+            if rest_of(unwritten).has(region_of(unwritten)):
                 settle(unwritten)
             else:
                 named.setdefault(id(tensor), Named(f"{prefix}.{name}" if prefix else name, tensor, unwritten))
@@ -209,9 +215,9 @@ def materialize(
             named = [each for each in named if each.unwritten.is_meta]
             _refuse_unfit(named)
             for each, target in [(each, _device_of(each, device)) for each in named]:
-                move(each.unwritten._record, target)
+                move(each.rest, target)
                 if not each.unwritten.numel():
-                    each.unwritten._record.materialize()  # no checkpoint has anything for it
+                    each.rest.materialize()  # no checkpoint has anything for it
                 if each.tensor is not each.unwritten:
                     remake(each.tensor)
         else:
@@ -291,7 +297,7 @@ def _give_values(
     pieces: list[Piece] = []
     partly = []
     for each, target, part in work:
-        rest, origin = each.unwritten._record, each.origin
+        rest, origin = each.rest, each.origin
         if id(rest) in memories:
             continue
         shape = rest.shape if part is None else _extent(part)
@@ -303,7 +309,7 @@ def _give_values(
         memories[id(rest)] = memory
         boxes: list[Box] | None
         if is_dtensor(each.tensor):
-            view = view_of(memory, each.unwritten._region)
+            view = view_of(memory, region_of(each.unwritten))
             if rest.memory is None and view.numel() < memory.numel():
                 memory.zero_()  # FSDP2's padding
             boxes = local_boxes(each.tensor)
@@ -322,7 +328,7 @@ def _give_values(
             kept.enter_context(rest.keeping_what_is_written())
         write_pieces(pieces)
     # Only now, when nothing is left that fails.
-    rests = [each.unwritten._record for each in named]
+    rests = [each.rest for each in named]
     for each, rest, part in zip(named, rests, windows, strict=True):
         if part is not None:
             if type(each.unwritten) is Unwritten:
@@ -337,10 +343,9 @@ def _give_values(
 
 
 def _size(each: Named, part: Slices | None) -> int:
-    rest = each.unwritten._record
-    if rest.memory is not None:
+    if each.rest.memory is not None:
         return 0
-    return numel(rest.shape if part is None else _extent(part)) * rest.dtype.itemsize
+    return numel(each.rest.shape if part is None else _extent(part)) * each.rest.dtype.itemsize
 
 
 def _device_of(each: Named, device: str | torch.device | None) -> torch.device:
@@ -367,7 +372,7 @@ def _checked_window(window: Callable[..., Any], each: Named) -> Slices | None:
         return None
     if is_dtensor(each.tensor):
         raise ValueError(f"fastinit.materialize: window= was given, but {name!r} is sharded already, as a DTensor")
-    if each.unwritten._record.memory is not None:
+    if each.rest.memory is not None:
         raise ValueError(f"fastinit.materialize: window= was given, but {name!r} is written in part already")
     fits = isinstance(slices, tuple) and len(slices) == len(shape) and all(isinstance(cut, slice) for cut in slices)
     if not fits or any(cut.step not in (None, 1) for cut in slices):
@@ -394,8 +399,9 @@ def _tensors(model: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, t
 
 def _refuse_unfit(named: Iterable[Named]) -> None:
     """Refuse tensors that are not what was recorded, or of which no rank owns elements."""
-    for name, tensor, unwritten in named:
-        origin = unwritten._record.origin
+    for each in named:
+        name, tensor, unwritten = each
+        origin = each.origin
         if is_dtensor(tensor):
             # Of a rank without elements, FSDP2 keeps zeros that nothing was copied into.
             if tuple(tensor.shape) != origin.shape and unwritten.numel():

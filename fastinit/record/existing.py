@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from ..distributed import from_rank_0, is_distributed
-from ..execution import DTYPES, Fills, can_fill, copy_part
-from ..layout import Box, Window
+from ..execution import Fills, can_fill, copy_part
+from ..layout import Box
 from ..sharding import is_dtensor, local_boxes, local_tensor
 from .block import Block
 from .dispatch import create
 from .tensors import Placeholder, modes_off, view_of
-from .unwritten import Unwritten, settle
+from .unwritten import Unwritten, memory_to_write, wrote
 
 
 def takes(block: Block, tensor: Any) -> bool:
@@ -26,7 +26,7 @@ def takes(block: Block, tensor: Any) -> bool:
     if not is_dtensor(tensor) and type(tensor) is not Unwritten:
         return False
     local = local_tensor(tensor) if is_dtensor(tensor) else tensor
-    return tensor.dtype in DTYPES and can_fill(tensor.dtype, local.device) and local.device.type == block.device.type
+    return can_fill(tensor.dtype, local.device)
 
 
 def initialise(block: Block, tensor: torch.Tensor, record: Callable[[torch.Tensor], Any]) -> None:
@@ -40,26 +40,13 @@ def initialise(block: Block, tensor: torch.Tensor, record: Callable[[torch.Tenso
             _agree_on_key(block)  # also those ranks that have no element
         if type(whole) is Placeholder and whole._record.recipe == ():
             return  # nothing was asked for
-        memory, boxes = _held(tensor, local)
-        if memory.numel():
+        memory = memory_to_write(local) if type(local) is Unwritten else local.detach()
+        if memory is not None and memory.numel():
+            boxes = local_boxes(tensor) if is_dtensor(tensor) else None
             _write(block, memory, boxes, whole, zeros=type(local) is Unwritten)
         if type(local) is Unwritten:
-            local._record.wrote(local._region)
-            settle(local)
+            wrote(local)
         torch.autograd.graph.increment_version(tensor)
-
-
-def _held(tensor: torch.Tensor, local: torch.Tensor) -> tuple[torch.Tensor, list[Box] | None]:
-    """The memory of what this rank has of a tensor, and which elements lie there; None: all, in their order."""
-    if type(local) is Unwritten:
-        memory = view_of(local._record.with_memory(), local._region)
-    else:
-        memory = local.detach()
-    if is_dtensor(tensor):
-        return memory, local_boxes(tensor)
-    if memory.is_contiguous():
-        return memory, None
-    return memory, [Window(tuple(memory.shape), (0,) * memory.dim()).box(memory.shape, memory.stride())]
 
 
 def _write(block: Block, memory: torch.Tensor, boxes: list[Box] | None, whole: torch.Tensor, *, zeros: bool) -> None:

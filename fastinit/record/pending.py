@@ -53,9 +53,9 @@ def _owned(block: Block) -> dict[Record, list[_Owner]]:
     """What a state dict holds and is still pending: modules, the names there, and the full names."""
     owned: dict[Record, list[_Owner]] = {}
     modules = list(block.seen_modules())
-    prefixes = _prefixes(modules)
+    prefixes: dict[int, str] = {}
     for module in modules:
-        for name, tensor in {**module._parameters, **module._buffers}.items():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if type(tensor) is not Placeholder or name in module._non_persistent_buffers_set:
                 continue
             record = tensor._record
@@ -63,6 +63,7 @@ def _owned(block: Block) -> dict[Record, list[_Owner]]:
             if recipe is None or record.block is not block:
                 continue
             if record.is_native or all(write.kind == CONSTANT for write in recipe):
+                prefixes = prefixes or _prefixes(modules)
                 owned.setdefault(record, []).append((module, name, prefixes[id(module)] + name))
     return owned
 

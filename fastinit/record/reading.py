@@ -13,7 +13,7 @@ import torch
 from ..native import CONSTANT
 from ..recipe import Region, Write
 from .tensors import concrete, is_in_order, is_whole, map_tensors, tensors_in, view_of
-from .unwritten import Rest, Unwritten, readable, refuse, region_of, stand_for
+from .unwritten import Rest, Unwritten, readable, refuse, region_of, rest_of, stand_for
 
 aten = torch.ops.aten
 
@@ -65,7 +65,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             continue
         if any(tensor is each for each in written):
             # Another object than the memory itself, which an out= argument of another shape would resize.
-            substitutes[id(tensor)] = view_of(tensor._record.with_memory(), tensor._region).detach()
+            substitutes[id(tensor)] = view_of(rest_of(tensor).with_memory(), region_of(tensor)).detach()
         else:
             substitutes[id(tensor)] = readable(tensor)
 
@@ -78,10 +78,10 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if substitutes[id(tensor)].shape != tensor.shape:
             refuse(tensor, "; an out= argument of another shape cannot take its place")
         if places is None:
-            tensor._record.wrote(tensor._region)
+            rest_of(tensor).wrote(region_of(tensor))
         else:
-            tensor._record.written.add_places(places)
-            tensor._record.settle()
+            rest_of(tensor).written.add_places(places)
+            rest_of(tensor).settle()
     own = {id(value): key for key, value in substitutes.items()}
     originals = {id(tensor): tensor for tensor in tensors_in((args, kwargs))}
 
@@ -144,8 +144,9 @@ def _places(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.T
     names = [argument.name for argument in func._schema.arguments]
     rest = [ones(name, value) for name, value in zip(names[1:], args[1:], strict=False)]
     func(hits, *rest, **{name: ones(name, value) for name, value in kwargs.items()})
-    offset, _, strides = region_of(tensor)
-    return offset + (hits.nonzero().cpu() * torch.tensor(strides, dtype=torch.int64)).sum(1)
+    strides = torch.tensor(tensor.stride(), dtype=torch.int64)
+    places: torch.Tensor = tensor.storage_offset() + (hits.nonzero().cpu() * strides).sum(1)
+    return places
 
 
 _HANDLED: dict[Any, Callable[..., Any]] = {}
@@ -161,8 +162,8 @@ def _handles(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _view(func: Any, tensor: Unwritten, *args: Any, **kwargs: Any) -> Any:
-    rest = tensor._record
-    meta = view_of(torch.empty(rest.shape, dtype=tensor.dtype, device="meta"), tensor._region)
+    rest = rest_of(tensor)
+    meta = view_of(torch.empty(rest.shape, dtype=tensor.dtype, device="meta"), region_of(tensor))
     geometry = func(meta, *args, **kwargs)
     results = [geometry] if isinstance(geometry, torch.Tensor) else list(geometry)
     if any(each.dtype != rest.dtype or each.is_conj() or each.is_neg() for each in results):
@@ -173,12 +174,12 @@ def _view(func: Any, tensor: Unwritten, *args: Any, **kwargs: Any) -> Any:
 
 @_handles(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 def _same(func: Any, tensor: Unwritten) -> Unwritten:
-    return stand_for(tensor._record, tensor._region)
+    return stand_for(rest_of(tensor), region_of(tensor))
 
 
 @_handles(aten._to_copy.default, aten.clone.default)
 def _copied(func: Any, tensor: Unwritten, **options: Any) -> Any:
-    rest, region = tensor._record, tensor._region
+    rest, region = rest_of(tensor), region_of(tensor)
     dtype, device = options.get("dtype") or tensor.dtype, concrete(options.get("device") or tensor.device)
     if rest.has(region) or not dtype.is_floating_point:
         return NotImplemented
@@ -198,13 +199,13 @@ def _copied(func: Any, tensor: Unwritten, **options: Any) -> Any:
 
 def _part(tensor: Unwritten, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Unwritten:
     """A tensor of its own for the values of a part."""
-    return stand_for(Rest(tensor._record.origin._replace(placeless=True), shape, None, dtype, device))
+    return stand_for(Rest(rest_of(tensor).origin._replace(placeless=True), shape, None, dtype, device))
 
 
 @_handles(aten.constant_pad_nd.default)
 def _padded(func: Any, tensor: Unwritten, pad: Any, value: Any = 0) -> Any:
     # What DTensor does to uneven parts before it scatters them.
-    if tensor._record.memory is not None:
+    if rest_of(tensor).memory is not None:
         return NotImplemented
     meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     return _part(tensor, tuple(func(meta, pad, value).shape), tensor.dtype, tensor.device)
@@ -216,7 +217,7 @@ def _empty_like(func: Any, tensor: torch.Tensor, **options: Any) -> Any:
     dtype, device = options.get("dtype") or tensor.dtype, concrete(options.get("device") or tensor.device)
     if type(tensor) is not Unwritten or not dtype.is_floating_point:
         return NotImplemented
-    rest, region = tensor._record, tensor._region
+    rest, region = rest_of(tensor), region_of(tensor)
     if not is_whole(rest, region):
         return _part(tensor, tuple(tensor.shape), dtype, device)
     return stand_for(Rest(rest.origin, rest.shape, rest.place, dtype, device), region)
@@ -231,7 +232,7 @@ def _new_zeros(func: Any, tensor: Unwritten, size: Any, **options: Any) -> Any:
     dtype, device = options.get("dtype") or tensor.dtype, concrete(options.get("device") or tensor.device)
     if not dtype.is_floating_point or options.get("pin_memory"):
         return _like_it(func, tensor, size, **options)
-    origin = tensor._record.origin
+    origin = rest_of(tensor).origin
     zeros = origin._replace(shape=tuple(size), recipe=_ZEROS, placeless=False, reads_nan=False, zeros=True)
     return stand_for(Rest(zeros, tuple(size), None, dtype, device))
 
@@ -250,12 +251,12 @@ def _like_it(func: Any, tensor: torch.Tensor, *args: Any, **options: Any) -> Any
 @_handles(aten.copy_.default)
 def _copy(func: Any, tensor: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> Any:
     """A copy of what is unwritten is unwritten; any other one writes."""
-    if type(source) is not Unwritten or source._record.has(source._region):
+    if type(source) is not Unwritten or rest_of(source).has(region_of(source)):
         return NotImplemented
-    if type(tensor) is not Unwritten or tensor._record.memory is not None or source._record.memory is not None:
+    if type(tensor) is not Unwritten or rest_of(tensor).memory is not None or rest_of(source).memory is not None:
         return NotImplemented
-    rest, other = tensor._record, source._record
-    whole = is_whole(rest, tensor._region) and is_whole(other, source._region)
+    rest, other = rest_of(tensor), rest_of(source)
+    whole = is_whole(rest, region_of(tensor)) and is_whole(other, region_of(source))
     same = tensor.shape == source.shape and tensor.stride() == source.stride()
     if whole and same:
         rest.origin, rest.place = other.origin, other.place

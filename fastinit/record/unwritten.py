@@ -8,7 +8,6 @@ has written is refused, by the name that the tensor had in its model.
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,10 +18,10 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..execution import Fills, allocate, can_fill
-from ..layout import Box, Window, contiguous_strides, numel
+from ..layout import Box, contiguous_strides, numel
 from ..recipe import Region, Write
 from ..runs import Runs
-from .tensors import lock, modes_off, swap_impl, swap_in, view_of
+from .tensors import attributes_of, deep_copy, lock, modes_off, swap_impl, swap_in, view_of
 
 
 class Key:
@@ -115,8 +114,9 @@ class Rest:
     def _all(self) -> Region:
         return Region(0, (numel(self.shape),), (1,))
 
-    def forked(self, dtype: torch.dtype, device: torch.device) -> Rest:
-        """A copy of it, also of what is written."""
+    def forked(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Rest:
+        """A copy of it, also of what is written; of another dtype or on another device, if they are given."""
+        dtype, device = dtype or self.dtype, device or self.device
         memory = None if self.memory is None else self.memory.to(device, dtype, copy=True)
         return Rest(self.origin, self.shape, self.place, dtype, device, memory, self.written.copied())
 
@@ -203,8 +203,6 @@ def write_pieces(pieces: list[Piece]) -> None:
             device = target.device if can_fill(dtype, target.device) else torch.device("cpu")
             memory = torch.empty_strided(target.shape, target.stride(), dtype=dtype, device=device)
             copies.append((target, memory))
-        if boxes is None and not memory.is_contiguous():
-            boxes = [Window(origin.shape, (0,) * memory.dim()).box(memory.shape, memory.stride())]
         seed = origin.key.seed
         each = fills.setdefault((seed, memory.device), Fills(seed, memory.device))
         each.write(memory, origin.recipe, boxes)
@@ -256,21 +254,8 @@ class Unwritten(torch.Tensor):
             return Unwritten.dispatch(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        if id(self) in memo:
-            known: torch.Tensor = memo[id(self)]
-            return known
         with modes_off(), lock:
-            # Tensors that share a storage share it in the copy, too.
-            rest = memo.get(id(self._record))
-            if rest is None:
-                rest = memo[id(self._record)] = self._record.forked(self.dtype, self.device)
-            result = stand_for(rest, self._region).requires_grad_(self.requires_grad)
-            memo[id(self)] = result
-            if self.grad is not None:
-                result.grad = copy.deepcopy(self.grad, memo)
-            for name, value in _attributes(self).items():
-                setattr(result, name, copy.deepcopy(value, memo))
-        return result
+            return deep_copy(self, memo, stand_for)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with modes_off(), lock:
@@ -282,7 +267,7 @@ class Unwritten(torch.Tensor):
                 "loads it gets its recorded initialisation",
                 stacklevel=2,
             )
-            return _loaded, (self._record, self._region, self.requires_grad, _attributes(self))
+            return _loaded, (self._record, self._region, self.requires_grad, attributes_of(self))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         name = self._record.origin.name
@@ -326,15 +311,6 @@ class Unwritten(torch.Tensor):
 
     def is_shared(self) -> bool:
         return False
-
-
-def _attributes(tensor: torch.Tensor) -> dict[str, Any]:
-    """What others have set on a tensor, and that it is a parameter."""
-    return {
-        name: value
-        for name, value in tensor.__dict__.items()
-        if name not in ("_record", "_region", "_fastinit_refused")
-    }
 
 
 def _loaded(rest: Rest, region: Region | None, requires_grad: bool, attributes: dict[str, Any]) -> torch.Tensor:
@@ -423,7 +399,7 @@ def move(rest: Rest, device: torch.device) -> None:
     rest.device = device
     for tensor in rest.tensors:
         if type(tensor) is Unwritten and tensor._record is rest and tensor.is_leaf:
-            _exchange(tensor, _made(rest, region_of(tensor)))
+            _exchange(tensor, _made(rest, tensor._region))
 
 
 def memory_to_write(tensor: Unwritten) -> torch.Tensor | None:
@@ -437,6 +413,7 @@ def wrote(tensor: Unwritten) -> None:
     """Note that all of a tensor's memory is written."""
     with lock, modes_off(), torch.no_grad():
         tensor._record.wrote(tensor._region)
+        settle(tensor)
 
 
 def remake(tensor: torch.Tensor) -> None:
@@ -484,11 +461,14 @@ def inner(tensor: torch.Tensor | None) -> Unwritten | None:
     return None
 
 
-def region_of(tensor: Unwritten) -> Region:
-    """The elements of its storage that a tensor shows."""
-    if tensor._region is not None:
-        return tensor._region
-    return Region(0, tuple(tensor.shape), contiguous_strides(tensor.shape))
+def rest_of(tensor: Unwritten) -> Rest:
+    """What a tensor stands for, all of it or a part."""
+    return tensor._record
+
+
+def region_of(tensor: Unwritten) -> Region | None:
+    """The part of that which the tensor shows; None: all of it, in its order."""
+    return tensor._region
 
 
 def readable(tensor: Unwritten) -> torch.Tensor:
