@@ -7,6 +7,7 @@ from __future__ import annotations
 
 # Not `signal`, which learns by two exceptions that a handler is a function and no number: 28 % of an empty block.
 import _signal  # type: ignore[import-not-found]
+import functools
 import importlib
 import inspect
 import logging
@@ -15,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ContextDecorator, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -28,6 +29,7 @@ if sys.platform != "win32":
     import resource
 
 from . import native
+from .compiler import go_on_compiling, not_compiled, stop_compiling
 from .distributed import from_rank_0, is_distributed
 from .execution import refuse_capture
 from .log import logger
@@ -142,6 +144,7 @@ class _Entered(NamedTuple):
     mode: Mode
     report: Report
     token: Token[Block | None]
+    compiler: Any
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -159,7 +162,7 @@ _DECORATE_A_FUNCTION = (
 _entered: ContextVar[tuple[_Entered, ...]] = ContextVar("fastinit_entered", default=())
 
 
-class on(ContextDecorator):
+class on:
     """Create the modules of a ``with`` block on a device, in a precision, with fused initialisation.
 
     The modules are those that the same code gives under ``torch.device(device)`` and
@@ -202,6 +205,7 @@ class on(ContextDecorator):
         (torch.bfloat16, 10)
     """
 
+    @not_compiled
     def __init__(
         self,
         device: str | torch.device = "cuda",
@@ -217,6 +221,7 @@ class on(ContextDecorator):
         self._empty = _parse_empty(empty)
         self._shard = _parse_shard(shard, self._empty)
 
+    @not_compiled
     def __call__(self, func: _F) -> _F:
         if isinstance(func, type):
             raise TypeError(f"fastinit.on: it cannot decorate the class {func.__name__}; {_DECORATE_A_FUNCTION}")
@@ -226,23 +231,32 @@ class on(ContextDecorator):
             if check(func):
                 name = getattr(func, "__name__", repr(func))
                 raise TypeError(f"fastinit.on: it cannot decorate the {kind} {name}; {_DECORATE_A_FUNCTION}")
-        return super().__call__(func)
+
+        @functools.wraps(func)
+        def decorated(*args: Any, **kwargs: Any) -> Any:
+            with self._recreate_cm():
+                return func(*args, **kwargs)
+
+        return decorated  # type: ignore[return-value]
 
     def _recreate_cm(self) -> on:
         # A decorated function may call itself or run in several threads: each call gets a context of its own.
         return on(self._device, self._dtype, seed=self._seed, empty=self._empty or False, shard=self._shard)
 
+    @not_compiled
     def __enter__(self) -> Report:
         before = _entered.get()
+        compiler = stop_compiling()
         try:
             with _interrupts_later():
-                return self._enter()
+                return self._enter(compiler)
         except BaseException:
+            go_on_compiling(compiler)
             if _entered.get() is not before:  # interrupted once all was in place: nobody else will leave
                 self._exit(*sys.exc_info())
             raise
 
-    def _enter(self) -> Report:
+    def _enter(self, compiler: Any) -> Report:
         with modes_off():
             device = _available_device(self._device)
             refuse_capture(device)
@@ -272,9 +286,10 @@ class on(ContextDecorator):
             block.generator.leave(None if outer is None else outer.generator)
             guest.remove()
             raise
-        _entered.set((*_entered.get(), _Entered(self, block, mode, report, current.set(block))))
+        _entered.set((*_entered.get(), _Entered(self, block, mode, report, current.set(block), compiler)))
         return report
 
+    @not_compiled
     def __exit__(
         self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -296,7 +311,7 @@ class on(ContextDecorator):
                 "fastinit.on: left where it was not entered, or before a block inside of it; use it in a with "
                 "statement, in the thread and coroutine that enter it"
             )
-        _, block, mode, report, token = entered[-1]
+        _, block, mode, report, token, compiler = entered[-1]
         _entered.set(entered[:-1])
         mode.__exit__()
         current.reset(token)
@@ -323,6 +338,7 @@ class on(ContextDecorator):
             report._finish(block)
             if block.ran is not None:
                 _log(report, block.ran)
+            go_on_compiling(compiler)
 
 
 def _log(report: Report, ran: Counter[str]) -> None:
