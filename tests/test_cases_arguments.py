@@ -255,7 +255,26 @@ RESULTS = {
     "randn in fp64": lambda: torch.randn(2, dtype=torch.float64) * 0,
     "randn in complex": lambda: torch.randn(2, dtype=torch.complex64) * 0,
     "normal of fp64": lambda: torch.normal(torch.zeros(2, dtype=torch.float64), 0.0),
+    "ones of types of Python": lambda: [torch.ones(2, dtype=each) for each in (bool, int, float, complex)],
+    "empty of types of Python": lambda: [torch.empty(2, dtype=each).zero_() for each in (bool, int, float, complex)],
+    "rand of a type of Python": lambda: torch.rand(2, dtype=float) * 0,
+    "zeros like, of a type of Python": lambda: (
+        torch.zeros_like(torch.ones(2), dtype=int),
+        torch.ones(2).new_ones(2, dtype=bool),
+    ),
+    "arange of a type of Python": lambda: (torch.arange(3, dtype=float), torch.full((2,), 1, dtype=float)),
+    "tensor of a type of Python": lambda: (torch.tensor([1, 2], dtype=float), torch.as_tensor([1, 2], dtype=bool)),
+    "as_tensor of an array, of a type of Python": lambda: torch.as_tensor(np.ones(2, np.float32), dtype=float),
+    "to a type of Python": lambda: torch.ones(2).to(float),
+    "transposed fp64": lambda: _transposed().to(torch.get_default_dtype()),
+    "transposed fp64, made contiguous": lambda: _transposed().to(
+        torch.get_default_dtype(), memory_format=torch.contiguous_format
+    ),
 }
+
+
+def _transposed():
+    return torch.arange(6, dtype=torch.float64).view(2, 3).t()
 
 
 @pytest.mark.parametrize("name", RESULTS)
@@ -274,7 +293,10 @@ def test_a_result_has_the_dtype_that_it_has_under_torchs_default_dtype(name, dty
 
 
 def _kind(leaf):
-    return (type(leaf), leaf.dtype, getattr(leaf, "layout", None)) if hasattr(leaf, "dtype") else leaf
+    if not hasattr(leaf, "dtype"):
+        return leaf
+    layout = getattr(leaf, "layout", None)
+    return type(leaf), leaf.dtype, layout, leaf.stride() if layout == torch.strided else None
 
 
 class Plain(torch.Tensor):

@@ -42,6 +42,15 @@ def _is(*functions: Any) -> Callable[[Factory], Factory]:
     return register
 
 
+_DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
+
+
+def with_torchs_dtype(options: dict[str, Any]) -> dict[str, Any]:
+    """A factory's keyword arguments, with torch's name for a dtype that is given as a type of Python."""
+    dtype = options.get("dtype")
+    return {**options, "dtype": _DTYPES.get(dtype, dtype)} if type(dtype) is type else options
+
+
 # --- recorded -------------------------------------------------------------------------------------------------------
 
 _OPTIONS = {"size", "dtype", "device", "requires_grad", "pin_memory", "layout", "memory_format", "generator", "out"}

@@ -22,7 +22,7 @@ from ..native import NORMAL, TRUNCATED_NORMAL, UNIFORM
 from . import existing
 from .block import Block, current
 from .dispatch import wrap
-from .factories import FACTORIES, fill_now, in_functorch, is_fillable, over
+from .factories import FACTORIES, fill_now, in_functorch, is_fillable, over, with_torchs_dtype
 from .precision import WHOLE
 from .recorded import fill
 from .tensors import HALVES, Placeholder, become_real, concrete, has_layout_of, has_master, modes_off, tensors_in
@@ -121,7 +121,7 @@ class Mode(native.Mode, TorchFunctionMode):
         factory = FACTORIES.get(func)
         if factory is not None:
             with modes_off():
-                result = factory(self, func, *args, **kwargs)
+                result = factory(self, func, *args, **with_torchs_dtype(kwargs))
             if result is not NotImplemented:
                 return result
             return func(*args, **kwargs)
@@ -206,7 +206,8 @@ class Mode(native.Mode, TorchFunctionMode):
             computed = type(source) is torch.Tensor and source.is_cpu and source.dtype in (*WHOLE, torch.float64)
             if computed and result.is_cpu and not in_functorch():
                 with modes_off():
-                    return wrap(self.block, source.to(torch.float32), result.dtype, result.device)
+                    values = torch.empty_like(result, dtype=torch.float32).copy_(source)  # of the result's strides
+                    return wrap(self.block, values, result.dtype, result.device)
             return result
         if func in _NAME_A_DTYPE or any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values())):
             return result
