@@ -564,3 +564,36 @@ def test_an_engine_is_given_every_parameter_and_the_report_counts_what_it_takes_
     assert (nn.Linear, "weight", True) in engine.parameters and (Block, "computed", False) in engine.parameters
     assert len(engine.parameters) == len(list(made.parameters())) == 7
     assert report.parameters == sum(p.numel() for p in built(Block).parameters()) and made.linear.weight.numel() == 0
+
+
+class Chain(nn.Module):
+    def __init__(self, length):
+        super().__init__()
+        weight = torch.randn(4, 4)
+        for _ in range(length):
+            weight = torch.tanh(weight * 1.5)
+        self.weight = nn.Parameter(weight)
+
+
+@pytest.mark.parametrize("length", [1, 20, 500])
+def test_a_long_computation_on_random_values_is_done_in_time(length):
+    model = emptied(lambda: Chain(length))
+    fastinit.initialize(model)
+    assert_same_bits(model, built(lambda: Chain(length)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_torch_refuses_is_refused_where_it_is_called(dtype):
+    def constructor():
+        weight = torch.randn(5, 5)
+        with pytest.raises(RuntimeError, match="must match"):
+            weight.add_(torch.randn(5, 7))
+        with pytest.raises(RuntimeError, match="must match"):
+            weight.copy_(torch.randn(5, 3))
+        layer = nn.Linear(5, 5, bias=False)
+        layer.weight = nn.Parameter(weight)
+        return layer
+
+    model = emptied(constructor, dtype)
+    fastinit.initialize(model)
+    assert_same_bits(model, built(constructor, dtype))

@@ -22,6 +22,10 @@ from .tensors import HALVES, Placeholder, Record, is_whole, stand_for, view_of
 
 _HOST = torch.device("cpu")
 
+# Calls that wait for one another: what they compute is held until the last one is evaluated, and Python's stack is
+# limited. One more is computed at once, and what waits for it with it.
+_DEEPEST = 32
+
 
 class _Operand(NamedTuple):
     """A placeholder as it was when an operator was called."""
@@ -39,6 +43,11 @@ class Call:
         self.args = args
         self.kwargs = kwargs
         self.in_place = in_place
+        self.depth = 1 + max((each.depth for operand in self.operands() for each in _calls(operand.recipe)), default=0)
+
+    def operands(self) -> list[_Operand]:
+        """Its placeholders as they were, in their order."""
+        return [each for each in tree_flatten((self.args, self.kwargs), _is_operand)[0] if _is_operand(each)]
 
     def results(self, seed: int, memo: dict[int, list[torch.Tensor]]) -> list[torch.Tensor]:
         """The tensors that the operator gives; of one that writes its first operand, all of that operand's storage."""
@@ -63,6 +72,10 @@ def _is_operand(value: Any) -> bool:
     return isinstance(value, _Operand)
 
 
+def _calls(recipe: tuple[Write, ...]) -> list[Call]:
+    return [write.parameters[0] for write in recipe if write.kind == CALLED]
+
+
 def _evaluated(operand: _Operand, seed: int, memo: dict[int, list[torch.Tensor]]) -> torch.Tensor:
     values = torch.empty(operand.shape, dtype=torch.float32)
     fills = Fills(seed, _HOST, memo)
@@ -82,16 +95,20 @@ def record_call(func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) 
         if type(first) is not Placeholder or not is_whole(first._record, first._region):
             return NotImplemented
     operands, options = tree_map_only(Placeholder, _operand, (args, kwargs))
+    if func is torch.ops.aten.copy_.default:
+        operands = (operands[0]._replace(recipe=()), *operands[1:])  # what was there is not read
     call = Call(func.name(), operands, options, in_place)
-    if in_place:
-        args[0]._record.recipe = (Write(CALLED, (call, 0, None)),)
-        return args[0]
+    if call.depth > _DEEPEST:
+        return NotImplemented
     try:
         on_meta = func(
             *tree_map_only(Placeholder, _fp32_on_meta, args), **tree_map_only(Placeholder, _fp32_on_meta, kwargs)
         )
     except (NotImplementedError, RuntimeError):
-        return NotImplemented
+        return NotImplemented  # torch's refusal, perhaps, which is not to come later than it does elsewhere
+    if in_place:
+        args[0]._record.recipe = (Write(CALLED, (call, 0, None)),)
+        return args[0]
     results = [each for each in tree_flatten(on_meta)[0] if isinstance(each, torch.Tensor)]
     block = tensors[0]._record.block  # type: ignore[attr-defined]
     dtypes = result_dtypes(func, args, kwargs, on_meta, block.default_dtype)
