@@ -7,6 +7,7 @@ from __future__ import annotations
 
 # Not `signal`, which learns by two exceptions that a handler is a function and no number: 28 % of an empty block.
 import _signal  # type: ignore[import-not-found]
+import copy
 import functools
 import importlib
 import inspect
@@ -36,6 +37,7 @@ from .log import logger
 from .record import guest
 from .record.block import Block, Empty, current
 from .record.mode import Mode
+from .record.names import name_streams
 from .record.pending import leave_unwritten
 from .record.tensors import concrete, modes_off
 from .record.unwritten import Origin, origin_of
@@ -73,11 +75,13 @@ class Report:
 
     Attributes:
         device, dtype, seed: where, in what, and from which key.
+        streams: "order", or "name" if names decide what is drawn.
         parameters: number of elements of all parameters that modules own, each counted once.
         bytes: their size.
         fills_executed: fills that were run, constants included.
         fills_dropped: fills that never ran because something overwrote the tensor first.
         fills_deferred: fills that `empty` has left to `fastinit.initialize`, or to nobody.
+        fills_by_order: random fills whose order decides what they draw, although names were to do that.
         seconds: wall time inside the context. Fills on a GPU are asynchronous and may still be running.
         seconds_python: what of it was spent on the constructor and on recording it.
         seconds_allocation: what of it was spent on giving tensors their memory.
@@ -90,11 +94,13 @@ class Report:
     device: torch.device
     dtype: torch.dtype
     seed: int
+    streams: Literal["order", "name"] = "order"
     parameters: int = 0
     bytes: int = 0
     fills_executed: int = 0
     fills_dropped: int = 0
     fills_deferred: int = 0
+    fills_by_order: int = 0
     seconds: float = 0.0
     seconds_python: float = 0.0
     seconds_allocation: float = 0.0
@@ -106,6 +112,8 @@ class Report:
 
     def __str__(self) -> str:
         deferred = f", {self.fills_deferred} deferred" if self.fills_deferred else ""
+        if self.streams == "name":
+            deferred += f", streams by name ({self.fills_by_order} by order)"
         return (
             f"{self.parameters:,} parameters, {_readable(self.bytes)} in {str(self.dtype).removeprefix('torch.')} "
             f"on {self.device}: {self.fills_executed} fills executed, {self.fills_dropped} dropped{deferred}, "
@@ -134,6 +142,7 @@ class Report:
         self.fills_executed = block.executed
         self.fills_dropped = block.dropped
         self.fills_deferred = block.deferred
+        self.fills_by_order = len(block.by_order)
 
 
 class _Entered(NamedTuple):
@@ -167,8 +176,9 @@ class on:
 
     The modules are those that the same code gives under ``torch.device(device)`` and
     ``torch.set_default_dtype(dtype)``: same names, shapes, dtypes, ties and buffers. Their values are those of the
-    fp32 model, rounded once; random ones are a function of the seed, the ordinal of the fill in the block, and the
-    element's index, and so the same on every device. Nothing is ever allocated in a wider dtype or elsewhere first.
+    fp32 model, rounded once; random ones are a function of the seed, the ordinal of the fill in the block (or a name,
+    see `streams`), and the element's index, and so the same on every device. Nothing is ever allocated in a wider dtype
+    or elsewhere first.
 
     Args:
         device: "cpu", "cuda", "cuda:1", or a ``torch.device``.
@@ -187,14 +197,20 @@ class on:
             each rank its part once the model is sharded; buffers and what the constructor computes are there as ever.
             `fastinit.deepspeed.zero3(config)` makes them partitions of ZeRO-3. If torch.distributed is initialised,
             the key is rank 0's: every rank has to enter the block, or to pass the same `seed`.
+        streams: what tells the random fills of one seed apart. "order": the ordinal of the fill in the block. "name":
+            the name of its parameter or buffer in the model, and its place among the fills of that. So a stage that is
+            built alone has the weights that it has in the whole model, and a layer that is added leaves the others as
+            they were. A function from that name to the one that decides does so for parts that have other names by
+            themselves: ``lambda name: f"layers.3.{name}"``. What the constructor reads before the names are known
+            keeps its order, and a warning names it; docs/stream-v1.md has the details.
 
     Returns:
         The context manager, which is also a decorator. Entering it gives a report of parameters, bytes, fills, time
         and memory, complete when the block ends.
 
     Raises:
-        ValueError: unknown device, dtype, `empty` or `shard`, both of the latter, or a seed that is not a 64-bit
-            integer.
+        ValueError: unknown device, dtype, `empty`, `shard` or `streams`, both `empty` and `shard`, or a seed that is
+            not a 64-bit integer.
         TypeError: a decorator without arguments, or one of a class, a generator or a coroutine.
         RuntimeError: no such GPU, a build without CUDA, or a CUDA graph that is being captured.
 
@@ -214,12 +230,14 @@ class on:
         seed: int | None = None,
         empty: bool | Literal["nan", "unchecked"] = False,
         shard: bool | Partitioner = False,
+        streams: Literal["order", "name"] | Callable[[str], str] = "order",
     ) -> None:
         self._device = _parse_device(device)
         self._dtype = _parse_dtype(dtype)
         self._seed = _parse_seed(seed)
         self._empty = _parse_empty(empty)
         self._shard = _parse_shard(shard, self._empty)
+        self._rename = _parse_streams(streams)
 
     @not_compiled
     def __call__(self, func: _F) -> _F:
@@ -241,7 +259,7 @@ class on:
 
     def _recreate_cm(self) -> on:
         # A decorated function may call itself or run in several threads: each call gets a context of its own.
-        return on(self._device, self._dtype, seed=self._seed, empty=self._empty or False, shard=self._shard)
+        return copy.copy(self)
 
     @not_compiled
     def __enter__(self) -> Report:
@@ -271,11 +289,11 @@ class on:
         outer = current.get()
         if outer is not None:
             outer.settle()  # what it has pending may be read in here
-        block = Block(device, dtype, seed, self._empty, self._shard is not False)
+        block = Block(device, dtype, seed, self._empty, self._shard is not False, self._rename)
         block.seed_agreed = agreed
         if logger.isEnabledFor(logging.INFO):
             block.ran = Counter()
-        report = Report(device, dtype, seed)
+        report = Report(device, dtype, seed, "order" if self._rename is None else "name")
         report._start()
         guest.install()
         try:
@@ -318,9 +336,12 @@ class on:
         try:
             report.parameters, report.bytes = block.parameters()  # before an engine takes the parameters over
             # Also after an exception: what the code in the block has handed out is to have its values.
-            if block.defers:
+            name_streams(block)
+            if block.shard or block.empty:
                 leave_unwritten(block)
             block.settle()
+            if exc_type is None:
+                block.warn_of_order()
             if exc_type is None and not isinstance(self._shard, bool):
                 with modes_off():
                     self._shard.place(
@@ -444,6 +465,20 @@ def _parse_shard(shard: Any, empty: Empty | None) -> bool | Partitioner:
         )
     parsed: bool | Partitioner = shard
     return parsed
+
+
+def _parse_streams(streams: Any) -> Callable[[str], str] | None:
+    if streams == "order":
+        return None
+    if streams == "name":
+        return str
+    if callable(streams):
+        renamed: Callable[[str], str] = streams
+        return renamed
+    raise ValueError(
+        f'fastinit.on: streams={streams!r} must be "order", "name", or a function from a tensor\'s name in the block '
+        "to the name that decides its values"
+    )
 
 
 def _draw_seed() -> int:

@@ -7,7 +7,7 @@ import time
 import warnings
 import weakref
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from itertools import groupby
 from operator import attrgetter
@@ -20,6 +20,7 @@ from ..execution import Fills, allocate, can_fill, reserve
 from ..native import CONSTANT, UNIFORM
 from ..recipe import Write
 from . import fast
+from .calls import streams_in
 from .generator import Generator, mix
 from .tensors import Record, lock, modes_off, swap_in, view_of
 
@@ -31,6 +32,9 @@ current: ContextVar[Block | None] = ContextVar("fastinit_block", default=None)
 # Master values are kept until the block ends, so that a chain of operations rounds once, but not more than this in all:
 # contract 5 grants 64 MiB beyond the model.
 _MASTER_BYTES = 48 << 20
+
+# So many tensors are named in a warning.
+_NOTED = 10
 
 # Device memory is reserved in segments of up to this size: one cudaMalloc per parameter would cost more than the fills.
 _SEGMENT_BYTES = 8 << 30
@@ -46,11 +50,15 @@ class Block(native.Block):
         device, seed: where its models go, and the key of their values.
         default_dtype: what a factory without a dtype gives; code in the block may change it.
         empty, shard: as given to `on`.
+        rename: from a tensor's name to the one that decides its streams; None if their order does.
+        defers: operators on what is random wait with it.
         seed_agreed: all ranks have the seed.
         executed, dropped, deferred: numbers of fills.
         allocation_seconds, run_seconds: host time for giving tensors memory, and for running fills or enqueueing them.
         fill_events: pairs of events around what was enqueued on a GPU.
         ran: how often torch itself ran which operation; None where nobody wants to know.
+        by_name: streams that names have decided.
+        by_order: other streams, though names were to decide them, and what each was for; None: for nothing of note.
         records: weak references, in the order of creation.
         modules: weak references to those that have been given a tensor or a child, by id, in the order of the first
         time.
@@ -61,14 +69,22 @@ class Block(native.Block):
     modules: dict[int, weakref.ref[torch.nn.Module]]
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, seed: int, empty: Empty | None = None, shard: bool = False
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+        empty: Empty | None = None,
+        shard: bool = False,
+        rename: Callable[[str], str] | None = None,
     ) -> None:
         self.device = device
         self.default_dtype = dtype
         self.seed = seed
         self.empty = empty
         self.shard = shard
-        self.defers = shard or bool(empty)
+        self.rename = rename
+        # Names are known at the end, and what is computed from random values cannot be before they are.
+        self.defers = shard or bool(empty) or rename is not None
         self.seed_agreed = False
         self.executed = 0
         self.dropped = 0
@@ -77,6 +93,8 @@ class Block(native.Block):
         self.run_seconds = 0.0
         self.fill_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.ran: Counter[str] | None = None
+        self.by_name: set[int] = set()
+        self.by_order: dict[int, str | None] = {}
         self.records = []
         self.generator = Generator(seed)
         self._masters: OrderedDict[Record, None] = OrderedDict()
@@ -87,10 +105,11 @@ class Block(native.Block):
 
     # --- fills --------------------------------------------------------------------------------------------------
 
-    def execute(self, memory: torch.Tensor, recipe: tuple[Write, ...], *, zeros: bool = True) -> None:
-        """Give contiguous memory the values of a recipe, or zeros where it leaves anything out."""
+    def execute(self, record: Record, memory: torch.Tensor, recipe: tuple[Write, ...], *, zeros: bool = True) -> None:
+        """Give contiguous memory the values of a record's recipe, or zeros where it leaves anything out."""
         if memory.numel() == 0:
             return
+        self.keep_order(recipe, record)
         if can_fill(memory.dtype, memory.device):
             fills = Fills(self.seed, memory.device)
             fills.write(memory, recipe, zeros=zeros)
@@ -116,6 +135,29 @@ class Block(native.Block):
         self.executed += fills.count
         fills.count = 0
         self.run_seconds += time.perf_counter() - started
+
+    # --- streams by name ------------------------------------------------------------------------------------------
+
+    def keep_order(self, recipe: tuple[Write, ...], record: Record | None, *, used: bool = True) -> None:
+        """Note that the streams of a recipe are what they are from here on, by default because values are used."""
+        if self.rename is None:
+            return
+        for stream in streams_in(recipe):
+            if stream not in self.by_name and stream not in self.by_order:
+                what = None if record is None else record.what()
+                self.by_order[stream] = what or ("a tensor" if used else None)
+
+    def warn_of_order(self) -> None:
+        """Say which draws have the streams of their order, where names were to decide them."""
+        noted = list(dict.fromkeys(what for what in self.by_order.values() if what))
+        if noted:
+            more = f" and {len(noted) - _NOTED} more" if len(noted) > _NOTED else ""
+            warnings.warn(
+                f"fastinit.on: names decide what is drawn, but not of {', '.join(noted[:_NOTED])}{more}: their values "
+                "were used before the block ended, or no module of the block has them, so that their order decides. "
+                "docs/stream-v1.md says more.",
+                stacklevel=4,
+            )
 
     # --- master values ------------------------------------------------------------------------------------------
 
@@ -215,6 +257,8 @@ class Block(native.Block):
             return
         with lock, modes_off(), torch.no_grad():
             records = self.waiting()
+            for record in records:
+                self.keep_order(record.recipe or (), record, used=False)
             unwritten = [record for record in records if record.recipe == () and not record.deferred]
             resident = [record for record in records if record.memory is not None]
             given: list[tuple[Record, torch.Tensor]] = []
@@ -266,17 +310,15 @@ class Block(native.Block):
             record.copy_values(memory)
             return 0
         if not record.is_native:
-            self.execute(memory, record.recipe or ())
+            self.execute(record, memory, record.recipe or ())
             return 0
         fills.write(memory, record.recipe or ())
         return record.nbytes
 
     def _warn(self, unwritten: list[Record]) -> None:
         for record in unwritten:
-            if record.owner is not None:
-                warn_never_initialised(f"{record.owner[0].__name__}.{record.owner[1]}", record.shape)
-            elif any(isinstance(ref(), torch.nn.Parameter) for ref in record.tensors):
-                warn_never_initialised("a parameter", record.shape)
+            if (what := record.what()) is not None:
+                warn_never_initialised(what, record.shape)
 
 
 def warn_never_initialised(what: str, shape: tuple[int, ...]) -> None:

@@ -43,11 +43,20 @@ class Call:
         self.args = args
         self.kwargs = kwargs
         self.in_place = in_place
-        self.depth = 1 + max((each.depth for operand in self.operands() for each in _calls(operand.recipe)), default=0)
+        before = [call.depth for operand in self.operands() for call in _calls(operand.recipe)]
+        self.depth: int = 1 + max(before, default=0)
 
     def operands(self) -> list[_Operand]:
         """Its placeholders as they were, in their order."""
         return [each for each in tree_flatten((self.args, self.kwargs), _is_operand)[0] if _is_operand(each)]
+
+    def take_streams(self, streams: dict[int, int], changed: set[int]) -> None:
+        """Let the random fills of its operands have other streams; see `with_streams`."""
+
+        def replaced(operand: _Operand) -> _Operand:
+            return operand._replace(recipe=with_streams(operand.recipe, streams, changed))
+
+        self.args, self.kwargs = tree_map_only(_Operand, replaced, (self.args, self.kwargs), is_leaf=_is_operand)
 
     def results(self, seed: int, memo: dict[int, list[torch.Tensor]]) -> list[torch.Tensor]:
         """The tensors that the operator gives; of one that writes its first operand, all of that operand's storage."""
@@ -74,6 +83,45 @@ def _is_operand(value: Any) -> bool:
 
 def _calls(recipe: tuple[Write, ...]) -> list[Call]:
     return [write.parameters[0] for write in recipe if write.kind == CALLED]
+
+
+def streams_in(recipe: tuple[Write, ...]) -> list[int]:
+    """The streams of the random fills that a recipe needs, each once, in the order in which they are carried out.
+
+    Those with a key of their own are left out: a seed that the code has set decides them alone.
+    """
+    streams: dict[int, None] = {}
+    _add_streams(recipe, streams, set())
+    return list(streams)
+
+
+def _add_streams(recipe: tuple[Write, ...], streams: dict[int, None], seen: set[int]) -> None:
+    for write in recipe:
+        if write.kind == CALLED:
+            call = write.parameters[0]
+            if id(call) not in seen:
+                seen.add(id(call))
+                for operand in call.operands():
+                    _add_streams(operand.recipe, streams, seen)
+        elif write.kind != CONSTANT and write.key is None:
+            streams.setdefault(write.stream)
+
+
+def with_streams(recipe: tuple[Write, ...], streams: dict[int, int], changed: set[int]) -> tuple[Write, ...]:
+    """A recipe whose random fills have other streams, as far as `streams` names some.
+
+    Calls are changed themselves, once each, since recipes share them; `changed` notes which ones are.
+    """
+    for call in _calls(recipe):
+        if id(call) not in changed:
+            changed.add(id(call))
+            call.take_streams(streams, changed)
+    return tuple(
+        write._replace(stream=streams.get(write.stream, write.stream))
+        if write.kind not in (CALLED, CONSTANT) and write.key is None
+        else write
+        for write in recipe
+    )
 
 
 def _evaluated(operand: _Operand, seed: int, memo: dict[int, list[torch.Tensor]]) -> torch.Tensor:

@@ -56,6 +56,7 @@ def _write(block: Block, memory: torch.Tensor, boxes: list[Box] | None, whole: t
     if record.recipe is None:
         copy_part(view_of(record.compute(), whole._region), memory, boxes)
         return
+    block.keep_order(record.recipe, record)
     fills = Fills(block.seed, memory.device)
     fills.write(memory, record.recipe, boxes, zeros=zeros)
     block.run(fills)

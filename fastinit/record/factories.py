@@ -488,6 +488,7 @@ def fill_now(block: Block, tensor: Any, kind: int, parameters: tuple[Any, ...]) 
     fills = Fills(block.seed, tensor.device)
     write = Write(kind, tuple(map(float, parameters)), stream, (), region, key)
     fills.add(tensor.data_ptr(), tensor.numel(), tensor.dtype, (write,))
+    block.keep_order((write,), None)
     block.run(fills)
     torch.autograd.graph.increment_version(tensor)
     return tensor

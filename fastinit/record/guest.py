@@ -36,6 +36,7 @@ from . import fast, methods
 from .block import current
 from .factories import legacy_tensor
 from .mode import Mode, truncated_normal
+from .names import name_streams
 from .pending import leave_unwritten
 from .tensors import Placeholder, become_real, concrete, has_layout_of, has_master, modes_off
 from .unwritten import Unwritten, readable, refuse
@@ -310,6 +311,8 @@ def _on_meta_first(function: Any) -> Any:
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
         block = current.get()
+        if block is not None:
+            name_streams(block)
         if block is not None and block.shard:
             leave_unwritten(block)
             block.settle()

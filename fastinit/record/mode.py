@@ -25,7 +25,17 @@ from .dispatch import wrap
 from .factories import FACTORIES, fill_now, in_functorch, is_fillable, over, with_torchs_dtype
 from .precision import WHOLE
 from .recorded import fill
-from .tensors import HALVES, Placeholder, become_real, concrete, has_layout_of, has_master, modes_off, tensors_in
+from .tensors import (
+    HALVES,
+    Placeholder,
+    become_real,
+    concrete,
+    has_layout_of,
+    has_master,
+    modes_off,
+    tensors_in,
+    use_values,
+)
 
 _TENSOR: Any = torch.Tensor
 
@@ -152,8 +162,8 @@ class Mode(native.Mode, TorchFunctionMode):
                 become_real(each)
         elif torch.is_grad_enabled() and func not in _ABOUT_TENSORS and func not in _VIEWS:
             for each in tensors:
-                if each.requires_grad and not has_master(each):
-                    become_real(each)
+                if each.requires_grad:
+                    use_values(each)
         if func in _SPLITS:
             for each in tensors_in((args[1:], kwargs)):
                 become_real(each)

@@ -7,6 +7,7 @@ import torch
 from ..native import CONSTANT
 from . import reading as reading
 from .block import Block
+from .names import prefixes_of
 from .tensors import Placeholder, Record, lock, modes_off
 from .unwritten import Key, Origin, Rest, Unwritten, move
 
@@ -63,17 +64,6 @@ def _owned(block: Block) -> dict[Record, list[_Owner]]:
             if recipe is None or record.block is not block:
                 continue
             if record.is_native or all(write.kind == CONSTANT for write in recipe):
-                prefixes = prefixes or _prefixes(modules)
+                prefixes = prefixes or prefixes_of(modules)
                 owned.setdefault(record, []).append((module, name, prefixes[id(module)] + name))
     return owned
-
-
-def _prefixes(modules: list[torch.nn.Module]) -> dict[int, str]:
-    """What comes before the names of tensors, by their module's id, in the largest models that there are."""
-    below = {id(child) for module in modules for child in module._modules.values()}
-    prefixes: dict[int, str] = {}
-    for module in modules:
-        if id(module) not in below:
-            for path, each in module.named_modules():
-                prefixes.setdefault(id(each), f"{path}." if path else "")
-    return {**{id(module): "" for module in modules}, **prefixes}

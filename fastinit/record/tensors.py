@@ -98,6 +98,12 @@ class Record(native.Record):
         """Whether torch computes with other memory than the final one: in half precision, or for a GPU."""
         return self.dtype in HALVES or self.device.type != "cpu"
 
+    def what(self) -> str | None:
+        """What it is, for a message: its module's class and the name there; None if it is no parameter either."""
+        if self.owner is not None:
+            return f"{self.owner[0].__name__}.{self.owner[1]}"
+        return "a parameter" if any(isinstance(ref(), torch.nn.Parameter) for ref in self.tensors) else None
+
     def placeholders(self) -> list[Placeholder]:
         """The tensors that still stand for it."""
         alive = {id(tensor): tensor for ref in self.tensors if (tensor := ref()) is not None}
@@ -106,7 +112,12 @@ class Record(native.Record):
     def overwrite(self, recipe: tuple[Write, ...]) -> None:
         """Replace all of its content by a recipe; what is resident stays so, and is written at once."""
         if self.memory is not None:
-            self.block.execute(self.memory, recipe)
+            self.block.execute(self, self.memory, recipe)
+            return
+        if self.values is not None and self.block.rename is not None and recipe:
+            # In another precision these may be memory, which is written at once: the fill's name is not waited for.
+            self.block.execute(self, self.values, recipe)
+            self.recorded = True
             return
         if self.recipe:
             self.block.dropped += len(self.recipe)
@@ -116,10 +127,11 @@ class Record(native.Record):
 
     def append(self, write: Write) -> None:
         """Let a fill of a region follow."""
-        if self.recipe is not None and (self.block.shard or len(self.recipe) < _MAX_WRITES):
+        unlimited = self.block.shard or self.block.rename is not None
+        if self.recipe is not None and (unlimited or len(self.recipe) < _MAX_WRITES):
             self.recipe += (write,)
         else:
-            self.block.execute(self.compute(), (write,), zeros=False)
+            self.block.execute(self, self.compute(), (write,), zeros=False)
 
     def compute(self) -> torch.Tensor:
         """The tensor that torch computes with: master values where they are wanted and not too large, else memory."""
@@ -131,7 +143,7 @@ class Record(native.Record):
                 return self.materialize()
             refuse_capture(self.device)
             values = allocate(self.shape, master, _HOST)
-            self.block.execute(values, self.recipe or ())
+            self.block.execute(self, values, self.recipe or ())
             self.values, self.recipe = values, None
         self.block.touch(self)
         return self.values
@@ -143,7 +155,7 @@ class Record(native.Record):
             if self.values is not None:
                 self.copy_values(memory)
             else:
-                self.block.execute(memory, self.recipe or ())
+                self.block.execute(self, memory, self.recipe or ())
             self.become_resident(memory)
         assert self.memory is not None
         return self.memory
@@ -436,6 +448,16 @@ def become_real(tensor: torch.Tensor) -> None:
     with lock, modes_off(), torch.no_grad(), _disable_current_modes():
         if type(tensor) is Placeholder:  # no other thread has done it meanwhile
             swap_in(tensor, view_of(tensor._record.materialize(), tensor._region))
+
+
+def use_values(tensor: torch.Tensor) -> None:
+    """Make a placeholder real that autograd may record; in half precision or for a GPU, master values are."""
+    if not has_master(tensor):
+        become_real(tensor)
+    elif tensor._record.block.rename is not None:  # type: ignore[attr-defined]
+        # Which values a name decides must not depend on the precision.
+        with lock, modes_off(), torch.no_grad(), _disable_current_modes():
+            tensor._record.compute()  # type: ignore[attr-defined]
 
 
 def new_memory(tensor: Placeholder) -> torch.Tensor | None:
