@@ -822,6 +822,27 @@ def test_the_end_of_a_rank_in_mid_materialize_is_an_error_for_the_others(ranks, 
         assert "in materialize" in error or step != "from_rank_0"
 
 
+class Parts(nn.Module):
+    """Keeps the views of its weight that it has filled, which torch forbids to ask whether they are leaves."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused = nn.Linear(4, 12)
+        self.parts = self.fused.weight.chunk(3)
+        for part in self.parts:
+            nn.init.xavier_uniform_(part)
+
+
+@HALF_AND_FULL
+def test_views_that_a_module_keeps_and_has_filled_are_parts_of_its_weight(dtype):
+    model = deferred(Parts, dtype)
+    fastinit.materialize(model)
+    expected = unsharded(Parts, dtype)
+    assert same_bits(model.fused.weight, expected.fused.weight)
+    assert torch.equal(torch.cat(model.parts).detach(), model.fused.weight)
+    assert model.parts[1].data_ptr() == model.fused.weight[4:8].data_ptr()
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from ..execution import Fills, allocate, can_fill
 from ..layout import Box, contiguous_strides, numel
 from ..recipe import Region, Write
 from ..runs import Runs
-from .tensors import attributes_of, deep_copy, lock, modes_off, swap_impl, swap_in, view_of
+from .tensors import attributes_of, deep_copy, is_leaf, lock, modes_off, swap_impl, swap_in, view_of
 
 
 class Key:
@@ -398,7 +398,7 @@ def move(rest: Rest, device: torch.device) -> None:
     """Let what has no memory yet be on another device."""
     rest.device = device
     for tensor in rest.tensors:
-        if type(tensor) is Unwritten and tensor._record is rest and tensor.is_leaf:
+        if type(tensor) is Unwritten and tensor._record is rest and is_leaf(tensor):
             _exchange(tensor, _made(rest, tensor._region))
 
 
