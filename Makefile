@@ -1,6 +1,7 @@
 # make demo      the main job on whatever this machine has
 # make test      the test suite (also on a machine without a GPU)
 # make test-versions  the core of it with each Python of this machine, from the oldest torch to the newest; ARGS="3.10 3.12" for these
+# make test-libraries  models of timm, diffusers, peft, PyG and many more, made by torch and by fastinit; installs them, 3 GB
 # make zoo       every architecture of transformers and module of torch.nn, by torch and by fastinit; writes docs/conformance.md
 # make fuzz      20,000 random programs against an eager reference; ARGS="--programs 1000 --seed 7"
 # make sanitize  the native module under AddressSanitizer and UBSan: its own tests, windows, the recorder, random programs
@@ -20,7 +21,7 @@ TOOLS := $(VENV)/.tools
 BUILD_INPUTS := setup.py pyproject.toml requirements-dev.txt CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test test-slow test-versions zoo fuzz sanitize coverage wheels bench build lint format clean
+.PHONY: demo test test-slow test-libraries test-versions zoo fuzz sanitize coverage wheels bench build lint format clean
 
 demo: $(INSTALLED)
 	$(PY) -m fastinit demo $(ARGS)
@@ -30,6 +31,20 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -m slow $(ARGS)
+
+# The libraries in an environment of their own. Two of them ask for versions of others that they do not need.
+LIBRARIES := build/libraries
+test-libraries: $(LIBRARIES)/.installed
+	$(LIBRARIES)/bin/python -m pytest -m libraries tests/test_libraries.py $(ARGS)
+
+$(LIBRARIES)/.installed: $(BUILD_INPUTS) tests/zoo/libraries.txt tests/zoo/libraries-alone.txt | $(PY)
+	$(PY) -m venv $(LIBRARIES)
+	$(LIBRARIES)/bin/python -m pip install -r requirements-dev.txt -e ".[test-core]"
+	$(LIBRARIES)/bin/python -m pip install -r requirements-dev.txt -r tests/zoo/libraries.txt
+	$(LIBRARIES)/bin/python -m pip install --no-deps -r tests/zoo/libraries-alone.txt
+	# What torchaudio was built with needs CUDA; without that file it does what needs no operator of its own.
+	rm -rf $(LIBRARIES)/lib/python*/site-packages/torchaudio/lib
+	touch $@
 
 fuzz: $(INSTALLED)
 	$(PY) tests/fuzz.py $(ARGS)
