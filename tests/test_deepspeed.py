@@ -500,6 +500,25 @@ def _check_four():
         assert_gathers_to(model, whole, torch.bfloat16)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_from_every_kind_of_block_the_engine_gathers_the_unsharded_model(world, tmp_path_factory):
+    ranks = Ranks(world, tmp_path_factory)
+    try:
+        ranks.run(_check_blocks)
+    finally:
+        ranks.end()
+
+
+def _check_blocks():
+    whole = unsharded(Model, "bf16")
+    for shard in ({}, {"empty": True}, {"shard": fastinit.deepspeed.zero3(config("bf16"))}):
+        with fastinit.on("cpu", "bf16", seed=SEED, **shard):
+            model = Model()
+        fastinit.initialize(model)
+        assert_gathers_to(engine(model, config("bf16")).module, whole, torch.bfloat16)
+
+
 def test_linear_layers_save_memory_unless_the_configuration_forbids_it(two_ranks):
     two_ranks.run(_check_linear)
 

@@ -56,6 +56,12 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
+_UNSENT = (
+    ", so that there is nothing for ranks to send each other: with src_data_rank=None, parallelize_module and "
+    "distribute_tensor let each rank take its part of its own"
+)
+
+
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Let torch run an operator that reads what is written, or writes over what is not."""
     written = list(_overwritten(func, args, kwargs))
@@ -67,7 +73,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             # Another object than the memory itself, which an out= argument of another shape would resize.
             substitutes[id(tensor)] = view_of(rest_of(tensor).with_memory(), region_of(tensor)).detach()
         else:
-            substitutes[id(tensor)] = readable(tensor)
+            substitutes[id(tensor)] = readable(tensor, _UNSENT if func.namespace == "c10d" else "")
 
     def replaced(tensor: torch.Tensor) -> torch.Tensor:
         return substitutes.get(id(tensor), tensor)

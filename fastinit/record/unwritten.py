@@ -471,12 +471,12 @@ def region_of(tensor: Unwritten) -> Region | None:
     return tensor._region
 
 
-def readable(tensor: Unwritten) -> torch.Tensor:
-    """The memory of a tensor whose elements are written; any other one is refused."""
+def readable(tensor: Unwritten, what: str = "") -> torch.Tensor:
+    """The memory of a tensor whose elements are written; any other one is refused, for a reason of the caller's."""
     rest, region = tensor._record, tensor._region
     if not rest.origin.reads_nan and not rest.has(region):
         # Zeros that somebody made of an unwritten tensor's shape and device are not in memory yet, that is all.
         if not rest.origin.zeros or rest.device.type == "meta":
-            refuse(tensor)
+            refuse(tensor, what)
         rest.materialize()
     return view_of(rest.with_memory(), region)
