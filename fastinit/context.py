@@ -340,8 +340,6 @@ class on:
             if block.shard or block.empty:
                 leave_unwritten(block)
             block.settle()
-            if exc_type is None:
-                block.warn_of_order()
             if exc_type is None and not isinstance(self._shard, bool):
                 with modes_off():
                     self._shard.place(
@@ -352,6 +350,8 @@ class on:
                             if parameter is not None
                         ]
                     )
+            if exc_type is None:
+                block.warn_of_order()
         finally:
             outer = current.get()
             block.generator.leave(None if outer is None else outer.generator)

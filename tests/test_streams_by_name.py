@@ -569,3 +569,26 @@ def _shards(inside, dtype, layers):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_hold_the_weights_of_the_whole_also_of_a_stage(ranks, world, inside):
     assert ranks.run(_shards, inside, "bf16", [1, 3], world=world) == [[]] * world
+
+
+def _one_by_one():
+    """Weights of layers that are sharded as they are made, before they have a place in the model."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    with fastinit.on("cpu", seed=SEED, shard=True, streams="name"):
+        model = nn.Module()
+        model.layers = nn.ModuleList()
+        for _ in range(3):
+            layer = nn.Linear(4, 4, bias=False)
+            fully_shard(layer, mesh=mesh)
+            model.layers.append(layer)
+        model.weight = nn.Parameter(torch.empty(4, 4))
+        init.uniform_(model.weight, -0.5, 0.5)
+    fastinit.materialize(model)
+    return [model.weight.detach(), *(layer.weight.full_tensor().detach() for layer in model.layers)]
+
+
+def test_layers_that_are_sharded_one_by_one_as_they_are_made_differ(ranks):
+    for weight, *layers in ranks.run(_one_by_one, world=2):
+        for number, layer in enumerate(layers):
+            assert same_bits(layer, drawn((4, 4), fastinit.Uniform(-0.5, 0.5), "weight", 0, number))
+        assert same_bits(weight, drawn((4, 4), fastinit.Uniform(-0.5, 0.5), "weight", 0, 3))

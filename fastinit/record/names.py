@@ -38,7 +38,7 @@ def name_streams(block: Block) -> None:
                 if stream in block.by_order:
                     block.by_order[stream] = name
                 elif stream not in streams and stream not in block.by_name:
-                    streams[stream] = stream_of(_renamed(block, name), place, number)
+                    streams[stream] = _free_stream(block, _renamed(block, name), place, number)
         changed: set[int] = set()
         for record in waiting:
             if record.recipe:
@@ -50,6 +50,16 @@ def stream_of(name: str, place: int, number: int = 0) -> int:
     """The stream of a tensor's random fill, as docs/stream-v1.md specifies it."""
     told = name.encode() + number.to_bytes(8, "little") + place.to_bytes(8, "little")
     return int.from_bytes(hashlib.sha256(told).digest()[:8], "little")
+
+
+def _free_stream(block: Block, name: str, place: int, number: int) -> int:
+    """The stream for a name; with a higher number, if the name was another tensor's when the block shared out streams.
+
+    That is so where layers are sharded one by one as they are made, before they have their places in the model.
+    """
+    while (stream := stream_of(name, place, number)) in block.by_name:
+        number += 1
+    return stream
 
 
 def _renamed(block: Block, name: str) -> str:

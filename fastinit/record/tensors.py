@@ -454,10 +454,10 @@ def use_values(tensor: torch.Tensor) -> None:
     """Make a placeholder real that autograd may record; in half precision or for a GPU, master values are."""
     if not has_master(tensor):
         become_real(tensor)
-    elif tensor._record.block.rename is not None:  # type: ignore[attr-defined]
+    elif isinstance(tensor, Placeholder) and tensor._record.block.rename is not None:
         # Which values a name decides must not depend on the precision.
         with lock, modes_off(), torch.no_grad(), _disable_current_modes():
-            tensor._record.compute()  # type: ignore[attr-defined]
+            tensor._record.compute()
 
 
 def new_memory(tensor: Placeholder) -> torch.Tensor | None:
