@@ -29,10 +29,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 if sys.platform != "win32":
     import resource
 
-from . import native
 from .compiler import go_on_compiling, not_compiled, stop_compiling
 from .distributed import from_rank_0, is_distributed
-from .execution import refuse_capture
+from .execution import NATIVE_DEVICES, refuse_capture
 from .log import logger
 from .record import guest
 from .record.block import Block, Empty, current
@@ -55,6 +54,11 @@ _DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
     "bf16-true": torch.bfloat16,
+    "fp64": torch.float64,
+    "float64": torch.float64,
+    "double": torch.float64,
+    "64": torch.float64,
+    "64-true": torch.float64,
 }
 
 
@@ -88,7 +92,8 @@ class Report:
         seconds_fills: how long the fills took: on the CPU the rest of the wall time; on a GPU, where they run beside
             the constructor and after it, the time on the GPU. Reading it then waits for them.
         peak_memory: bytes by which the device's peak of allocated memory exceeds what was allocated at the start; on
-            the CPU, by which the peak of the process's resident memory grew (0 on Windows, which does not tell).
+            the CPU, by which the peak of the process's resident memory grew (0 on Windows, which does not tell, and on
+            devices of other kinds).
     """
 
     device: torch.device
@@ -181,10 +186,12 @@ class on:
     or elsewhere first.
 
     Args:
-        device: "cpu", "cuda", "cuda:1", or a ``torch.device``.
-        dtype: ``torch.float32``, ``torch.float16``, ``torch.bfloat16`` or one of "fp32", "fp16", "bf16", "float32",
-            "float16", "bfloat16", "half", "32-true", "16-true", "bf16-true", in any case. None keeps torch's default
-            dtype.
+        device: "cpu", "cuda", "cuda:1", or a ``torch.device``; any that torch has here but "meta". Where this build has
+            no native fills ("mps", "xpu", GPUs of AMD), values are computed on the host and copied: the same bits.
+        dtype: ``torch.float32``, ``torch.float16``, ``torch.bfloat16``, ``torch.float64`` or one of "fp32", "fp16",
+            "bf16", "fp64", "float32", "float16", "bfloat16", "float64", "half", "double", "32-true", "16-true",
+            "bf16-true", "64-true", in any case. None keeps torch's default dtype. Random values in fp64 are drawn by
+            torch, and are no roundings of those of the other dtypes.
         seed: 64-bit key of the random values. None draws it from torch's default CPU generator, so that
             ``torch.manual_seed`` decides it; that one draw is all that the block does to torch's generators.
         empty: True leaves the parameters and persistent buffers that are random without values, for a checkpoint to
@@ -212,7 +219,7 @@ class on:
         ValueError: unknown device, dtype, `empty`, `shard` or `streams`, both `empty` and `shard`, or a seed that is
             not a 64-bit integer.
         TypeError: a decorator without arguments, or one of a class, a generator or a coroutine.
-        RuntimeError: no such GPU, a build without CUDA, or a CUDA graph that is being captured.
+        RuntimeError: no such device, or a CUDA graph that is being captured.
 
     Example:
         >>> with fastinit.on("cpu", "bf16", seed=0) as init:
@@ -404,8 +411,11 @@ def _parse_device(device: Any) -> torch.device:
             f'fastinit.on: device={device!r} is not a device; use "cpu", "cuda" or "cuda:<index>". '
             f"{str(error).partition(chr(10))[0]}"
         ) from error
-    if parsed.type not in ("cpu", "cuda"):
-        raise ValueError(f'fastinit.on: device={device!r} is not supported; use "cpu", "cuda" or "cuda:<index>"')
+    if parsed.type == "meta":
+        raise ValueError(
+            f"fastinit.on: device={device!r} has no memory for values; name the device that the model will be on, as "
+            "'cpu' or 'cuda', with shard=True for memory or empty=True for values that come later"
+        )
     return parsed
 
 
@@ -422,10 +432,10 @@ def _parse_dtype(dtype: Any) -> torch.dtype | None:
     if named is None or named in _DTYPES.values():
         parsed: torch.dtype | None = named
         return parsed
-    names = ", ".join(repr(name) for name in ("fp32", "fp16", "bf16", "16-true", "bf16-true", "32-true"))
+    names = ", ".join(repr(name) for name in ("fp32", "fp16", "bf16", "fp64", "16-true", "bf16-true", "32-true"))
     raise ValueError(
-        f"fastinit.on: dtype={dtype!r} is not supported; use torch.float32, torch.float16, torch.bfloat16, one of "
-        f"{names}, or None for torch's default"
+        f"fastinit.on: dtype={dtype!r} is not supported; use torch.float32, torch.float16, torch.bfloat16, "
+        f"torch.float64, one of {names}, or None for torch's default"
     )
 
 
@@ -433,7 +443,7 @@ def _supported_default(dtype: torch.dtype) -> torch.dtype:
     if dtype not in _DTYPES.values():
         raise ValueError(
             f"fastinit.on: dtype=None means torch's default dtype, which is {dtype} and not supported; "
-            "pass dtype='fp32', 'fp16' or 'bf16'"
+            "pass dtype='fp32', 'fp16', 'bf16' or 'fp64'"
         )
     return dtype
 
@@ -490,11 +500,16 @@ def _available_device(device: torch.device) -> torch.device:
     if device.type == "cpu":
         return torch.device("cpu")
     name = str(device)
-    if not native.build_info()["cuda"]:
-        raise RuntimeError(
-            f"fastinit.on: device={name!r}, but this build of fastinit has no CUDA; install a CUDA compiler (nvcc) and "
-            "reinstall torch-fastinit with FASTINIT_CUDA=1, or use device='cpu'"
-        )
+    if device.type != "cuda":
+        try:
+            device = torch.empty(0, device=device).device
+        except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
+            raise RuntimeError(
+                f"fastinit.on: device={name!r} is none that torch {torch.__version__} can use here; use device='cpu'. "
+                f"{str(error).partition('. ')[0]}"
+            ) from error
+        logger.info("values are computed on the host and copied: there are no native fills for %s", device)
+        return device
     if not torch.cuda.is_available():
         raise RuntimeError(
             f"fastinit.on: device={name!r}, but torch {torch.__version__} sees no GPU; check the driver and that torch "
@@ -506,7 +521,20 @@ def _available_device(device: torch.device) -> torch.device:
             f"fastinit.on: device={name!r} does not exist; this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}"
         )
     torch.cuda.init()
+    if "cuda" not in NATIVE_DEVICES:
+        _tell_of_build()
     return concrete(device)
+
+
+@functools.cache
+def _tell_of_build() -> None:
+    if torch.version.hip:
+        logger.info("values are computed on the host and copied: there are no native fills for GPUs of AMD")
+    else:
+        logger.warning(
+            "values are computed on the host and copied: this build of fastinit has no CUDA; for fills on the GPU "
+            "install a CUDA compiler (nvcc) and reinstall torch-fastinit with FASTINIT_CUDA=1"
+        )
 
 
 def _allocated_bytes(device: torch.device) -> int:
@@ -516,7 +544,7 @@ def _allocated_bytes(device: torch.device) -> int:
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return _cuda_bytes(device, "peak")
-    if sys.platform == "win32":
+    if device.type != "cpu" or sys.platform == "win32":
         return 0  # not known there
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

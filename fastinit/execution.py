@@ -1,29 +1,42 @@
 """Recipes carried out: fills collected into native batches, one per device and order, and run there.
 
+What native fills do not reach is filled all the same: on devices of other kinds the values are computed on the host and
+copied, and in fp64 torch draws them.
+
 Private: it may change with any version.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from . import native
-from .layout import Box, compose, contiguous_strides, nested_parts, whole_box, with_dims
-from .native import CONSTANT, TRUNCATED_NORMAL
-from .recipe import CALLED, Region, Write, canonical
+from .layout import Box, compose, contiguous_strides, flat_box, nested_parts, numel, whole_box, with_dims
+from .native import ADD, CLAMP, CONSTANT, DIVIDE, ERFINV, MULTIPLY, NORMAL, TRUNCATED_NORMAL, UNIFORM
+from .recipe import CALLED, Region, Write, canonical, mix
 
+# The dtypes of stream v1.
 DTYPES = {torch.float32: native.FLOAT32, torch.float16: native.FLOAT16, torch.bfloat16: native.BFLOAT16}
+
+# The types of devices whose memory native fills write. AMD's GPUs are "cuda" to torch, too.
+NATIVE_DEVICES = {"cpu", "cuda"} if native.build_info()["cuda"] and not torch.version.hip else {"cpu"}
 
 # From here on a CPU tensor is worth huge pages: it is touched first by its fill, one page fault for each 4 KiB else.
 _HUGE_PAGES_FROM = 8 << 20
 
 
 def can_fill(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether random fills reach tensors of this dtype and device, by native code or by another way."""
+    return (dtype in DTYPES or dtype == torch.float64) and device.type != "meta"
+
+
+def is_native(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether native fills reach tensors of this dtype and device in this build."""
-    return dtype in DTYPES and (device.type == "cpu" or (device.type == "cuda" and native.build_info()["cuda"]))
+    return dtype in DTYPES and device.type in NATIVE_DEVICES
 
 
 def allocate(
@@ -97,6 +110,7 @@ class Fills:
         self._results = results
         self.device = device
         self._batches: list[native.Batch] = []
+        self._others: list[Callable[[], None]] = []  # what native fills do not reach
         self.count = 0
 
     def add(self, data_ptr: int, numel: int, dtype: torch.dtype, recipe: tuple[Write, ...]) -> None:
@@ -157,15 +171,17 @@ class Fills:
         boxes: Sequence[Box] | None = None,
         *,
         zeros: bool = True,
+        elements: int | None = None,
     ) -> None:
         """Give a tensor the values of a recipe.
 
         Args:
-            memory: of a dtype and device that fills reach.
+            memory: of any dtype and device that the recipe's fills reach.
             recipe: of the whole tensor.
             boxes: the places of the whole tensor's elements, relative to the first element of memory; None: all of them
                 in their order. Elements outside of the boxes keep what they have.
             zeros: put them where the recipe leaves anything out.
+            elements: how many the whole tensor has, if there are boxes.
         """
         if recipe and recipe[0].kind == CALLED:
             call, index, strides = recipe[0].parameters
@@ -175,8 +191,18 @@ class Fills:
             self.count += 1
             recipe, zeros = recipe[1:], False
         if boxes is None and not memory.is_contiguous():
-            boxes = [whole_box(memory.shape, memory.stride())]
-        if boxes is not None:
+            boxes, elements = [whole_box(memory.shape, memory.stride())], memory.numel()
+        if not is_native(memory.dtype, memory.device):
+            self.count += len(recipe)
+            if boxes is None:
+                boxes, elements = [flat_box(0, memory.numel())], memory.numel()
+            if memory.dtype in DTYPES:
+                write = partial(_write_in_pieces, memory, recipe, boxes, self._seed, zeros)
+            else:
+                assert elements is not None
+                write = partial(_write_by_torch, memory, recipe, boxes, self._seed, zeros, elements)
+            self._others.append(write)
+        elif boxes is not None:
             self.add_part(memory.data_ptr(), memory.dtype, recipe, boxes, zeros=zeros)
         else:
             if zeros and (not recipe or recipe[0].region is not None):
@@ -193,6 +219,8 @@ class Fills:
         Returns:
             The number of the next record, and the bytes of those before it; `given` gets the others with their memory.
         """
+        if self.device.type not in NATIVE_DEVICES:
+            return start, 0
         largest = _HUGE_PAGES_FROM - 1 if self.device.type == "cpu" else 2**63
         done, nbytes, count = native.give_memory(records, start, given, self._batch(0), self._seed, largest, limit)
         self.count += count
@@ -204,8 +232,23 @@ class Fills:
         return self._batches[order]
 
     def _add_boxes(self, order: int, data_ptr: int, dtype: torch.dtype, write: Write, boxes: Sequence[Box]) -> None:
-        seed = self._seed if write.key is None else write.key
-        add_boxes(self._batch(order), data_ptr, dtype, write, seed, boxes)
+        kind, parameters, steps = canonical(write.kind, write.parameters, write.steps)
+        batch = self._batch(order)
+        for box in boxes:
+            for index_offset, sizes, index_strides, memory_offset, memory_strides in with_dims(box, _MAX_DIMS):
+                batch.add_region(
+                    data_ptr + memory_offset * dtype.itemsize,
+                    DTYPES[dtype],
+                    kind,
+                    parameters,
+                    self._seed if write.key is None else write.key,
+                    write.stream,
+                    steps,
+                    index_offset,
+                    sizes or (1,),
+                    index_strides or (1,),
+                    memory_strides or (1,),
+                )
 
     def run(self) -> None:
         """Run every batch: on a GPU on its current stream, on the CPU with torch's number of threads.
@@ -214,31 +257,16 @@ class Fills:
             RuntimeError: the stream is being captured into a CUDA graph.
         """
         refuse_capture(self.device)
+        self.run_or_be_captured()
+
+    def run_or_be_captured(self) -> None:
+        """Run every batch, also where that is to be part of a CUDA graph."""
         for batch in self._batches:
             run_batch(batch, self.device)
+        for write in self._others:
+            write()
         self._batches.clear()
-
-
-def add_boxes(
-    batch: native.Batch, data_ptr: int, dtype: torch.dtype, write: Write, seed: int, boxes: Iterable[Box]
-) -> None:
-    """Add a write to a batch for the elements in boxes, whose memory counts from data_ptr."""
-    kind, parameters, steps = canonical(write.kind, write.parameters, write.steps)
-    for box in boxes:
-        for index_offset, sizes, index_strides, memory_offset, memory_strides in with_dims(box, _MAX_DIMS):
-            batch.add_region(
-                data_ptr + memory_offset * dtype.itemsize,
-                DTYPES[dtype],
-                kind,
-                parameters,
-                seed,
-                write.stream,
-                steps,
-                index_offset,
-                sizes or (1,),
-                index_strides or (1,),
-                memory_strides or (1,),
-            )
+        self._others.clear()
 
 
 def refuse_capture(device: torch.device) -> None:
@@ -269,14 +297,14 @@ def _in_storage_order(values: torch.Tensor, strides: Sequence[int] | None) -> to
 
 
 def copy_part(values: torch.Tensor, memory: torch.Tensor, boxes: Sequence[Box] | None) -> None:
-    """Copy from a whole tensor what another one holds of it."""
+    """Copy from a whole tensor, or a number without dimensions for all of it, what another tensor holds of it."""
     if boxes is None:
         memory.copy_(values.reshape(memory.shape))
         return
     values, start = values.contiguous(), memory.storage_offset()
     for index_offset, sizes, index_strides, memory_offset, memory_strides in boxes:
         part = memory.as_strided(sizes, memory_strides, start + memory_offset)
-        part.copy_(values.as_strided(sizes, index_strides, index_offset))
+        part.copy_(values.as_strided(sizes, index_strides, index_offset) if values.dim() else values)
 
 
 def run_batch(batch: native.Batch, device: torch.device) -> None:
@@ -285,3 +313,83 @@ def run_batch(batch: native.Batch, device: torch.device) -> None:
         batch.run_cuda(device.index, torch.cuda.current_stream(device).cuda_stream)
     else:
         batch.run_cpu(torch.get_num_threads())
+
+
+# --- what native fills do not reach ---------------------------------------------------------------------------------
+
+# Host memory for values of a tensor that is on a device of another kind.
+_PIECE_BYTES = 16 << 20
+
+_HOST = torch.device("cpu")
+
+
+def _write_in_pieces(
+    memory: torch.Tensor, recipe: tuple[Write, ...], boxes: Sequence[Box], seed: int, zeros: bool
+) -> None:
+    """`Fills.write` for a device without native fills: the values are computed on the host, and copied."""
+    end = max((_end_in_memory(box) for box in boxes), default=0)
+    step = min(_PIECE_BYTES // memory.element_size(), end)
+    host = torch.empty(step, dtype=memory.dtype, device=_HOST)
+    for begin in range(0, end, max(step, 1)):
+        piece = host[: min(step, end - begin)]
+        parts = [part for box in boxes for part in compose(box, flat_box(begin, begin + piece.numel()))]
+        if not parts:
+            continue
+        target = memory.as_strided(piece.shape, (1,), memory.storage_offset() + begin)
+        if not zeros or sum(numel(part.sizes) for part in parts) < piece.numel():
+            piece.copy_(target)  # what nothing writes stays
+        fills = Fills(seed, _HOST)
+        fills.add_part(piece.data_ptr(), memory.dtype, recipe, parts, zeros=zeros)
+        fills.run()
+        target.copy_(piece)
+
+
+def _end_in_memory(box: Box) -> int:
+    if 0 in box.sizes:
+        return 0
+    strides = zip(box.sizes, box.memory_strides, strict=True)
+    return box.memory_offset + 1 + sum((size - 1) * stride for size, stride in strides)
+
+
+def _write_by_torch(
+    memory: torch.Tensor, recipe: tuple[Write, ...], boxes: Sequence[Box], seed: int, zeros: bool, elements: int
+) -> None:
+    """`Fills.write` for a dtype without native fills: each fill is drawn whole by torch, on the host, and copied."""
+    if zeros and (not recipe or recipe[0].region is not None):
+        recipe = (_ZEROS, *recipe)
+    for write in recipe:
+        region = write.region or Region(0, (elements,), (1,))
+        values = _drawn(write, numel(region.sizes), memory.dtype, seed)
+        for part in nested_parts(_region_box(region)):
+            for box in boxes:
+                copy_part(values, memory, compose(part, box))
+
+
+def _drawn(write: Write, count: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """The values of a fill, by torch's CPU generator, seeded from the key and the stream; one for all of a constant."""
+    kind, parameters, stream, steps, _, key = write
+    with torch._C.DisableTorchFunction():
+        if kind == CONSTANT:
+            values = torch.full((), parameters[0], dtype=dtype, device=_HOST)
+        else:
+            values = torch.empty(count, dtype=dtype, device=_HOST)
+            generator = torch.Generator("cpu").manual_seed(mix(seed if key is None else key, stream))
+            _DRAWS[kind](values, *parameters, generator=generator)
+        for op, a, b in steps:
+            _STEPS[op](values, a, b)
+    return values
+
+
+_DRAWS: dict[int, Callable[..., Any]] = {
+    UNIFORM: torch.Tensor.uniform_,
+    NORMAL: torch.Tensor.normal_,
+    TRUNCATED_NORMAL: torch.nn.init.trunc_normal_,
+}
+
+_STEPS: dict[int, Callable[[torch.Tensor, float, float], Any]] = {
+    MULTIPLY: lambda values, a, b: values.mul_(a),
+    ADD: lambda values, a, b: values.add_(a),
+    DIVIDE: lambda values, a, b: values.div_(a),
+    CLAMP: lambda values, a, b: values.clamp_(a, b),
+    ERFINV: lambda values, a, b: values.erfinv_(),
+}

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from . import native
-from .execution import DTYPES, add_boxes, allocate, can_fill, run_batch
-from .layout import Window, whole_box
-from .recipe import Distribution, Write, canonical
+from .execution import Fills, allocate, can_fill
+from .layout import Window, numel
+from .recipe import Distribution, Write
 from .sharding import is_dtensor, local_boxes, local_tensor
 
 
@@ -28,11 +27,12 @@ def fill_(
     """Fill a tensor, or many in one call, with values that depend on seed, stream and element index alone.
 
     Element i of the row-major global tensor gets the same bits whatever the device, the stored dtype (rounded once
-    from fp32) and the part of the global tensor that `tensor` holds. docs/stream-v1.md specifies them.
+    from fp32) and the part of the global tensor that `tensor` holds. docs/stream-v1.md specifies them. In fp64 torch
+    draws them, the whole global tensor for any part of it.
 
     Args:
-        tensor: fp32, fp16 or bf16 tensor of any shape and strides, or a sequence of such on one device. Of a DTensor,
-            this rank's shard is filled.
+        tensor: fp32, fp16, bf16 or fp64 tensor of any shape and strides, or a sequence of such on one device. Of a
+            DTensor, this rank's shard is filled.
         distribution: `Normal`, `Uniform`, `TruncatedNormal` or `Constant`; or one per tensor.
         seed: 64-bit key.
         stream: 64-bit number of the stream; or one per tensor. Give each tensor of a model its own.
@@ -61,12 +61,12 @@ def fill_(
     if not tensors:
         return tensor
     device = tensors[0].device
-    batch = native.Batch()
+    fills = Fills(seed, device)
     for each, what, number in zip(tensors, distributions, streams, strict=True):
         if each.device != device:
             raise ValueError(f"fill_: tensor is on {each.device} and another one on {device}; call fill_ per device")
-        _add(batch, each, what, seed, number, window)
-    run_batch(batch, device)
+        _add(fills, each, what, seed, number, window)
+    fills.run_or_be_captured()
     for each in tensors:
         torch.autograd.graph.increment_version(each)
     return tensor
@@ -107,13 +107,16 @@ def _one_per_tensor(name: str, value: Any, tensors: Sequence[torch.Tensor]) -> l
 
 
 def _add(
-    batch: native.Batch, tensor: torch.Tensor, distribution: Distribution, seed: int, stream: int, window: Window | None
+    fills: Fills, tensor: torch.Tensor, distribution: Distribution, seed: int, stream: int, window: Window | None
 ) -> None:
     if not isinstance(distribution, Distribution):
         raise TypeError(
             f"fill_: distribution={distribution!r} must be a fastinit.Normal, Uniform, TruncatedNormal or Constant"
         )
-    boxes = None
+    for name, value in (("seed", seed), ("stream", stream)):
+        if not 0 <= value < 2**64:
+            raise ValueError(f"fill_: {name} is {value}, which is not an unsigned 64-bit integer; use {name} % 2**64")
+    boxes, elements = None, tensor.numel()
     if is_dtensor(tensor):
         if window is not None:
             raise ValueError("fill_: window= was given for a DTensor, whose placements say which part this rank holds")
@@ -121,7 +124,7 @@ def _add(
     if not can_fill(tensor.dtype, tensor.device) or tensor.layout != torch.strided:
         raise TypeError(
             f"fill_: tensor has dtype={tensor.dtype}, device={str(tensor.device)!r} and layout={tensor.layout}; fills "
-            "reach strided fp32, fp16 and bf16 tensors on the CPU and, in a build with CUDA, on GPUs"
+            "reach strided fp32, fp16, bf16 and fp64 tensors on every device but meta"
         )
     sizes, strides = tuple(tensor.size()), tensor.stride()
     if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides, strict=True)):
@@ -129,13 +132,7 @@ def _add(
             f"fill_: tensor of shape {sizes} and strides {strides} shares memory between elements; clone it"
         )
     if window is not None:
-        boxes = [window.box(sizes, strides)]
-    if not tensor.numel():
-        return
-    write = Write(distribution.kind, distribution.parameters, stream)
-    if boxes is not None or not tensor.is_contiguous():
-        whole = [whole_box(sizes, strides)]
-        add_boxes(batch, tensor.data_ptr(), tensor.dtype, write, seed, whole if boxes is None else boxes)
-        return
-    kind, parameters, steps = canonical(write.kind, write.parameters, write.steps)
-    batch.add(tensor.data_ptr(), tensor.numel(), DTYPES[tensor.dtype], kind, parameters, seed, stream, steps)
+        boxes, elements = [window.box(sizes, strides)], numel(window.shape)
+    if tensor.numel():
+        write = Write(distribution.kind, distribution.parameters, stream)
+        fills.write(tensor.detach(), (write,), boxes, elements=elements)

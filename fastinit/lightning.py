@@ -50,7 +50,7 @@ __all__ = ["FastInit", "disable", "enable", "enabled"]
 # The package `lightning`, and those that are also published on their own.
 _PACKAGES = ("lightning.fabric", "lightning.pytorch", "lightning_fabric", "pytorch_lightning")
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # Modules of Lightning's precision plugins that set the default dtype while a model is created, and do nothing else.
 _PLAIN_PLUGINS = ("amp", "deepspeed", "double", "fsdp", "half", "precision")
@@ -274,7 +274,7 @@ def _dtype(plugin: Any) -> torch.dtype | None:
 
 def _on(device: torch.device, dtype: torch.dtype | None, **how: Any) -> on | None:
     """The context of fastinit, if it supports that device and dtype."""
-    if device.type not in ("cpu", "cuda") or dtype not in _DTYPES:
+    if device.type == "meta" or dtype not in _DTYPES:
         logger.info("Lightning creates this model: fastinit has no %s on %s", dtype, device)
         return None
     return on(device, dtype, **how)

@@ -180,6 +180,15 @@ def canonical(
     return kind, parameters, steps
 
 
+def mix(key: int, ordinal: int) -> int:
+    """A 64-bit seed from a key and an ordinal (the finaliser of SplitMix64)."""
+    mask = 2**64 - 1
+    x = (key + (ordinal + 1) * 0x9E3779B97F4A7C15) & mask
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+    return x ^ (x >> 31)
+
+
 # --- Truncated normal: from (mean, std, low, high) to what the kernel uses; docs/stream-v1.md derives the formulas ---
 
 _TWO_31 = Decimal(2**31)

@@ -1047,7 +1047,7 @@ def test_a_large_model_takes_its_bytes_and_no_more(dtype, layers):
         ((object(), "bf16"), ["device"]),
         (("cpu", "bf17"), ["dtype", "bf17", "bf16"]),
         (("cpu", torch.int8), ["dtype", "int8", "bf16"]),
-        (("cpu", torch.float64), ["dtype", "float64", "float32"]),
+        (("cpu", torch.complex64), ["dtype", "complex64", "float64"]),
         (("cpu", 16), ["dtype", "16"]),
         (("cpu", []), ["dtype", "bf16"]),
     ],

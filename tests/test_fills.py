@@ -34,7 +34,7 @@ def test_strides_are_those_of_memory_and_not_of_the_stream():
 
 
 REFUSED = {
-    "fp64": (TypeError, "dtype=torch.float64", lambda: torch.zeros(3, dtype=torch.float64), {}),
+    "complex": (TypeError, "dtype=torch.complex64", lambda: torch.zeros(3, dtype=torch.complex64), {}),
     "sparse": (TypeError, "layout=torch.sparse_coo", lambda: torch.zeros(3).to_sparse(), {}),
     "expanded": (ValueError, "shares memory between elements; clone it", lambda: torch.zeros(1, 4).expand(3, 4), {}),
     "no distribution": (TypeError, "distribution='normal'", lambda: torch.zeros(3), {"distribution": "normal"}),

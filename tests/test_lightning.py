@@ -180,17 +180,13 @@ def test_empty_init_leaves_out_every_random_fill_and_no_other(enabled, framework
 
 @FRAMEWORKS
 @pytest.mark.parametrize("how", [{}, {"empty_init": False}, {"empty_init": True}])
-def test_fp64_remains_lightnings(enabled, framework, how):
-    def create():
-        torch.manual_seed(SEED)
-        with framework(precision="64-true").init_module(**how):
-            return nn.Linear(3, 3)
-
-    model = create()
-    assert model.weight.dtype == torch.float64 and torch.get_default_dtype() == torch.float32
-    if not how.get("empty_init"):
-        fastinit.lightning.disable()
-        assert torch.equal(create().weight, model.weight)
+def test_fp64_is_fastinits_too(enabled, framework, how):
+    torch.manual_seed(SEED)
+    with framework(precision="64-true").init_module(**how):
+        model = Net()
+    assert torch.get_default_dtype() == torch.float32
+    fastinit.initialize(model)
+    assert_same(model, reference(Net, torch.float64))
 
 
 def test_seed_everything_decides_and_the_draws_are_not_torchs(enabled):

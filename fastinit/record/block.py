@@ -16,12 +16,11 @@ from typing import Literal
 import torch
 
 from .. import native
-from ..execution import Fills, allocate, can_fill, reserve
-from ..native import CONSTANT, UNIFORM
+from ..execution import Fills, allocate, reserve
 from ..recipe import Write
 from . import fast
 from .calls import streams_in
-from .generator import Generator, mix
+from .generator import Generator
 from .tensors import Record, lock, modes_off, swap_in, view_of
 
 Empty = Literal[True, "nan", "unchecked"]
@@ -110,16 +109,9 @@ class Block(native.Block):
         if memory.numel() == 0:
             return
         self.keep_order(recipe, record)
-        if can_fill(memory.dtype, memory.device):
-            fills = Fills(self.seed, memory.device)
-            fills.write(memory, recipe, zeros=zeros)
-            self.run(fills)
-            return
-        if zeros and (not recipe or recipe[0].region is not None):
-            memory.zero_()
-        for write in recipe:
-            _fill_by_torch(view_of(memory, write.region), write, self.seed)
-        self.executed += sum(write.kind != CONSTANT for write in recipe)
+        fills = Fills(self.seed, memory.device)
+        fills.write(memory, recipe, zeros=zeros)
+        self.run(fills)
 
     def run(self, fills: Fills) -> None:
         """Run collected fills, and count them."""
@@ -309,9 +301,6 @@ class Block(native.Block):
         if record.values is not None:
             record.copy_values(memory)
             return 0
-        if not record.is_native:
-            self.execute(record, memory, record.recipe or ())
-            return 0
         fills.write(memory, record.recipe or ())
         return record.nbytes
 
@@ -329,20 +318,6 @@ def warn_never_initialised(what: str, shape: tuple[int, ...]) -> None:
         "supplies it inside the context.",
         stacklevel=3,
     )
-
-
-def _fill_by_torch(view: torch.Tensor, write: Write, seed: int) -> None:
-    """A fill in a dtype that native fills do not reach: by torch, with a generator made of key and stream."""
-    if write.kind == CONSTANT:
-        view.fill_(write.parameters[0])
-        return
-    generator = torch.Generator("cpu").manual_seed(mix(seed if write.key is None else write.key, write.stream))
-    values = torch.empty(view.shape, dtype=view.dtype)
-    if write.kind == UNIFORM:
-        values.uniform_(*write.parameters, generator=generator)
-    else:
-        values.normal_(*write.parameters, generator=generator)
-    view.copy_(values)
 
 
 def _segments(records: list[Record]) -> Iterator[list[Record]]:

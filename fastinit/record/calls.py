@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from ..execution import DTYPES, Fills
+from ..execution import Fills, can_fill
 from ..layout import contiguous_strides, numel
 from ..native import CONSTANT
 from ..recipe import CALLED, Region, Write
@@ -28,15 +28,16 @@ _DEEPEST = 32
 
 
 class _Operand(NamedTuple):
-    """A placeholder as it was when an operator was called."""
+    """A placeholder as it was when an operator was called; the dtype is that of its values."""
 
     recipe: tuple[Write, ...]
     shape: tuple[int, ...]
+    dtype: torch.dtype
     region: Region | None
 
 
 class Call:
-    """An operator with its operands; `results` evaluates it, in fp32 and on the host."""
+    """An operator with its operands; `results` evaluates it, in fp32 (fp64 of what is fp64) and on the host."""
 
     def __init__(self, name: str, args: Any, kwargs: Any, in_place: bool) -> None:
         self.name = name
@@ -125,7 +126,7 @@ def with_streams(recipe: tuple[Write, ...], streams: dict[int, int], changed: se
 
 
 def _evaluated(operand: _Operand, seed: int, memo: dict[int, list[torch.Tensor]]) -> torch.Tensor:
-    values = torch.empty(operand.shape, dtype=torch.float32)
+    values = torch.empty(operand.shape, dtype=operand.dtype)
     fills = Fills(seed, _HOST, memo)
     fills.write(values, operand.recipe)
     fills.run()
@@ -149,9 +150,7 @@ def record_call(func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) 
     if call.depth > _DEEPEST:
         return NotImplemented
     try:
-        on_meta = func(
-            *tree_map_only(Placeholder, _fp32_on_meta, args), **tree_map_only(Placeholder, _fp32_on_meta, kwargs)
-        )
+        on_meta = func(*tree_map_only(Placeholder, _on_meta, args), **tree_map_only(Placeholder, _on_meta, kwargs))
     except (NotImplementedError, RuntimeError):
         return NotImplemented  # torch's refusal, perhaps, which is not to come later than it does elsewhere
     if in_place:
@@ -160,7 +159,9 @@ def record_call(func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) 
     results = [each for each in tree_flatten(on_meta)[0] if isinstance(each, torch.Tensor)]
     block = tensors[0]._record.block  # type: ignore[attr-defined]
     dtypes = result_dtypes(func, args, kwargs, on_meta, block.default_dtype)
-    if any(each.dtype != torch.float32 or not each.numel() for each in results) or not set(dtypes) <= set(DTYPES):
+    if any(each.dtype not in _VALUES or not each.numel() for each in results):
+        return NotImplemented
+    if not all(can_fill(dtype, _HOST) for dtype in dtypes):
         return NotImplemented
     positions = iter(range(len(results)))
 
@@ -186,7 +187,7 @@ def _can_wait(func: Any, kwargs: dict[str, Any], tensors: list[torch.Tensor]) ->
         if type(tensor) is not Placeholder or (torch.is_grad_enabled() and tensor.requires_grad):
             return False
         record = tensor._record
-        if record.recipe is None or not record.block.defers or record.dtype not in DTYPES:
+        if record.recipe is None or not record.block.defers or not record.is_fillable:
             return False
         is_random = is_random or any(write.kind != CONSTANT for write in record.recipe)
     return is_random
@@ -199,9 +200,18 @@ _WAITS = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, to
 def _operand(tensor: Placeholder) -> _Operand:
     record = tensor._record
     assert record.recipe is not None
-    return _Operand(record.recipe, record.shape, tensor._region)
+    return _Operand(record.recipe, record.shape, _values_dtype(record.dtype), tensor._region)
 
 
-def _fp32_on_meta(tensor: Placeholder) -> torch.Tensor:
-    dtype = torch.float32 if tensor.dtype in HALVES else tensor.dtype
+def _on_meta(tensor: Placeholder) -> torch.Tensor:
+    """A tensor like its values."""
+    dtype = _values_dtype(tensor.dtype)
     return view_of(torch.empty(tensor._record.shape, dtype=dtype, device="meta"), tensor._region)
+
+
+# The dtypes of values.
+_VALUES = (torch.float32, torch.float64)
+
+
+def _values_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in HALVES else dtype

@@ -58,7 +58,7 @@ def _write(block: Block, memory: torch.Tensor, boxes: list[Box] | None, whole: t
         return
     block.keep_order(record.recipe, record)
     fills = Fills(block.seed, memory.device)
-    fills.write(memory, record.recipe, boxes, zeros=zeros)
+    fills.write(memory, record.recipe, boxes, zeros=zeros, elements=whole.numel())
     block.run(fills)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_map_only
 
-from ..execution import DTYPES, Fills, can_fill
+from ..execution import DTYPES, Fills, can_fill, is_native
 from ..native import CONSTANT, NORMAL, UNIFORM
 from ..recipe import Region, Write
 from .block import Block
@@ -88,7 +88,7 @@ def _create(
         # Whole numbers that are made on the host need no placeholder.
         if not records(dtype, *fill) or (device.type == "cpu" and not dtype.is_floating_point):
             return NotImplemented
-    elif not can_fill(dtype, device) and device.type not in ("cpu", block.device.type):
+    elif not is_native(dtype, device) and device.type not in ("cpu", block.device.type):
         return NotImplemented
     region = None
     memory_format = options.get("memory_format")
@@ -451,7 +451,7 @@ def is_fillable(block: Block, tensor: Any) -> bool:
         isinstance(tensor, torch.Tensor)
         and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
         and tensor.layout == torch.strided
-        and (can_fill(tensor.dtype, tensor.device) or (tensor.is_meta and tensor.dtype in DTYPES))
+        and (can_fill(tensor.dtype, tensor.device) or (tensor.is_meta and can_fill(tensor.dtype, block.device)))
         and tensor.device.type in ("cpu", "meta", block.device.type)
         and not torch._C._len_torch_dispatch_stack()
         and not in_functorch()
@@ -484,10 +484,9 @@ def fill_now(block: Block, tensor: Any, kind: int, parameters: tuple[Any, ...]) 
         return NotImplemented  # elements share memory: torch's to refuse
     if tensor.numel() == 0 or tensor.is_meta:
         return tensor
-    region = None if tensor.is_contiguous() else Region(0, sizes, strides)
     fills = Fills(block.seed, tensor.device)
-    write = Write(kind, tuple(map(float, parameters)), stream, (), region, key)
-    fills.add(tensor.data_ptr(), tensor.numel(), tensor.dtype, (write,))
+    write = Write(kind, tuple(map(float, parameters)), stream, (), None, key)
+    fills.write(tensor.detach(), (write,))
     block.keep_order((write,), None)
     block.run(fills)
     torch.autograd.graph.increment_version(tensor)

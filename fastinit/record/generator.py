@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 
 from .. import native
+from ..recipe import mix
 
 _MASK = 2**64 - 1
 
@@ -136,11 +137,3 @@ def _states() -> _States:
 def _restore(states: _States) -> None:
     for generator, state in states:
         generator.set_state(state)
-
-
-def mix(seed: int, ordinal: int) -> int:
-    """A 64-bit seed from key and ordinal (the finaliser of SplitMix64)."""
-    x = (seed + (ordinal + 1) * 0x9E3779B97F4A7C15) & _MASK
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
-    return x ^ (x >> 31)

@@ -32,7 +32,8 @@ def leave_unwritten(block: Block) -> None:
                 record.recipe, record.deferred = (), True
                 continue
             remedy = _MATERIALIZE if block.shard else _INITIALIZE
-            origin = Origin(owners[0][2], record.shape, recipe, key, record.device, remedy, block.empty == "nan")
+            created = record.dtype, record.device
+            origin = Origin(owners[0][2], record.shape, recipe, key, *created, remedy, block.empty == "nan")
             device = torch.device("meta") if block.shard else record.device
             rest = Rest(origin, record.shape, None, record.dtype, device)
             for tensor in record.placeholders():
@@ -63,7 +64,7 @@ def _owned(block: Block) -> dict[Record, list[_Owner]]:
             recipe = record.recipe
             if recipe is None or record.block is not block:
                 continue
-            if record.is_native or all(write.kind == CONSTANT for write in recipe):
+            if record.is_fillable or all(write.kind == CONSTANT for write in recipe):
                 prefixes = prefixes or prefixes_of(modules)
                 owned.setdefault(record, []).append((module, name, prefixes[id(module)] + name))
     return owned

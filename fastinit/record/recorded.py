@@ -51,8 +51,9 @@ def fill(tensor: Placeholder, kind: int, parameters: tuple[float, ...]) -> Any:
     """Record a fill; NotImplemented if it is torch's."""
     record, region = tensor._record, tensor._region
     whole = is_whole(record, region)
-    if not record.is_native and (record.memory is not None or not whole or not records(record.dtype, kind, parameters)):
-        return NotImplemented
+    if not record.is_fillable:
+        if record.memory is not None or not whole or not records(record.dtype, kind, parameters):
+            return NotImplemented
     stream, key = (0, None) if kind == CONSTANT else record.block.generator.next_stream()
     if region is not None and any(s == 0 and n > 1 for n, s in zip(region.sizes, region.strides, strict=True)):
         return NotImplemented  # elements share memory: torch's to refuse
@@ -114,7 +115,7 @@ _Steps = tuple[tuple[int, float, float], ...]
 def _stepped(tensor: Placeholder, steps: _Steps | None) -> tuple[Write, ...] | None:
     """The recipe of a whole pending tensor with more steps; None if there is no such recipe."""
     record = tensor._record
-    if steps is None or not record.recipe or record.dtype not in DTYPES or not is_whole(record, tensor._region):
+    if steps is None or not record.recipe or not record.is_fillable or not is_whole(record, tensor._region):
         return None
     recipe: tuple[Write, ...] | None = record.recipe
     for op, a, b in steps:
@@ -226,11 +227,11 @@ def _rsub(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _is_pending(tensor: Any) -> bool:
-    """Whether the whole of a tensor, in its order, is a recipe with native fills."""
+    """Whether the whole of a tensor, in its order, is a recipe."""
     if type(tensor) is not Placeholder:
         return False
     record = tensor._record
-    return bool(record.recipe) and record.dtype in DTYPES and is_in_order(record, tensor._region)
+    return bool(record.recipe) and record.is_fillable and is_in_order(record, tensor._region)
 
 
 def _has_recipe_for(source: Placeholder, record: Record) -> bool:
@@ -306,6 +307,8 @@ def _to_copy(func: Any, tensor: Any, **options: Any) -> Any:
     dtype, device = options.get("dtype") or record.dtype, concrete(options.get("device") or record.device)
     if not can_fill(dtype, device) or options.get("pin_memory"):
         return NotImplemented
+    if torch.float64 in (dtype, record.dtype) and dtype != record.dtype:
+        return NotImplemented  # what torch draws in fp64 are other numbers
     return stand_for(Record(record.block, tuple(tensor.shape), dtype, device, record.recipe))
 
 

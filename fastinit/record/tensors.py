@@ -89,8 +89,8 @@ class Record(native.Record):
         block.records.append(weakref.ref(self))
 
     @property
-    def is_native(self) -> bool:
-        """Whether native fills reach its memory."""
+    def is_fillable(self) -> bool:
+        """Whether random fills reach its memory."""
         return can_fill(self.dtype, self.device)
 
     @property

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..execution import Fills, allocate, can_fill
+from ..execution import DTYPES, Fills, allocate
 from ..layout import Box, contiguous_strides, numel
 from ..recipe import Region, Write
 from ..runs import Runs
@@ -39,7 +39,7 @@ class Origin(NamedTuple):
         name: what its model called it at the end of the block.
         shape: sizes of the row-major tensor that the recipe fills.
         recipe, key: its values.
-        device: where the block creates models.
+        dtype, device: what the block has created it in, and where.
         remedy: what to do before it is used.
         reads_nan: who reads it gets NaN, and is not refused.
         placeless: it is a part, or a copy of a part, and what part is not known here: the placements of a distributed
@@ -51,6 +51,7 @@ class Origin(NamedTuple):
     shape: tuple[int, ...]
     recipe: tuple[Write, ...]
     key: Key
+    dtype: torch.dtype
     device: torch.device
     remedy: str
     reads_nan: bool = False
@@ -193,24 +194,28 @@ class Piece(NamedTuple):
 def write_pieces(pieces: list[Piece]) -> None:
     """Give memory the values that recipes have for it, all of it together, rounded once to its dtype."""
     fills: dict[tuple[int, torch.device], Fills] = {}
-    copies = []
     for target, origin, boxes in pieces:
         if not target.numel():
             continue
-        memory = target
-        if not can_fill(target.dtype, target.device):
-            dtype = target.dtype if target.dtype in (torch.float16, torch.bfloat16) else torch.float32
-            device = target.device if can_fill(dtype, target.device) else torch.device("cpu")
-            memory = torch.empty_strided(target.shape, target.stride(), dtype=dtype, device=device)
-            copies.append((target, memory))
+        dtype = _values_dtype(origin.dtype, target.dtype)
+        if dtype != target.dtype:
+            values = torch.empty_strided(target.shape, target.stride(), dtype=dtype, device="cpu").copy_(target)
+            write_pieces([Piece(values, origin, boxes)])
+            target.copy_(values)
+            continue
         seed = origin.key.seed
-        each = fills.setdefault((seed, memory.device), Fills(seed, memory.device))
-        each.write(memory, origin.recipe, boxes)
+        each = fills.setdefault((seed, target.device), Fills(seed, target.device))
+        each.write(target, origin.recipe, boxes, elements=numel(origin.shape))
         torch.autograd.graph.increment_version(target)
     for each in fills.values():
         each.run()
-    for target, memory in copies:
-        target.copy_(memory)
+
+
+def _values_dtype(created: torch.dtype, target: torch.dtype) -> torch.dtype:
+    """The dtype in which a recipe has its values, before they are converted to another one."""
+    if created == torch.float64:
+        return created
+    return torch.float32 if created in DTYPES and target not in DTYPES else target
 
 
 def refuse(tensor: Unwritten, what: str = "") -> NoReturn:
