@@ -2,9 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cerrno>
 #include <cstdlib>
 #include <optional>
 #include <string>
+#include <system_error>
 #include <tuple>
 
 #if defined(__linux__)
@@ -17,6 +19,7 @@
 #include "cpu/isa.h"
 #if defined(FASTINIT_WITH_CUDA)
 #include "cuda/fill.h"
+#include "cuda/read.h"
 #endif
 #include "recorder/recorder.h"
 
@@ -44,10 +47,14 @@ uint64_t unsigned64(const char* argument, const py::int_& value) {
     return x;
 }
 
+void* pointer(const char* argument, const py::int_& value) {
+    return reinterpret_cast<void*>(static_cast<uintptr_t>(unsigned64(argument, value)));
+}
+
 void append(Batch& batch, const py::int_& data_ptr, int64_t dtype, int64_t kind, const std::vector<double>& parameters,
             const py::int_& seed, const py::int_& stream, const PythonSteps& steps, const Box& box) {
     const FloatEnvironment environment;  // parameters are rounded to float32 here
-    void* const data = reinterpret_cast<void*>(static_cast<uintptr_t>(unsigned64("data_ptr", data_ptr)));
+    void* const data = pointer("data_ptr", data_ptr);
     Values values{};
     values.dtype = make_dtype(dtype);
     values.distribution = make_distribution(kind, parameters);
@@ -79,16 +86,41 @@ void run_cpu(Batch& batch, int threads, const std::optional<std::string>& isa) {
     fill_cpu(work.fills.data(), work.fills.size(), threads, kernel);
 }
 
+[[noreturn, maybe_unused]] void refuse_cuda() {
+    throw std::runtime_error(
+        "fastinit was built without CUDA: reinstall it where nvcc is found (FASTINIT_CUDA=1 makes its absence an "
+        "error)");
+}
+
 void run_cuda([[maybe_unused]] Batch& batch, [[maybe_unused]] int device, [[maybe_unused]] const py::int_& stream) {
 #if defined(FASTINIT_WITH_CUDA)
-    void* const handle = reinterpret_cast<void*>(static_cast<uintptr_t>(unsigned64("stream", stream)));
+    void* const handle = pointer("stream", stream);
     const Batch::Work work = batch.take();
     const py::gil_scoped_release release;
     fill_cuda(work.fills.data(), work.fills.size(), device, handle);
 #else
-    throw std::runtime_error(
-        "fastinit was built without CUDA: reinstall it where nvcc is found (FASTINIT_CUDA=1 makes its absence an "
-        "error)");
+    refuse_cuda();
+#endif
+}
+
+uint64_t read_to_gpu([[maybe_unused]] int file, [[maybe_unused]] const py::int_& offset,
+                     [[maybe_unused]] const py::int_& nbytes, [[maybe_unused]] const py::int_& buffer,
+                     [[maybe_unused]] const py::int_& target, [[maybe_unused]] int device,
+                     [[maybe_unused]] const py::int_& stream) {
+#if defined(FASTINIT_WITH_CUDA)
+    const uint64_t begin = unsigned64("offset", offset), count = unsigned64("nbytes", nbytes);
+    void *const from = pointer("buffer", buffer), *const to = pointer("target", target);
+    void* const handle = pointer("stream", stream);
+    try {
+        const py::gil_scoped_release release;
+        return read_cuda(file, begin, count, from, to, device, handle);
+    } catch (const std::system_error& error) {
+        errno = error.code().value();
+        PyErr_SetFromErrno(PyExc_OSError);
+        throw py::error_already_set();
+    }
+#else
+    refuse_cuda();
 #endif
 }
 
@@ -99,7 +131,7 @@ double apply_steps_to(double value, const PythonSteps& steps) {
 
 void erfinv_in_place(const py::int_& data_ptr, int64_t numel) {
     if (numel < 0) detail::refuse("numel", std::to_string(numel), "it must not be negative");
-    void* const data = reinterpret_cast<void*>(static_cast<uintptr_t>(unsigned64("data_ptr", data_ptr)));
+    void* const data = pointer("data_ptr", data_ptr);
     check_data(data, Dtype::float32, static_cast<uint64_t>(numel));
     const Kernel& kernel = default_kernel();
     const py::gil_scoped_release release;
@@ -167,6 +199,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("apply_steps", &apply_steps_to, py::arg("value"), py::arg("steps"));
     m.def("erfinv", &erfinv_in_place, py::arg("data_ptr"), py::arg("numel"));
     m.def("advise_huge_pages", &advise_huge_pages, py::arg("data_ptr"), py::arg("nbytes"));
+    m.def("read_cuda", &read_to_gpu, py::arg("file"), py::arg("offset"), py::arg("nbytes"), py::arg("buffer"),
+          py::arg("target"), py::arg("device"), py::arg("stream"));
     m.def("cpu_isa", [] { return std::string(default_kernel().isa); });
     m.def("cpu_isas", &cpu_isas);
     m.def("build_info", &build_info);

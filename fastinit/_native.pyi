@@ -71,6 +71,14 @@ class Batch:
         Raises ``RuntimeError`` naming the CUDA error, or saying that CUDA was not built.
         """
 
+def read_cuda(file: int, offset: int, nbytes: int, buffer: int, target: int, device: int, stream: int) -> int:
+    """Read a range of the open file into GPU memory at address ``target``, through pinned memory of as many bytes at
+    ``buffer``, behind what is queued on the ``cudaStream_t`` handle ``stream``, without the GIL. It returns when all is
+    there, with the number of bytes, which is less than ``nbytes`` where the file ends.
+
+    Raises ``RuntimeError`` naming the CUDA error, or saying that CUDA was not built; ``OSError`` from the file.
+    """
+
 def apply_steps(value: float, steps: Sequence[_Step]) -> float:
     """``value`` rounded to float32 and taken through the steps, exactly as a fill computes it."""
 

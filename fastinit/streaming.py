@@ -22,16 +22,20 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from . import native
+
+# Whether reading for a GPU is a single call without Python's lock, for which sixteen threads wait otherwise.
+_NATIVE = native.build_info()["cuda"]
+
 # Copying from the page cache keeps several cores busy before memory is the limit; a disk wants reads in flight.
 _READERS = 16
 # What Python does for a chunk takes a few hundred microseconds of a reader; reading this much takes it several times
-# as long.
+# as long. The pinned buffers together are 128 MiB.
 _CHUNK_BYTES = 8 << 20
-# A reader fills one pinned buffer while the GPU copies the other. All of them together are 256 MiB.
-_PINNED_BUFFERS = 2
 # What the CPU converts is best still in its cache. These buffers are 32 MiB.
 _CONVERTED_BYTES = 2 << 20
-# What a GPU converts lies in memory of its own first, for much less time than it takes to read: so few chunks, 32 MiB.
+# What a GPU converts or takes apart lies in memory of its own first, for little longer than the reading of it takes: so
+# few chunks, 32 MiB.
 _STAGED_CHUNKS = 4
 # torch copies fewer elements than 32,768 on the thread that asks for it. More would have every reader keep threads of
 # its own for that.
@@ -108,9 +112,8 @@ class _Chunk:
 
     @property
     def is_direct(self) -> bool:
-        """Whether the file has the very bytes of memory that a read can reach."""
-        piece = self.pieces[0]
-        return self.device.type == "cpu" and len(self.pieces) == 1 and piece.dtype == piece.target.dtype
+        """Whether the file has the very bytes of the target, and nothing else between them."""
+        return len(self.pieces) == 1 and self.pieces[0].dtype == self.pieces[0].target.dtype
 
 
 def _chunks(transfers: Iterable[Transfer]) -> Iterator[_Chunk]:
@@ -141,17 +144,10 @@ def _chunks(transfers: Iterable[Transfer]) -> Iterator[_Chunk]:
 
 
 class _Lane(NamedTuple):
-    """What a reader has of a GPU.
-
-    Attributes:
-        stream: of its own.
-        staging: shared by all readers, memory for chunks that are to be converted.
-        pinned: buffers, the one that waits longest first, each with an event that is recorded behind its last copy.
-    """
+    """What a reader has of a GPU: a stream, and a share in memory for chunks that are not direct."""
 
     stream: torch.cuda.Stream
     staging: SimpleQueue[torch.Tensor]
-    pinned: deque[tuple[torch.Tensor, torch.cuda.Event]]
 
 
 class _Reader:
@@ -160,7 +156,8 @@ class _Reader:
     def __init__(self, lanes: dict[torch.device, _Lane]) -> None:
         self.done = 0
         self._lanes = lanes
-        self._buffer: torch.Tensor | None = None
+        self._pinned: torch.Tensor | None = None
+        self._pageable: torch.Tensor | None = None
         self._stored: StoredFile | None = None
         self._file: Any = None
 
@@ -173,63 +170,69 @@ class _Reader:
                 elif chunk.is_direct:
                     self._read(chunk, chunk.pieces[0].target)
                 else:
-                    if self._buffer is None:
-                        self._buffer = torch.empty(_CONVERTED_BYTES, dtype=torch.uint8, device="cpu")
-                    buffer = self._buffer
+                    if self._pageable is None:
+                        self._pageable = torch.empty(_CONVERTED_BYTES, dtype=torch.uint8, device="cpu")
+                    buffer = self._pageable
                     self._read(chunk, buffer)
                     for piece in chunk.pieces:
                         torch._foreach_copy_(piece.target.split(_SERIAL), piece.values_in(buffer).split(_SERIAL))
                 self.done += sum(piece.nbytes for piece in chunk.pieces)
         finally:
-            # Only then the buffers may be used again, and the memory of the targets for something else.
-            for lane in self._lanes.values():
-                lane.stream.synchronize()
             if self._file is not None:
                 self._file.close()
 
-    def _read(self, chunk: _Chunk, memory: torch.Tensor) -> None:
-        """Read a chunk into memory; OSError if the file is gone, cannot be read, or is not what it was."""
+    def _open(self, chunk: _Chunk) -> None:
+        """Have the file of a chunk open; OSError if it is gone, or is not what it was."""
         if self._stored != chunk.file:
             if self._file is not None:
                 self._file.close()
             self._stored, self._file = chunk.file, open(chunk.file.path, "rb", buffering=0)
             chunk.file.check(self._file)
+
+    def _read(self, chunk: _Chunk, memory: torch.Tensor) -> None:
+        """Read a chunk into memory of the CPU."""
+        self._open(chunk)
         view = memoryview((ctypes.c_ubyte * chunk.nbytes).from_address(memory.data_ptr()))
         self._file.seek(chunk.offset)
         done = 0
         while done < len(view):
             count = self._file.readinto(view[done:])
             if not count:
-                raise OSError(f"{str(chunk.file.path)!r} ends at byte {chunk.offset + done} while it is being read")
+                raise _ended(chunk, done)
             done += count
 
-    def _carry_to_gpu(self, chunk: _Chunk) -> None:
-        stream, staging, pinned = self._lanes[chunk.device]
-        torch.cuda.set_stream(stream)  # of this thread; pinned memory is of its device, too
-        if len(pinned) < _PINNED_BUFFERS:
-            buffer = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
-            pinned.appendleft((buffer, torch.cuda.Event()))
-        buffer, copied = pinned[0]
-        pinned.rotate(-1)
-        copied.synchronize()
-        self._read(chunk, buffer)
-        if all(piece.dtype == piece.target.dtype for piece in chunk.pieces):
-            _copy(chunk, buffer)
-            copied.record(stream)
+    def _read_to_gpu(self, chunk: _Chunk, memory: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        """Read a chunk into memory of a GPU, by way of a pinned buffer."""
+        if self._pinned is None:
+            self._pinned = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
+        if not _NATIVE:
+            self._read(chunk, self._pinned)
+            memory.view(torch.uint8)[: chunk.nbytes].copy_(self._pinned[: chunk.nbytes], non_blocking=True)
             return
-        # First as it is: torch would convert on the CPU, and then copy.
-        staged = staging.get()
+        self._open(chunk)
+        addresses = self._pinned.data_ptr(), memory.data_ptr(), chunk.device.index, stream.cuda_stream
+        done = native.read_cuda(self._file.fileno(), chunk.offset, chunk.nbytes, *addresses)
+        if done < chunk.nbytes:
+            raise _ended(chunk, done)
+
+    def _carry_to_gpu(self, chunk: _Chunk) -> None:
+        stream, staging = self._lanes[chunk.device]
+        torch.cuda.set_stream(stream)  # of this thread; pinned memory is of its device, too
+        staged = None if chunk.is_direct else staging.get()
         try:
-            staged[: chunk.nbytes].copy_(buffer[: chunk.nbytes], non_blocking=True)
-            _copy(chunk, staged)
+            self._read_to_gpu(chunk, chunk.pieces[0].target if staged is None else staged, stream)
+            if staged is not None:
+                for piece in chunk.pieces:
+                    piece.target.copy_(piece.values_in(staged), non_blocking=True)
         finally:
+            # Then the buffers may be used again, and the memory of the targets for something else.
             stream.synchronize()
-            staging.put(staged)
+            if staged is not None:
+                staging.put(staged)
 
 
-def _copy(chunk: _Chunk, buffer: torch.Tensor) -> None:
-    for piece in chunk.pieces:
-        piece.target.copy_(piece.values_in(buffer), non_blocking=True)
+def _ended(chunk: _Chunk, done: int) -> OSError:
+    return OSError(f"{str(chunk.file.path)!r} ends at byte {chunk.offset + done} while it is being read")
 
 
 def _next(chunks: deque[_Chunk]) -> _Chunk | None:
@@ -239,18 +242,18 @@ def _next(chunks: deque[_Chunk]) -> _Chunk | None:
         return None
 
 
-def _readers(transfers: Sequence[Transfer], count: int) -> list[_Reader]:
+def _readers(chunks: Sequence[_Chunk], count: int) -> list[_Reader]:
     """So many readers, whose streams are behind the current ones."""
     lanes: list[dict[torch.device, _Lane]] = [{} for _ in range(count)]
-    for device in {transfer.target.device for transfer in transfers if transfer.target.is_cuda}:
+    for device in {chunk.device for chunk in chunks if chunk.device.type == "cuda"}:
         current = torch.cuda.current_stream(device)
-        converts = any(each.target.dtype != each.dtype for each in transfers if each.target.device == device)
+        staged = any(chunk.device == device and not chunk.is_direct for chunk in chunks)
         staging: SimpleQueue[torch.Tensor] = SimpleQueue()
         # One piece of memory of the current stream, which is of use to others later.
-        for part in torch.empty((_STAGED_CHUNKS if converts else 0, _CHUNK_BYTES), dtype=torch.uint8, device=device):
+        for part in torch.empty((_STAGED_CHUNKS if staged else 0, _CHUNK_BYTES), dtype=torch.uint8, device=device):
             staging.put(part)
         for lane in lanes:
-            lane[device] = _Lane(torch.cuda.Stream(device), staging, deque())
+            lane[device] = _Lane(torch.cuda.Stream(device), staging)
             lane[device].stream.wait_stream(current)
     return [_Reader(lane) for lane in lanes]
 
@@ -271,7 +274,7 @@ def stream(transfers: Sequence[Transfer], advance: Callable[[int], Any] = lambda
     """
     with torch._C.DisableTorchFunction(), torch.inference_mode(False):
         chunks = deque(_chunks(transfers))
-        readers = _readers(transfers, min(_READERS, len(chunks)))
+        readers = _readers(chunks, min(_READERS, len(chunks)))
     if not readers:
         return
     reported = 0

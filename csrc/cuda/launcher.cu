@@ -1,13 +1,9 @@
 // fill_cuda: plans launches and enqueues them on a stream.
 #include "fill.h"
 
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
-
 #include "kernels.cuh"
 #include "plan.h"
+#include "runtime.h"
 
 #if CUDART_VERSION < 12010 && !defined(FASTINIT_SMALL_LAUNCHES)
 #error "Kernel parameters take 4 KB before CUDA 12.1: define FASTINIT_SMALL_LAUNCHES for all files"
@@ -16,36 +12,6 @@
 namespace fastinit {
 namespace cuda {
 namespace {
-
-[[noreturn]] void fail(const char* call, int device, cudaError_t error) {
-    cudaGetLastError();  // this error is reported here: leave none behind for the program's next check
-    throw std::runtime_error(std::string(call) + " failed on CUDA device " + std::to_string(device) + ": " +
-                             cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
-}
-
-void check(cudaError_t error, const char* call, int device) {
-    if (error != cudaSuccess) fail(call, device, error);
-}
-
-// Makes `device` current, and the previous one again at the end.
-class DeviceGuard {
-public:
-    explicit DeviceGuard(int device) {
-        check(cudaGetDevice(&previous_), "cudaGetDevice", device);
-        if (previous_ == device) return;
-        check(cudaSetDevice(device), "cudaSetDevice", device);
-        changed_ = true;
-    }
-    ~DeviceGuard() {
-        if (changed_) cudaSetDevice(previous_);
-    }
-    DeviceGuard(const DeviceGuard&) = delete;
-    DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-private:
-    int previous_ = 0;
-    bool changed_ = false;
-};
 
 class Launcher final : public Device {
 public:
