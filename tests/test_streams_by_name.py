@@ -545,10 +545,10 @@ def ranks(tmp_path_factory):
     three.end()
 
 
-def _shards(inside, dtype, layers):
+def _shards(inside, shard, dtype, layers):
     """The names of tensors that are not those of the whole model, where it is sharded in the block or after it."""
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    with fastinit.on("cpu", dtype, seed=SEED, shard=True, streams="name"):
+    with fastinit.on("cpu", dtype, seed=SEED, shard=shard, streams="name"):
         model = Model(layers)
         if inside:
             for layer in model.layers.values():
@@ -565,10 +565,11 @@ def _shards(inside, dtype, layers):
     return wrong
 
 
+@pytest.mark.parametrize("shard", [False, True], ids=["at once", "sharded"])
 @pytest.mark.parametrize("inside", [False, True], ids=["after the block", "in the block"])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_ranks_hold_the_weights_of_the_whole_also_of_a_stage(ranks, world, inside):
-    assert ranks.run(_shards, inside, "bf16", [1, 3], world=world) == [[]] * world
+def test_ranks_hold_the_weights_of_the_whole_also_of_a_stage(ranks, world, inside, shard):
+    assert ranks.run(_shards, inside, shard, "bf16", [1, 3], world=world) == [[]] * world
 
 
 def _one_by_one():
