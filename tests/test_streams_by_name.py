@@ -10,6 +10,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
+import golden
 import pytest
 import torch
 from hypothesis import given
@@ -244,6 +245,17 @@ def test_every_module_of_torch_is_the_same_in_every_way_and_precision(constructo
             if not any(map(nn.parameter.is_lazy, exact.parameters())):
                 assert_same_bits(named(constructor, way), exact)
         assert_rounded_once(named(constructor, dtype="bf16"), exact)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, model in golden.MODELS.items() if golden.transformers or not model.of_transformers]
+)
+def test_whole_models_are_the_same_in_every_way(name):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fastinit.on: names decide")
+        exact = named(golden.MODELS[name].make)
+        for way in ("empty", "sharded"):
+            assert_same_bits(named(golden.MODELS[name].make, way), exact)
 
 
 @over_dtypes
