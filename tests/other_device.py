@@ -1,0 +1,79 @@
+"""Builds other_device.cpp into a directory, and compares models on that device with those on the CPU: `DIRECTORY`.
+
+A program of its own, since a process keeps such a device to its end.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from models import SEED, same_bits
+from test_other_devices import Net
+from torch.utils import cpp_extension
+
+import fastinit
+
+
+class Device:
+    """What torch asks of the module of a device."""
+
+    @staticmethod
+    def is_available():
+        return True
+
+    @staticmethod
+    def device_count():
+        return 1
+
+    @staticmethod
+    def current_device():
+        return 0
+
+
+def registered(model):
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def assert_same(model, expected):
+    for name, tensor in registered(model).items():
+        assert tensor.device == torch.device("other:0"), (name, tensor.device)
+        assert same_bits(tensor.cpu(), registered(expected)[name]), name
+
+
+def main(directory):
+    source = Path(__file__).with_suffix(".cpp")
+    extension = cpp_extension.load("other_device", [source], extra_cflags=["-O0", "-g0"], build_directory=directory)
+    torch.utils.rename_privateuse1_backend("other")
+    torch._register_device_module("other", Device)
+    before = extension.live()
+    probe = torch.ones(3, device="other")
+    assert extension.live() == before + 1 and probe.device.type == "other" and (probe.cpu() == 1).all()
+    for dtype in ("fp32", "bf16", "fp64"):
+        with fastinit.on("cpu", dtype, seed=SEED):
+            expected = Net()
+        with fastinit.on("other", dtype, seed=SEED) as init:
+            model = Net()
+        assert init.device == torch.device("other:0") and init.peak_memory == 0
+        assert_same(model, expected)
+        with fastinit.on("other", dtype, seed=SEED, empty=True):
+            model = Net()
+        fastinit.initialize(model)
+        assert_same(model, expected)
+        with fastinit.on("other", dtype, seed=SEED, shard=True):
+            model = Net()
+        fastinit.materialize(model)
+        assert_same(model, expected)
+        torch.save(expected.state_dict(), Path(directory, "checkpoint.pt"))
+        model = fastinit.load(Net, Path(directory, "checkpoint.pt"), "other", dtype, progress=False)
+        assert_same(model, expected)
+    where = torch.zeros(9, 5, device="other")
+    fastinit.fill_(where.T[1:3], fastinit.Normal(), seed=3)
+    assert same_bits(where.cpu().T[1:3].contiguous(), fastinit.fill_(torch.empty(2, 9), fastinit.Normal(), seed=3))
+    with fastinit.on("other", seed=SEED):
+        torch.nn.init.normal_(where)
+    assert same_bits(where.cpu(), fastinit.fill_(torch.empty(9, 5), fastinit.Normal(), seed=SEED))
+    print("all the same")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
