@@ -5,13 +5,14 @@
 - a fill or a step on something pending lets its recipe grow (`RECORDED`);
 - a view is a placeholder of a region of the same record;
 - for anything else torch runs, on the operands' values: on the host, in fp32 for half precision, as the constructor of
-an   fp32 model would; or on the final memory where that is in use already.
+  an fp32 model would; or on the final memory where that is in use already.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,40 +42,64 @@ _HOST = torch.device("cpu")
 RECORDED: dict[Any, Callable[..., Any]] = {}
 
 
+class _Operator(NamedTuple):
+    """What is the same at each call of an operator; torch takes its time to tell.
+
+    Attributes:
+        recorded: what records it, or None.
+        is_composite: torch defines it by others; calls from below autograd arrive here undecomposed.
+        is_view, is_mutable: as its schema has it.
+        is_random: it draws from a generator.
+        changes_geometry: it gives its first operand other sizes or strides of the same memory.
+        wants_memory: it is not torch's, or is about memory itself.
+    """
+
+    recorded: Callable[..., Any] | None
+    is_composite: bool
+    is_view: bool
+    is_mutable: bool
+    is_random: bool
+    changes_geometry: bool
+    wants_memory: bool
+
+
+@functools.cache
+def _operator(func: Any) -> _Operator:
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    takes_memory = func in _TAKES_MEMORY
+    return _Operator(
+        recorded=RECORDED.get(func),
+        is_composite=func.namespace == "aten" and func.has_kernel_for_dispatch_key(composite),
+        is_view=func.is_view,
+        is_mutable=func._schema.is_mutable,
+        is_random=torch.Tag.nondeterministic_seeded in func.tags,
+        changes_geometry=torch.Tag.inplace_view in func.tags and not takes_memory,
+        wants_memory=func.namespace not in ("aten", "prims") or takes_memory,
+    )
+
+
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of an operator, one of whose operands is a placeholder."""
-    recorded = RECORDED.get(func)
-    if recorded is not None:
-        result = recorded(func, *args, **kwargs)
+    operator = _operator(func)
+    if operator.recorded is not None:
+        result = operator.recorded(func, *args, **kwargs)
         if result is not NotImplemented:
             return result
-    if _is_composite(func):
+    if operator.is_composite:
         result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
-    if torch.Tag.inplace_view in func.tags and func not in _TAKES_MEMORY and type(args[0]) is Placeholder:
+    if operator.changes_geometry and type(args[0]) is Placeholder:
         geometry = func(on_meta(args[0]), *args[1:], **kwargs)
         if _ends_beyond(args[0]._record, geometry):
             return run(func, args, kwargs)  # torch's refusal
         _retarget(args[0], Region(int(geometry.storage_offset()), tuple(geometry.shape), geometry.stride()))
         return args[0]
-    if func.is_view and type(args[0]) is Placeholder:
+    if operator.is_view and type(args[0]) is Placeholder:
         result = take_view(func, *args, **kwargs)
         if result is not NotImplemented:
             return result
     return run(func, args, kwargs)
-
-
-_composite: dict[Any, bool] = {}
-
-
-def _is_composite(func: Any) -> bool:
-    """Whether torch defines an operator by others; calls from below autograd arrive here undecomposed."""
-    known = _composite.get(func)
-    if known is None:
-        key = torch._C.DispatchKey.CompositeImplicitAutograd
-        known = _composite[func] = func.namespace == "aten" and func.has_kernel_for_dispatch_key(key)
-    return known
 
 
 # --- new placeholders -----------------------------------------------------------------------------------------------
@@ -142,10 +167,11 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return waiting
     if block.ran is not None:
         block.ran[str(func.overloadpacket)] += 1
-    if kwargs.get("generator") is not None and has_master(args[0]) and func._schema.is_mutable:
+    operator = _operator(func)
+    if kwargs.get("generator") is not None and has_master(args[0]) and operator.is_mutable:
         return _run_in_its_dtype(func, args, kwargs)
     values: dict[int, torch.Tensor] = {}
-    if not _is_in_use(func, tensors, kwargs):
+    if not _is_in_use(operator, tensors, kwargs):
         for each in placeholders:
             computed = each._record.compute()
             if each._record.memory is not None and each._record.needs_master:
@@ -179,14 +205,14 @@ def _run_in_its_dtype(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return tensor
 
 
-def _is_in_use(func: Any, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> bool:
+def _is_in_use(operator: _Operator, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> bool:
     """Whether an operator has to see final memory.
 
     Operators of others must get the dtypes that they were promised, and a caller's generator is torch's business. What
     involves data of others in half precision or on a GPU, or tensors that autograd records, is no initialisation but a
     training step, say.
     """
-    if func.namespace not in ("aten", "prims") or kwargs.get("generator") is not None or func in _TAKES_MEMORY:
+    if operator.wants_memory or kwargs.get("generator") is not None:
         return True
     records_graph = torch.is_grad_enabled()
     for tensor in tensors:
@@ -224,13 +250,14 @@ def _run_on_masters(
         given["device"] = _HOST
     if kwargs.get("dtype") in HALVES:
         given["dtype"] = torch.float32
-    if torch.Tag.nondeterministic_seeded in func.tags:
+    operator = _operator(func)
+    if operator.is_random:
         block.generator.resume()
     for each in tensors:
         if type(each) is not Placeholder and each.dtype in HALVES:  # a number that torch has made a tensor
             values[id(each)] = each.float()
     results = _call(func, args, given, values)
-    if func._schema.is_mutable:
+    if operator.is_mutable:
         results = _own(func, results, _written(func, args, kwargs), values)
         if _returns_operands(func):
             return results
@@ -296,7 +323,7 @@ def _is_fp32(results: Any) -> bool:
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
     """What an operator writes to, by its schema."""
-    if not func._schema.is_mutable:
+    if not _operator(func).is_mutable:
         return []
     written = []
     for position, argument in enumerate(func._schema.arguments):

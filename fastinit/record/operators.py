@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from ..execution import DTYPES
 from .dispatch import dispatch, take_view
 from .factories import in_functorch
 from .mode import AS_METHODS, Mode
-from .tensors import Placeholder, lock, modes_off
+from .tensors import Placeholder, Record, lock, modes_off, stand_for
 
 aten = torch.ops.aten
 
@@ -39,12 +40,46 @@ def _is_plain(*tensors: Any) -> bool:
         return False
     if not torch.is_grad_enabled():
         return True
-    return not any(each.requires_grad for each in tensors if isinstance(each, torch.Tensor))
+    with modes_off():
+        return not any(each.requires_grad for each in tensors if isinstance(each, torch.Tensor))
 
 
 def _straight(overload: Any, *args: Any, **kwargs: Any) -> Any:
     with lock, modes_off():
         return dispatch(overload, args, kwargs)
+
+
+def _elementwise(function: Any, overload: Any, *operands: Any) -> Any:
+    """An operator, computed by a function of torch's where that is all that `dispatch` would do."""
+    with lock, modes_off():
+        result = _on_values(function, operands) if function is not None else None
+        return dispatch(overload, operands, {}) if result is None else result
+
+
+def _on_values(function: Callable[..., torch.Tensor], operands: tuple[Any, ...]) -> Placeholder | None:
+    """A function of numbers and of whole tensors of one floating-point dtype, if their master values are there."""
+    first: Record | None = None
+    values: list[Any] = []
+    for each in operands:
+        if isinstance(each, torch.Tensor):
+            if type(each) is not Placeholder:
+                return None
+            record = each._record
+            if record.values is None or each._region is not None or not record.shape:
+                return None
+            first = first or record
+            if record.dtype not in DTYPES or record.dtype != first.dtype or record.device != first.device:
+                return None
+            record.block.touch(record)
+            values.append(record.values)
+        else:
+            values.append(each)
+    if first is None or torch.is_inference_mode_enabled():
+        return None
+    result = function(*values)
+    record = Record(first.block, tuple(result.shape), first.dtype, first.device, values=result)
+    record.block.touch(record)
+    return stand_for(record)
 
 
 def _method(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -76,28 +111,30 @@ def _is_operand(value: Any) -> bool:
 # --- elementwise ----------------------------------------------------------------------------------------------------
 
 
-def _unary(overload: Any) -> Callable[..., Any]:
-    return lambda self, *args: NotImplemented if args else _straight(overload, self)
+def _unary(overload: Any, function: Any = None) -> Callable[..., Any]:
+    return lambda self, *args: NotImplemented if args else _elementwise(function, overload, self)
 
 
-def _binary(overload: Any) -> Callable[..., Any]:
-    def function(self: Placeholder, *args: Any) -> Any:
-        return _straight(overload, self, *args) if len(args) == 1 and _is_operand(args[0]) else NotImplemented
+def _binary(overload: Any, function: Any = None) -> Callable[..., Any]:
+    def method(self: Placeholder, *args: Any) -> Any:
+        plain = len(args) == 1 and _is_operand(args[0])
+        return _elementwise(function, overload, self, *args) if plain else NotImplemented
 
-    return function
+    return method
 
 
 for _name in (
-    *"abs acos asin atan ceil cos cosh erf erfinv exp expm1 floor log log10 log1p log2 neg reciprocal".split(),
+    *"abs acos asin atan ceil cos cosh erf exp expm1 floor log log10 log1p log2 neg reciprocal".split(),
     *"round rsqrt sigmoid sign sin sinh sqrt tan tanh trunc".split(),
 ):
-    _method(_name)(_unary(getattr(aten, _name).default))
+    _method(_name)(_unary(getattr(aten, _name).default, getattr(_torch, _name)))
     AS_METHODS[getattr(torch, _name)] = _name
-for _name in ("erfinv_", "neg_"):
+for _name in ("erfinv", "erfinv_", "neg_"):  # the values of a step of a recipe are not torch's
     _method(_name)(_unary(getattr(aten, _name).default))
-_method("__neg__")(_unary(aten.neg.default))
+AS_METHODS[torch.erfinv] = "erfinv"
+_method("__neg__")(_unary(aten.neg.default, _torch.neg))
 for _name, _base in (("mul", "mul"), ("add", "add"), ("sub", "sub"), ("div", "div"), ("truediv", "div")):
-    _function = _binary(getattr(aten, _base).Tensor)
+    _function = _binary(getattr(aten, _base).Tensor, getattr(_torch, _base))
     _method(f"__{_name}__")(_function)
     if _name == _base:
         _method(_name)(_function)
@@ -118,19 +155,19 @@ def _reflected(name: str, function: Callable[[Placeholder, Any], Any]) -> None:
     OPERATORS[f"__r{name}__"] = reflected
 
 
-_reflected("add", lambda self, other: _straight(aten.add.Tensor, self, other))
-_reflected("mul", lambda self, other: _straight(aten.mul.Tensor, self, other))
-_reflected("sub", lambda self, other: _straight(aten.rsub.Scalar, self, other))
-_reflected("pow", lambda self, other: _straight(aten.pow.Scalar, other, self))
+_reflected("add", lambda self, other: _elementwise(_torch.add, aten.add.Tensor, self, other))
+_reflected("mul", lambda self, other: _elementwise(_torch.mul, aten.mul.Tensor, self, other))
+_reflected("sub", lambda self, other: _elementwise(torch.rsub, aten.rsub.Scalar, self, other))
+_reflected("pow", lambda self, other: _elementwise(torch.pow, aten.pow.Scalar, other, self))
 # As torch has it: the reciprocal, multiplied.
-_reflected("truediv", lambda self, other: _straight(aten.reciprocal.default, self) * other)
+_reflected("truediv", lambda self, other: _elementwise(_torch.reciprocal, aten.reciprocal.default, self) * other)
 
 
 def _pow(self: Placeholder, exponent: Any) -> Any:
     if not _is_operand(exponent):
         return NotImplemented
     number = not isinstance(exponent, torch.Tensor)
-    return _straight(aten.pow.Tensor_Scalar if number else aten.pow.Tensor_Tensor, self, exponent)
+    return _elementwise(_torch.pow, aten.pow.Tensor_Scalar if number else aten.pow.Tensor_Tensor, self, exponent)
 
 
 _method("pow")(_pow)
@@ -158,7 +195,7 @@ def _clamp_(self: Placeholder, *bounds: Any) -> Any:
 
 @_method("clone")
 def _clone(self: Placeholder, *args: Any) -> Any:
-    return NotImplemented if args else _straight(aten.clone.default, self)
+    return NotImplemented if args else _elementwise(_torch.clone, aten.clone.default, self)
 
 
 @_method("copy_")

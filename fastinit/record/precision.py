@@ -28,18 +28,13 @@ def result_dtypes(func: Any, args: Any, kwargs: Any, results: Any, default: torc
         return [default if whole and dtype == torch.float32 else dtype for dtype in computed]
     if torch.float32 not in computed:
         return computed
-    if torch.Tag.nondeterministic_seeded in func.tags:
-        half = _promoted(operands)
-        return [half if dtype == torch.float32 else dtype for dtype in computed]
     key = (func, tuple(map(_kind, args)), tuple((name, _kind(value)) for name, value in kwargs.items()))
     answer = _answers.get(key)
     if answer is None:
-        answer = _answers[key] = _asked(func, args, kwargs) or [
-            _promoted(operands) if dtype == torch.float32 else dtype for dtype in computed
-        ]
-    return (
-        answer if len(answer) == len(computed) else [_promoted(operands) if d == torch.float32 else d for d in computed]
-    )
+        # What draws is not asked: that would take numbers of the generator.
+        asked = None if torch.Tag.nondeterministic_seeded in func.tags else _asked(func, args, kwargs)
+        answer = _answers[key] = asked or _with_promoted(operands, computed)
+    return answer if len(answer) == len(computed) else _with_promoted(operands, computed)
 
 
 WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -70,6 +65,10 @@ def _zeros(tensor: torch.Tensor) -> torch.Tensor:
     if type(tensor) is Placeholder:
         return view_of(torch.zeros(tensor._record.shape, dtype=tensor.dtype), tensor._region)
     return torch.zeros_like(tensor, device="cpu") if tensor.layout == torch.strided else tensor
+
+
+def _with_promoted(operands: list[torch.Tensor], computed: list[torch.dtype]) -> list[torch.dtype]:
+    return [_promoted(operands) if dtype == torch.float32 else dtype for dtype in computed]
 
 
 def _promoted(operands: list[torch.Tensor]) -> torch.dtype:
