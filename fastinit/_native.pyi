@@ -152,13 +152,22 @@ def connect(**connected: Any) -> tuple[dict[str, Any], Any, Any]:
 def around_handle(original: Any) -> Any:
     """``torch.overrides.handle_torch_function`` for the time of a block, around torch's own."""
 
+def use(fast: bool) -> None:
+    """Whether what is not a method of a class is to be fast, too."""
+
+def around_make_subclass(wrapper: Any) -> Any:
+    """``torch.Tensor._make_subclass``, around the wrapper in fastinit.record.guest."""
+
+def type_of(value: Any, /) -> type:
+    """What ``type`` is for torch.nn.parameter in a block: the one of a placeholder is torch.Tensor."""
+
 def waiting(block: Any) -> list[Any]:
     """The records of a block that placeholders still stand for, in the order of their creation; dead ones go."""
 
 def give_memory(
     segment: list[Any],
     start: int,
-    given: list[tuple[Any, torch.Tensor]],
+    given: list[Any],
     batch: Batch,
     seed: int,
     largest: int,
@@ -167,13 +176,13 @@ def give_memory(
     """Give memory to the records of a segment and add their fills to a batch, from number ``start`` on.
 
     Stops before one that is not plain or has more than ``largest`` bytes, and once ``limit`` bytes are reached.
-    ``given`` gets pairs of a record and its memory.
+    ``given`` gets each record, and behind it its memory.
 
     Returns:
         The number of the next record, and how many bytes and fills there were.
     """
 
-def swap_in(given: list[tuple[Any, torch.Tensor]]) -> list[Any]:
+def swap_in(given: list[Any]) -> list[Any]:
     """Let placeholders have the memory that `give_memory` has made; the records that have others yet, not so plain."""
 
 def tally(block: Any) -> tuple[int, int]:

@@ -209,15 +209,14 @@ class Fills:
                 memory.zero_()
             self.add(memory.data_ptr(), memory.numel(), memory.dtype, recipe)
 
-    def give_memory(
-        self, records: list[Any], start: int, given: list[tuple[Any, torch.Tensor]], limit: int
-    ) -> tuple[int, int]:
+    def give_memory(self, records: list[Any], start: int, given: list[Any], limit: int) -> tuple[int, int]:
         """Give records of this device memory and add their fills, from number `start` on, as far as they are plain.
 
         Stops before one that is not plain, or once they are of `limit` bytes.
 
         Returns:
-            The number of the next record, and the bytes of those before it; `given` gets the others with their memory.
+            The number of the next record, and the bytes of those before it; `given` gets each of the others, and behind
+            it its memory.
         """
         if self.device.type not in NATIVE_DEVICES:
             return start, 0

@@ -20,6 +20,7 @@ try:
         advise_huge_pages,
         apply_steps,
         around_handle,
+        around_make_subclass,
         build_info,
         connect,
         cpu_isa,
@@ -31,6 +32,8 @@ try:
         swap_in,
         tally,
         turn,
+        type_of,
+        use,
         waiting,
     )
 except ImportError as error:
@@ -62,6 +65,7 @@ __all__ = [
     "advise_huge_pages",
     "apply_steps",
     "around_handle",
+    "around_make_subclass",
     "build_info",
     "connect",
     "cpu_isa",
@@ -73,6 +77,8 @@ __all__ = [
     "swap_in",
     "tally",
     "turn",
+    "type_of",
+    "use",
     "waiting",
 ]
 

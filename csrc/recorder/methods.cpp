@@ -24,27 +24,34 @@ py::object size_of(const Target& target) {
     return size;
 }
 
-// A new placeholder for the whole of a record: what fastinit.record.tensors.stand_for does.
-py::object stand_for(const py::object& object) {
+// A new placeholder for the whole of a record: what fastinit.record.tensors.stand_for does; outside of inference mode.
+py::object stand_for(const py::object& object, bool requires_grad) {
     Record* const record = as_record(object);
-    if (truth(call(state.inference_mode))) return call(state.stand_for, {object.ptr()});
     // The options of the last call are those of this one, mostly.
-    static PyObject *dtype = nullptr, *device = nullptr, *options = nullptr;
+    static struct {
+        PyObject *dtype, *device, *options;
+    } last[2];
+    auto& [dtype, device, options] = last[requires_grad];
     if (record->dtype != dtype || record->device != device) {
         const py::object fresh = py::dict();
         check(PyDict_SetItem(fresh.ptr(), names->dtype, record->dtype));
         check(PyDict_SetItem(fresh.ptr(), names->device, record->device));
+        if (requires_grad) check(PyDict_SetItem(fresh.ptr(), names->requires_grad, Py_True));
         assign(dtype, record->dtype);
         assign(device, record->device);
         assign(options, fresh.ptr());
     }
     const py::object args = checked(PyTuple_Pack(2, state.placeholder, record->shape));
     py::object tensor = checked(PyObject_Call(state.make, args.ptr(), borrow(options).ptr()));
-    check(PyObject_GenericSetAttr(tensor.ptr(), names->_record, object.ptr()));
-    check(PyObject_GenericSetAttr(tensor.ptr(), names->_region, Py_None));
+    set_attribute(tensor.ptr(), names->_record, object.ptr());
+    set_attribute(tensor.ptr(), names->_region, Py_None);
     const py::object ref = checked(PyWeakref_NewRef(tensor.ptr(), nullptr));
     check(PyList_Append(record->tensors, ref.ptr()));
     return tensor;
+}
+
+py::object stand_for(const py::object& record) {
+    return truth(call(state.inference_mode)) ? call(state.stand_for, {record.ptr()}) : stand_for(record, false);
 }
 
 // torch's own method of a name.
@@ -414,6 +421,31 @@ PyObject* handle_torch_function(PyObject* original, PyObject* const* given, Py_s
     });
 }
 
+// torch.Tensor._make_subclass(cls, data, requires_grad=False), with the wrapper in fastinit.record.guest as self.
+PyObject* make_subclass(PyObject* wrapper, PyObject* const* given, Py_ssize_t count, PyObject* kwnames) {
+    return for_python([&] {
+        if (state.in_use && !kwnames && count == 3 && given[0] == state.parameter && PyBool_Check(given[2]) &&
+            is_placeholder(given[1]) && !truth(call(state.inference_mode))) {
+            const Locked locked;
+            const Target target(given[1]);
+            Dtype code;
+            if (target.whole() && fillable(target->dtype, code)) {  // torch refuses gradients of whole numbers
+                py::object parameter = stand_for(target.record, given[2] == Py_True);
+                set_attribute(parameter.ptr(), names->_is_param, Py_True);
+                return parameter;
+            }
+        }
+        return checked(PyObject_Vectorcall(wrapper, given, count, kwnames));
+    });
+}
+
+// What `type` is in torch.nn.parameter: a placeholder is a tensor there; see fastinit.record.guest.
+PyObject* type_of(PyObject*, PyObject* value) {
+    PyObject* const type = is_placeholder(value) ? state.tensor : reinterpret_cast<PyObject*>(Py_TYPE(value));
+    Py_INCREF(type);
+    return type;
+}
+
 // --- modules ----------------------------------------------------------------------------------------------------------
 
 // The hook of registrations: (module, name, value). The block keeps the modules in the order of their first one.
@@ -467,6 +499,9 @@ PyMethodDef torch_function_def = {"__torch_function__", as_c_function(torch_func
                                   nullptr};
 PyMethodDef handle_def = {"handle_torch_function", as_c_function(handle_torch_function), METH_FASTCALL | METH_KEYWORDS,
                           nullptr};
+PyMethodDef make_subclass_def = {"_make_subclass", as_c_function(make_subclass), METH_FASTCALL | METH_KEYWORDS,
+                                 nullptr};
+PyMethodDef type_of_def = {"type", type_of, METH_O, nullptr};
 PyMethodDef registered_def = {"registered", as_c_function(registered), METH_FASTCALL, nullptr};
 
 }  // namespace
@@ -485,6 +520,13 @@ py::object method_of_mode(PyObject* type) {
 
 // torch.overrides.handle_torch_function for the time of a block.
 py::object around_handle(const py::object& original) { return checked(PyCFunction_New(&handle_def, original.ptr())); }
+
+// torch.Tensor._make_subclass, around its wrapper.
+py::object around_make_subclass(const py::object& wrapper) {
+    return checked(PyCFunction_New(&make_subclass_def, wrapper.ptr()));
+}
+
+py::object type_function() { return checked(PyCFunction_New(&type_of_def, nullptr)); }
 
 py::object registration_hook() { return checked(PyCFunction_New(&registered_def, nullptr)); }
 

@@ -64,12 +64,13 @@ struct State {
     FASTINIT_OF_TORCH(X)
 #undef X
     PyObject* turn;  // the generator whose block has torch's generators, or null
+    bool in_use;     // whether the fast path is
 };
 extern State state;
 
 #define FASTINIT_NAMES(X) \
     X(_is_param) X(_record) X(_region) X(__class__) X(device) X(dtype) X(itemsize) X(tensor) X(generator) X(next_stream) X(detach) \
-    X(requires_grad_) X(uniform_) X(normal_) X(fill_) X(zero_) X(shape) X(size) X(dim) X(numel) X(element_size) X(_use_count) X(data_ptr) X(_modules) X(_parameters)
+    X(requires_grad) X(requires_grad_) X(uniform_) X(normal_) X(fill_) X(zero_) X(shape) X(size) X(dim) X(numel) X(element_size) X(_use_count) X(data_ptr) X(_modules) X(_parameters)
 struct Names {
 #define X(name) PyObject* const name = PyUnicode_InternFromString(#name);
     FASTINIT_NAMES(X)
@@ -193,15 +194,28 @@ inline Record* as_record(const py::object& object) { return reinterpret_cast<Rec
 
 inline py::object attribute(PyObject* object, PyObject* name) { return checked(PyObject_GetAttr(object, name)); }
 
+// An attribute of the instance itself, or nothing. Not by its dictionary, which Python makes when somebody asks for it.
+inline py::object own_attribute(PyObject* object, PyObject* name) {
+    PyObject* const value = PyObject_GenericGetAttr(object, name);
+    if (!value) {
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
+        PyErr_Clear();
+    }
+    return steal(value);
+}
+
+inline void set_attribute(PyObject* object, PyObject* name, PyObject* value) {
+    check(PyObject_GenericSetAttr(object, name, value));
+}
+
 // What a tensor stands for; nothing, if it is no placeholder, or if another thread has made it real meanwhile.
 struct Target {
-    py::object attributes, record, region;
+    py::object record, region;
 
     explicit Target(PyObject* tensor) {
         if (!is_placeholder(tensor)) return;
-        attributes = checked(PyObject_GenericGetDict(tensor, nullptr));
-        record = borrow(item(attributes.ptr(), names->_record));
-        region = borrow(item(attributes.ptr(), names->_region));
+        record = own_attribute(tensor, names->_record);
+        region = own_attribute(tensor, names->_region);
     }
     bool whole() const { return record && region.is_none(); }
     Record* operator->() const { return as_record(record); }
@@ -229,6 +243,8 @@ uint64_t nbytes(const Record* record);
 py::dict methods_of_placeholder();
 py::object method_of_mode(PyObject* type);
 py::object around_handle(const py::object& original);
+py::object around_make_subclass(const py::object& wrapper);
+py::object type_function();
 py::object registration_hook();
 void add_settling(py::module_& m);
 void add_recorder(py::module_& m);

@@ -15,7 +15,8 @@ py::object placeholder_of(const py::object& record, bool& others) {
     PyObject* const tensors = as_record(record)->tensors;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {
         py::object tensor = alive(PyList_GET_ITEM(tensors, i));
-        if (tensor.ptr() == found.ptr() || Target(tensor.ptr()).record.ptr() != record.ptr()) continue;
+        if (tensor.ptr() == found.ptr() || !is_placeholder(tensor.ptr())) continue;
+        if (own_attribute(tensor.ptr(), names->_record).ptr() != record.ptr()) continue;
         others = others || found;
         found = std::move(tensor);
     }
@@ -48,6 +49,7 @@ bool plain_fill(PyObject* recipe, Values& values, uint64_t& stream) {
     const long kind = PyLong_AsLong(field(0));
     if (kind < 0 || kind > static_cast<long>(Kind::normal)) return false;
     std::vector<double> numbers;
+    numbers.reserve(2);
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(field(1)); ++i)
         numbers.push_back(PyFloat_AsDouble(PyTuple_GET_ITEM(field(1), i)));
     stream = PyLong_AsUnsignedLongLong(field(2));
@@ -60,7 +62,7 @@ bool plain_fill(PyObject* recipe, Values& values, uint64_t& stream) {
 // give_memory(segment, start, given, batch, seed, largest, limit):
 // Gives the records of a segment, all of one device, their memory and adds their fills to a batch, beginning with
 // number start, until one is not plain or larger than `largest` bytes, or `limit` bytes are reached. Returns the number
-// of the next record, and how many bytes and fills there were; `given` gets pairs of records and memory.
+// of the next record, and how many bytes and fills there were; `given` gets each record, and behind it its memory.
 py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list& given, Batch& batch, uint64_t seed,
                       uint64_t largest, uint64_t limit) {
     const FloatEnvironment environment;  // parameters are rounded to float32 here
@@ -94,7 +96,8 @@ py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list&
         }
         void* const data = PyLong_AsVoidPtr(call_method(names->data_ptr, {memory.ptr()}).ptr());
         batch.append(data, values, stream, whole_tensor(n));
-        check(PyList_Append(given.ptr(), checked(PyTuple_Pack(2, object, memory.ptr())).ptr()));
+        check(PyList_Append(given.ptr(), object));
+        check(PyList_Append(given.ptr(), memory.ptr()));
         bytes += n * size;
     }
     return py::make_tuple(at, bytes, at - start);
@@ -105,7 +108,6 @@ py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list&
 bool swap_plain(const py::object& record, const py::object& tensor, const py::object& memory) {
     const Target target(tensor.ptr());
     if (!target.whole()) return false;
-    PyObject* const attributes = target.attributes.ptr();
     const bool requires_grad = truth(get(state.requires_grad, tensor.ptr()));
     if (requires_grad) {
         if (!truth(get(state.is_leaf, tensor.ptr()))) return false;
@@ -113,11 +115,11 @@ bool swap_plain(const py::object& record, const py::object& tensor, const py::ob
             if (!get(descriptor, tensor.ptr()).is_none()) return false;
         check(Py_TYPE(state.requires_grad)->tp_descr_set(state.requires_grad, memory.ptr(), Py_True));
     }
-    PyObject* const is_parameter = item(attributes, names->_is_param);
-    PyObject* const type = is_parameter && truth(borrow(is_parameter)) ? state.parameter : state.tensor;
-    check(PyDict_DelItem(attributes, names->_record));
-    check(PyDict_DelItem(attributes, names->_region));
-    if (is_parameter) check(PyDict_DelItem(attributes, names->_is_param));
+    const py::object is_parameter = own_attribute(tensor.ptr(), names->_is_param);
+    PyObject* const type = is_parameter && truth(is_parameter) ? state.parameter : state.tensor;
+    set_attribute(tensor.ptr(), names->_record, nullptr);
+    set_attribute(tensor.ptr(), names->_region, nullptr);
+    if (is_parameter) set_attribute(tensor.ptr(), names->_is_param, nullptr);
     check(PyObject_SetAttr(tensor.ptr(), names->__class__, type));  // first, since torch looks longer at a subclass
     call(state.swap_impl, {tensor.ptr(), memory.ptr()});
     // The object that had the memory is a placeholder now. Mostly nothing else is left of it, nor of the record.
@@ -135,9 +137,9 @@ bool swap_plain(const py::object& record, const py::object& tensor, const py::ob
 // so that they may become the placeholders' own. From here on nothing fails.
 py::list swap_in(const py::list& given) {
     py::list left;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given.ptr()); ++i) {
-        PyObject* const pair = PyList_GET_ITEM(given.ptr(), i);
-        const py::object record = borrow(PyTuple_GET_ITEM(pair, 0)), memory = borrow(PyTuple_GET_ITEM(pair, 1));
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given.ptr()); i += 2) {
+        const py::object record = borrow(PyList_GET_ITEM(given.ptr(), i));
+        const py::object memory = borrow(PyList_GET_ITEM(given.ptr(), i + 1));
         assign(as_record(record)->memory, memory.ptr());
         assign(as_record(record)->recipe, nullptr);
         assign(as_record(record)->values, nullptr);

@@ -254,7 +254,7 @@ class Block(native.Block):
             unwritten = [record for record in records if record.recipe == () and not record.deferred]
             resident = [record for record in records if record.memory is not None]
             given: list[tuple[Record, torch.Tensor]] = []
-            plain: list[tuple[Record, torch.Tensor]] = []
+            plain: list[Record | torch.Tensor] = []
             for segment in _segments([record for record in records if record.memory is None]):
                 self._give_memory(segment, given, plain)
             # Only now, when nothing is left that fails.
@@ -268,9 +268,9 @@ class Block(native.Block):
             self._warn(unwritten)
 
     def _give_memory(
-        self, segment: list[Record], given: list[tuple[Record, torch.Tensor]], plain: list[tuple[Record, torch.Tensor]]
+        self, segment: list[Record], given: list[tuple[Record, torch.Tensor]], plain: list[Record | torch.Tensor]
     ) -> None:
-        """Add records of one device with their memory to `given`, or to `plain` what the fast path has served."""
+        """Add records of one device with their memory to `given`, or to `plain` what the fast path serves."""
         started, ran = time.perf_counter(), self.run_seconds
         device = segment[0].device
         reserve(map(attrgetter("nbytes"), segment), device)

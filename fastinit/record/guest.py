@@ -147,10 +147,10 @@ def _shadow_type(module: Any) -> None:
     """
     if "type" in vars(module):
         return
-    module.type = _type_of
+    replacement = module.type = native.type_of if fast.in_use else _type_of
 
     def put_back() -> None:
-        if vars(module).get("type") is _type_of:
+        if vars(module).get("type") is replacement:
             del module.type
 
     _restore.append(put_back)
@@ -407,7 +407,7 @@ def _wrap_constructors() -> None:
         return original(*args, **kwargs)
 
     torch.Tensor.__new__ = staticmethod(tensor_new)  # type: ignore[method-assign]
-    torch.Tensor._make_subclass = staticmethod(make_subclass)  # type: ignore[method-assign]
+    torch.Tensor._make_subclass = staticmethod(native.around_make_subclass(make_subclass))  # type: ignore[method-assign]
 
 
 def _mode_of(block: Any) -> Mode | None:

@@ -65,6 +65,7 @@ def use(fast: bool) -> None:
         elif name in vars(Placeholder):
             delattr(Placeholder, name)
     Mode.__torch_function__ = _torch_function if fast else _in_python  # type: ignore[method-assign]
+    native.use(fast)
     fast_path.in_use = fast
 
 

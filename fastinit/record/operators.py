@@ -74,8 +74,8 @@ def _on_values(function: Callable[..., torch.Tensor], operands: tuple[Any, ...])
             values.append(record.values)
         else:
             values.append(each)
-    if first is None or torch.is_inference_mode_enabled():
-        return None
+    if first is None or first.block.ran is not None or torch.is_inference_mode_enabled():
+        return None  # `dispatch` counts what is run, and leaves that mode
     result = function(*values)
     record = Record(first.block, tuple(result.shape), first.dtype, first.device, values=result)
     record.block.touch(record)

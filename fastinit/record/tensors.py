@@ -163,8 +163,8 @@ class Record(native.Record):
     def copy_values(self, memory: torch.Tensor) -> None:
         """Copy its master values into the memory that it is to have."""
         assert self.values is not None
-        # CUDA has read what is not pinned when the call returns; else torch waits for all fills that are under way.
-        memory.copy_(self.values, non_blocking=not self.values.is_pinned())
+        # CUDA has read what is not pinned when the call returns. To wait would be for all fills that are under way.
+        memory.copy_(self.values, non_blocking=memory.is_cuda and not self.values.is_pinned())
 
     def become_resident(self, memory: torch.Tensor) -> None:
         """Take memory that has the final values."""
