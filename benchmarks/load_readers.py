@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=13.5)
     parser.add_argument("--folder", type=Path, help="for the file; its file system is what is measured")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
+    parser.add_argument("--readers", choices=READERS, nargs="+", default=list(READERS))
     parser.add_argument("--reader", choices=READERS, help="in this process, of the file that --file names")
     parser.add_argument("--file", type=Path)
     options = parser.parse_args()
@@ -224,7 +225,8 @@ def main() -> None:
                 results[f"dd, {at_once} at once"] = direct_reads(path, at_once)
             except OSError as error:
                 results[f"dd, {at_once} at once"] = str(error)
-        for name, (_, environment) in READERS.items():
+        for name in options.readers:
+            _, environment = READERS[name]
             command = [sys.executable, __file__, "--reader", name, "--file", path, "--device", str(device)]
             command += ["--gigabytes", str(options.gigabytes)]
             try:
