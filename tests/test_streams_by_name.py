@@ -45,9 +45,9 @@ over_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 over_ways = pytest.mark.parametrize("way", WAYS)
 
 
-def named(constructor, way="at once", dtype="fp32", streams="name", seed=SEED):
+def named(constructor, way="at once", dtype="fp32", streams="name", seed=SEED, device="cpu"):
     """Return `constructor()` with all its values, made in one of the WAYS with its streams by name."""
-    with fastinit.on("cpu", dtype, seed=seed, streams=streams, **WAYS[way]):
+    with fastinit.on(device, dtype, seed=seed, streams=streams, **WAYS[way]):
         model = constructor()
     if way == "empty":
         fastinit.initialize(model)

@@ -12,6 +12,7 @@ from models import (
     DTYPES,
     HALVES,
     SEED,
+    WAYS,
     assert_same_bits,
     assert_same_structure,
     built,
@@ -71,6 +72,19 @@ def test_hand_written_truncated_normals_have_the_bits_of_the_cpu(dtype):
 
     for function, arguments in CHAINS.values():
         assert_cpu_bits(lambda f=function, a=arguments: Weight((200, 100), lambda w: f(w, *a)), dtype)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@over_dtypes
+def test_weights_by_name_have_the_bits_of_the_cpu(dtype, way):
+    from test_streams_by_name import USES, Model, Read, named
+
+    for constructor in (Model, *(lambda use=use: Read(use) for name, use in USES.items() if name != "numpy")):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fastinit.on: names decide")
+            ours, reference = (named(constructor, way, dtype, device=device) for device in ("cuda", "cpu"))
+        assert all(tensor.is_cuda for tensor in registered(ours).values())
+        assert_same_bits(ours, reference)
 
 
 @over_dtypes
