@@ -511,9 +511,10 @@ def _available_device(device: torch.device) -> torch.device:
         logger.info("values are computed on the host and copied: there are no native fills for %s", device)
         return device
     if not torch.cuda.is_available():
+        other = str(torch.accelerator.current_accelerator() or "cpu")
         raise RuntimeError(
             f"fastinit.on: device={name!r}, but torch {torch.__version__} sees no GPU; check the driver and that torch "
-            "is a CUDA build (python -m fastinit doctor), or use device='cpu'"
+            f"is a CUDA build (python -m fastinit doctor), or use device={other!r}"
         )
     count = torch.cuda.device_count()
     if device.index is not None and device.index >= count:

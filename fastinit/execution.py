@@ -194,6 +194,7 @@ class Fills:
             boxes, elements = [whole_box(memory.shape, memory.stride())], memory.numel()
         if not is_native(memory.dtype, memory.device):
             self.count += len(recipe)
+            memory = memory.detach()
             if boxes is None:
                 boxes, elements = [flat_box(0, memory.numel())], memory.numel()
             if memory.dtype in DTYPES:

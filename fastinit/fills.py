@@ -113,9 +113,9 @@ def _add(
         raise TypeError(
             f"fill_: distribution={distribution!r} must be a fastinit.Normal, Uniform, TruncatedNormal or Constant"
         )
-    for name, value in (("seed", seed), ("stream", stream)):
-        if not 0 <= value < 2**64:
-            raise ValueError(f"fill_: {name} is {value}, which is not an unsigned 64-bit integer; use {name} % 2**64")
+    if not (0 <= seed < 2**64 and 0 <= stream < 2**64):
+        name, value = ("stream", stream) if 0 <= seed < 2**64 else ("seed", seed)
+        raise ValueError(f"fill_: {name} is {value}, which is not an unsigned 64-bit integer; use {name} % 2**64")
     boxes, elements = None, tensor.numel()
     if is_dtensor(tensor):
         if window is not None:
@@ -135,4 +135,4 @@ def _add(
         boxes, elements = [window.box(sizes, strides)], numel(window.shape)
     if tensor.numel():
         write = Write(distribution.kind, distribution.parameters, stream)
-        fills.write(tensor.detach(), (write,), boxes, elements=elements)
+        fills.write(tensor, (write,), boxes, elements=elements)

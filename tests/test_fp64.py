@@ -298,3 +298,20 @@ def test_a_default_dtype_that_the_code_sets_means_what_it_means_in_torch():
         assert model.linear.weight.dtype is torch.float64 and model.after.weight.dtype is not torch.float64
         assert same_bits(model.scale.detach(), reference.scale.detach())
         assert same_bits(model.positions, reference.positions)
+
+
+def test_names_decide_fp64_streams_where_they_decide_the_others():
+    def whole():
+        return nn.ModuleDict({"first": nn.Linear(3, 4), "second": nn.Linear(4, 5)})
+
+    def stage():
+        return nn.ModuleDict({"second": nn.Linear(4, 5)})
+
+    models = []
+    for make, options in ((whole, {}), (stage, {}), (stage, {"shard": True}), (stage, {"empty": True})):
+        with fastinit.on("cpu", "fp64", seed=SEED, streams="name", **options):
+            models.append(make())
+        fastinit.materialize(models[-1])
+        fastinit.initialize(models[-1])
+    for model in models[1:]:
+        assert_same_bits(model["second"], models[0]["second"])

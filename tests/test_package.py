@@ -254,3 +254,20 @@ def test_the_examples_in_docstrings_run(module, tmp_path, monkeypatch):
     names = {"fastinit": fastinit, "torch": torch}
     result = doctest.testmod(importlib.import_module(f"fastinit.{module}"), extraglobs=names)
     assert result.attempted and not result.failed
+
+
+@pytest.mark.parametrize(("system", "missing"), [("darwin", []), ("win32", ["resource", "fcntl", "pwd", "grp"])])
+def test_models_are_created_without_what_other_systems_lack(system, missing):
+    # What fastinit asks of the system; torch is another matter, and is imported before.
+    program = (
+        "import sys, torch, torch.distributed\n"
+        f"sys.platform = {system!r}\n"
+        f"sys.modules.update(dict.fromkeys({missing!r}))\n"
+        "import fastinit\n"
+        "with fastinit.on('cpu', 'bf16', seed=0) as init:\n"
+        "    model = torch.nn.Linear(4, 4)\n"
+        "print(init.parameters, init.peak_memory >= 0, model.weight.dtype)\n"
+        "from fastinit.__main__ import main\n"
+        "sys.exit(main(['doctor']))"
+    )
+    assert python("-c", program).stdout.splitlines()[0] == "20 True torch.bfloat16"

@@ -486,7 +486,7 @@ def fill_now(block: Block, tensor: Any, kind: int, parameters: tuple[Any, ...]) 
         return tensor
     fills = Fills(block.seed, tensor.device)
     write = Write(kind, tuple(map(float, parameters)), stream, (), None, key)
-    fills.write(tensor.detach(), (write,))
+    fills.write(tensor, (write,))
     block.keep_order((write,), None)
     block.run(fills)
     torch.autograd.graph.increment_version(tensor)
