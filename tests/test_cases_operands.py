@@ -3,12 +3,15 @@
 import math
 from collections import OrderedDict, namedtuple
 
+import numpy as np
 import pytest
 import torch
 from cases import assert_rounded, check, close, inside, over_dtypes, over_sources
 from models import DTYPES
 from torch import nn
 from torch.nn import functional as F
+
+import fastinit
 
 INDICES = [[0, 1], [1, 0]]
 
@@ -394,3 +397,12 @@ def test_a_view_beyond_its_tensor_is_refused_when_it_is_asked_for(name, dtype):
         return weight.as_strided((3,), (4,)).zero_() + weight.sum()
 
     assert inside(construct, dtype).tolist() == [6.0] * 3
+
+
+@pytest.mark.parametrize("function", [torch.as_tensor, torch.asarray])
+def test_an_array_that_is_converted_stays_what_it_is(function):
+    array = np.ones(4, dtype=np.float32)
+    with fastinit.on("cpu", "bf16"):
+        tensor = function(array, dtype=torch.bfloat16).mul_(2)
+    assert tensor.tolist() == [2.0] * 4
+    assert array.tolist() == [1.0] * 4

@@ -21,7 +21,8 @@ from ..recipe import Region, Write
 from .block import Block
 from .dispatch import RECORDED, create, wrap
 from .recorded import records
-from .tensors import HALVES, Placeholder, Record, become_real, concrete, stand_for, tensors_in, view_of
+from .records import HALVES, Record, view_of
+from .tensors import Placeholder, become_real, concrete, stand_for, tensors_in
 
 if TYPE_CHECKING:
     from .mode import Mode
@@ -275,6 +276,8 @@ def compute(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     values = func(*args, **kwargs)
     if final is None:
         final = values.dtype
+    if func in _MAY_SHARE and (final in HALVES or device.type != "cpu"):
+        values = values.clone()  # torch converts or moves the caller's data, and leaves it alone
     result = wrap(block, values, final, device)
     return result.requires_grad_() if requires_grad else result
 
@@ -287,6 +290,9 @@ def _host_values(tensor: Placeholder) -> torch.Tensor:
 def _takes_dtype(func: Any) -> bool:
     return func not in (torch.tril_indices, torch.triu_indices)
 
+
+# Factories whose result may be the memory that they are given.
+_MAY_SHARE = {torch.as_tensor, torch.asarray}
 
 # Factories that give the default dtype whatever they are given.
 _ALWAYS = {
