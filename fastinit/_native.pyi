@@ -99,7 +99,7 @@ def build_info() -> _BuildInfo:
     """What was compiled in: CUDA, its version and architectures, and the C++ compiler."""
 
 class Record:
-    """The fields of fastinit.record.tensors.Record, which explains them. All begin as None or False."""
+    """The fields of fastinit.record.records.Record, which explains them. All begin as None or False."""
 
     block: Any
     shape: tuple[int, ...]

@@ -37,7 +37,8 @@ from .context import _readable, on
 from .execution import reserve
 from .layout import compose, flat_box, numel
 from .materialization import initialize
-from .record.tensors import Placeholder, modes_off, new_memory, take_memory
+from .record.records import modes_off
+from .record.tensors import Placeholder, new_memory, take_memory
 from .record.unwritten import Unwritten, memory_to_write, wrote
 from .sharding import is_dtensor, local_boxes, local_tensor
 from .streaming import Transfer, stream

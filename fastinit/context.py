@@ -38,7 +38,8 @@ from .record.block import Block, Empty, current
 from .record.mode import Mode
 from .record.names import name_streams
 from .record.pending import leave_unwritten
-from .record.tensors import concrete, modes_off
+from .record.records import modes_off
+from .record.tensors import concrete
 from .record.unwritten import Origin, origin_of
 
 _DTYPES = {

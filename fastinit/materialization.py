@@ -21,7 +21,8 @@ from .distributed import from_rank_0, is_distributed
 from .execution import allocate, refuse_capture, reserve
 from .layout import Box, Window, numel
 from .record.block import warn_never_initialised
-from .record.tensors import concrete, lock, modes_off, swap_in, view_of
+from .record.records import lock, modes_off, view_of
+from .record.tensors import concrete, swap_in
 from .record.unwritten import (
     Key,
     Origin,

@@ -16,7 +16,8 @@ from torch.nn import init
 
 import fastinit
 from fastinit.record import methods
-from fastinit.record.tensors import Placeholder, Record
+from fastinit.record.records import Record
+from fastinit.record.tensors import Placeholder
 
 
 @contextlib.contextmanager

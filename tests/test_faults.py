@@ -20,7 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fastinit
-from fastinit.record import tensors, unwritten
+from fastinit.record import records, tensors, unwritten
 from fastinit.record.block import current
 
 
@@ -88,12 +88,12 @@ def test_memory_that_is_short_while_values_are_read_leaves_all_of_them_to_come(i
             return allocate(shape, *arguments, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(tensors, "allocate", short)
+            patch.setattr(records, "allocate", short)
             with pytest.raises(torch.OutOfMemoryError, match="planned"):
                 torch.linalg.multi_dot(weights)  # of both at once
         assert len(calls) == 2
 
-    allocate = tensors.allocate
+    allocate = records.allocate
     assert_same_bits(built(lambda: constructor(refused)), built(lambda: constructor(lambda *weights: None)))
 
 

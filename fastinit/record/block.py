@@ -21,7 +21,8 @@ from ..recipe import Write
 from . import fast
 from .calls import streams_in
 from .generator import Generator
-from .tensors import Record, lock, modes_off, swap_in, view_of
+from .records import Record, lock, modes_off, view_of
+from .tensors import swap_in
 
 Empty = Literal[True, "nan", "unchecked"]
 

@@ -18,7 +18,8 @@ from ..layout import contiguous_strides, numel
 from ..native import CONSTANT
 from ..recipe import CALLED, Region, Write
 from .precision import result_dtypes
-from .tensors import HALVES, Placeholder, Record, is_whole, stand_for, view_of
+from .records import HALVES, Record, is_whole, view_of
+from .tensors import Placeholder, stand_for
 
 _HOST = torch.device("cpu")
 

@@ -21,19 +21,8 @@ from ..recipe import Region, Write
 from .block import Block
 from .calls import record_call
 from .precision import WHOLE, result_dtypes
-from .tensors import (
-    HALVES,
-    Placeholder,
-    Record,
-    concrete,
-    has_master,
-    is_in_order,
-    map_tensors,
-    modes_off,
-    stand_for,
-    tensors_in,
-    view_of,
-)
+from .records import HALVES, Record, is_in_order, modes_off, view_of
+from .tensors import Placeholder, concrete, has_master, map_tensors, stand_for, tensors_in
 
 aten = torch.ops.aten
 

@@ -17,7 +17,8 @@ from ..layout import Box
 from ..sharding import is_dtensor, local_boxes, local_tensor
 from .block import Block
 from .dispatch import create
-from .tensors import Placeholder, modes_off, view_of
+from .records import modes_off, view_of
+from .tensors import Placeholder
 from .unwritten import Unwritten, memory_to_write, wrote
 
 

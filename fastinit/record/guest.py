@@ -38,7 +38,8 @@ from .factories import legacy_tensor
 from .mode import Mode, truncated_normal
 from .names import name_streams
 from .pending import leave_unwritten
-from .tensors import Placeholder, become_real, concrete, has_layout_of, has_master, modes_off
+from .records import modes_off
+from .tensors import Placeholder, become_real, concrete, has_layout_of, has_master
 from .unwritten import Unwritten, readable, refuse
 
 # Python objects made between two runs of the garbage collector while a model is created.

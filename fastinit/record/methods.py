@@ -21,7 +21,8 @@ from . import fast as fast_path
 from .block import current
 from .mode import INITIALISERS, TAKES_OVER, Mode
 from .operators import OPERATORS
-from .tensors import Placeholder, Record, leave_behind, lock, stand_for, swap_impl
+from .records import Record, lock
+from .tensors import Placeholder, leave_behind, stand_for, swap_impl
 
 _in_python: Any = Mode.__torch_function__
 

@@ -25,17 +25,8 @@ from .dispatch import wrap
 from .factories import FACTORIES, fill_now, in_functorch, is_fillable, over, with_torchs_dtype
 from .precision import WHOLE
 from .recorded import fill
-from .tensors import (
-    HALVES,
-    Placeholder,
-    become_real,
-    concrete,
-    has_layout_of,
-    has_master,
-    modes_off,
-    tensors_in,
-    use_values,
-)
+from .records import HALVES, modes_off
+from .tensors import Placeholder, become_real, concrete, has_layout_of, has_master, tensors_in, use_values
 
 _TENSOR: Any = torch.Tensor
 

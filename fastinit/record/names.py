@@ -15,7 +15,8 @@ from torch import nn
 
 from .block import Block
 from .calls import streams_in, with_streams
-from .tensors import Placeholder, lock, modes_off
+from .records import lock, modes_off
+from .tensors import Placeholder
 
 # Children that another module only wraps, by what torch.compile, FSDP1 and activation checkpointing call them.
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")

@@ -17,7 +17,8 @@ from ..execution import DTYPES
 from .dispatch import dispatch, take_view
 from .factories import in_functorch
 from .mode import AS_METHODS, Mode
-from .tensors import Placeholder, Record, lock, modes_off, stand_for
+from .records import Record, lock, modes_off
+from .tensors import Placeholder, stand_for
 
 aten = torch.ops.aten
 

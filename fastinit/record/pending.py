@@ -8,7 +8,8 @@ from ..native import CONSTANT
 from . import reading as reading
 from .block import Block
 from .names import prefixes_of
-from .tensors import Placeholder, Record, lock, modes_off
+from .records import Record, lock, modes_off
+from .tensors import Placeholder
 from .unwritten import Key, Origin, Rest, Unwritten, move
 
 
@@ -37,9 +38,9 @@ def leave_unwritten(block: Block) -> None:
             device = torch.device("meta") if block.shard else record.device
             rest = Rest(origin, record.shape, None, record.dtype, device)
             for tensor in record.placeholders():
-                tensor.__class__ = Unwritten  # type: ignore[assignment]
-                tensor._record = rest  # type: ignore[assignment]
-                rest.stands(tensor)  # type: ignore[arg-type]
+                tensor.__class__ = Unwritten
+                tensor._record = rest
+                rest.stands(tensor)
             record.tensors = []  # torch.utils.swap_tensors refuses what has weak references
             if block.shard:
                 move(rest, device)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from .tensors import HALVES, Placeholder, map_tensors, tensors_in, view_of
+from .records import HALVES, view_of
+from .tensors import Placeholder, map_tensors, tensors_in
 
 # What torch has answered, by the operator and what the dtype of its results can depend on.
 _answers: dict[Any, list[torch.dtype]] = {}

@@ -12,7 +12,8 @@ import torch
 
 from ..native import CONSTANT
 from ..recipe import Region, Write
-from .tensors import concrete, is_in_order, is_whole, map_tensors, tensors_in, view_of
+from .records import is_in_order, is_whole, view_of
+from .tensors import concrete, map_tensors, tensors_in
 from .unwritten import Rest, Unwritten, readable, refuse, region_of, rest_of, stand_for
 
 aten = torch.ops.aten

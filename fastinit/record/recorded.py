@@ -17,18 +17,8 @@ from .block import current
 from .calls import record_call
 from .dispatch import RECORDED, create, on_meta, values_dtype
 from .precision import WHOLE
-from .tensors import (
-    LARGEST_MASTER,
-    Placeholder,
-    Record,
-    concrete,
-    has_master,
-    is_dense,
-    is_in_order,
-    is_whole,
-    stand_for,
-    view_of,
-)
+from .records import LARGEST_MASTER, Record, is_dense, is_in_order, is_whole, view_of
+from .tensors import Placeholder, concrete, has_master, stand_for
 
 aten = torch.ops.aten
 

@@ -21,7 +21,8 @@ from ..execution import DTYPES, Fills, allocate
 from ..layout import Box, contiguous_strides, numel
 from ..recipe import Region, Write
 from ..runs import Runs
-from .tensors import attributes_of, deep_copy, is_leaf, lock, modes_off, swap_impl, swap_in, view_of
+from .records import lock, modes_off, view_of
+from .tensors import attributes_of, deep_copy, is_leaf, swap_impl, swap_in
 
 
 class Key:
