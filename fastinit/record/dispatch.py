@@ -53,7 +53,8 @@ class _Operator(NamedTuple):
 
 
 @functools.cache
-def _operator(func: Any) -> _Operator:
+def operator_of(func: Any) -> _Operator:
+    """What there is to know of an operator."""
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
     takes_memory = func in _TAKES_MEMORY
     return _Operator(
@@ -69,7 +70,7 @@ def _operator(func: Any) -> _Operator:
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of an operator, one of whose operands is a placeholder."""
-    operator = _operator(func)
+    operator = operator_of(func)
     if operator.recorded is not None:
         result = operator.recorded(func, *args, **kwargs)
         if result is not NotImplemented:
@@ -156,7 +157,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return waiting
     if block.ran is not None:
         block.ran[str(func.overloadpacket)] += 1
-    operator = _operator(func)
+    operator = operator_of(func)
     if kwargs.get("generator") is not None and has_master(args[0]) and operator.is_mutable:
         return _run_in_its_dtype(func, args, kwargs)
     values: dict[int, torch.Tensor] = {}
@@ -239,7 +240,7 @@ def _run_on_masters(
         given["device"] = _HOST
     if kwargs.get("dtype") in HALVES:
         given["dtype"] = torch.float32
-    operator = _operator(func)
+    operator = operator_of(func)
     if operator.is_random:
         block.generator.resume()
     for each in tensors:
@@ -312,7 +313,7 @@ def _is_fp32(results: Any) -> bool:
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
     """What an operator writes to, by its schema."""
-    if not _operator(func).is_mutable:
+    if not operator_of(func).is_mutable:
         return []
     written = []
     for position, argument in enumerate(func._schema.arguments):

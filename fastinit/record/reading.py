@@ -6,12 +6,14 @@ Those that write one give it memory, those that carry it elsewhere carry its rec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from ..native import CONSTANT
 from ..recipe import Region, Write
+from .dispatch import operator_of
 from .records import is_in_order, is_whole, view_of
 from .tensors import concrete, map_tensors, tensors_in
 from .unwritten import Rest, Unwritten, readable, refuse, region_of, rest_of, stand_for
@@ -26,20 +28,18 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = handler(func, *args, **kwargs)
         if result is not NotImplemented:
             return result
-    if func.namespace == "aten" and func.has_kernel_for_dispatch_key(_COMPOSITE):
+    operator = operator_of(func)
+    if operator.is_composite:
         result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
-    if func.is_view and type(args[0]) is Unwritten:
+    if operator.is_view and type(args[0]) is Unwritten:
         return _view(func, *args, **kwargs)
     fake = _fake_mode((args, kwargs))
     if fake is not None:
         with fake:
             return func(*map_tensors(_like, args), **map_tensors(_like, kwargs))
     return _run(func, args, kwargs)
-
-
-_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 def _fake_mode(operands: Any) -> Any:
@@ -170,13 +170,26 @@ def _handles(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def _view(func: Any, tensor: Unwritten, *args: Any, **kwargs: Any) -> Any:
     rest = rest_of(tensor)
-    meta = view_of(torch.empty(rest.shape, dtype=tensor.dtype, device="meta"), region_of(tensor))
-    geometry = func(meta, *args, **kwargs)
-    results = [geometry] if isinstance(geometry, torch.Tensor) else list(geometry)
-    if any(each.dtype != rest.dtype or each.is_conj() or each.is_neg() for each in results):
+    sizes = [tuple(each) if type(each) is list else each for each in args]
+    options = {name: tuple(each) if type(each) is list else each for name, each in kwargs.items()}
+    regions = _regions(func, rest.shape, region_of(tensor), rest.dtype, *sizes, **options)
+    if regions is None:
         return func(readable(tensor), *args, **kwargs)
-    views = [stand_for(rest, Region(int(each.storage_offset()), tuple(each.shape), each.stride())) for each in results]
-    return views[0] if isinstance(geometry, torch.Tensor) else type(geometry)(views)
+    return [stand_for(rest, each) for each in regions] if isinstance(regions, list) else stand_for(rest, regions)
+
+
+@lru_cache(maxsize=4096)  # the layers of a model are alike
+def _regions(
+    func: Any, shape: tuple[int, ...], region: Region | None, dtype: torch.dtype, *args: Any, **kwargs: Any
+) -> Region | list[Region] | None:
+    """What views of a region of a storage show, as torch computes it on meta; None: not what lies there."""
+    views = func(view_of(torch.empty(shape, dtype=dtype, device="meta"), region), *args, **kwargs)
+    regions = []
+    for each in [views] if isinstance(views, torch.Tensor) else views:
+        if each.dtype != dtype or each.is_conj() or each.is_neg():
+            return None
+        regions.append(Region(int(each.storage_offset()), tuple(each.shape), each.stride()))
+    return regions[0] if isinstance(views, torch.Tensor) else regions
 
 
 @_handles(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
