@@ -270,6 +270,18 @@ RESULTS = {
     "transposed fp64, made contiguous": lambda: _transposed().to(
         torch.get_default_dtype(), memory_format=torch.contiguous_format
     ),
+    "where of whole numbers and one": lambda: torch.where(torch.arange(3) > 1, torch.arange(3), 0.1),
+    "powers of a number": lambda: torch.pow(0.3, torch.arange(3)),
+    "whole numbers times a complex one": lambda: (torch.arange(3) * 1j, torch.exp(1j * torch.arange(3))),
+    "ones in int64 times complex and float": lambda: [torch.ones(2, dtype=torch.int64) * each for each in (1j, 0.1)],
+    "full of a complex number": lambda: torch.full((1,), 1j),
+}
+
+# Of whole numbers alone, or of lists of numbers. In bf16 torch has no such tensors.
+COMPLEX = {
+    "complex number": lambda: (torch.tensor(1j), torch.tensor([1, 2j]), torch.tensor([1j, torch.ones(())])),
+    "sum with a complex number": lambda: torch.ones(2) + 1j,
+    "Fourier transform": lambda: (torch.fft.fft(torch.arange(4)), torch.fft.rfft(torch.ones(4, dtype=torch.int64))),
 }
 
 
@@ -290,6 +302,43 @@ def test_a_result_has_the_dtype_that_it_has_under_torchs_default_dtype(name, dty
         if isinstance(ours, torch.Tensor):
             ours, theirs = (each.to_dense().to(torch.complex128) for each in (ours, theirs))
             assert torch.allclose(ours, theirs, rtol=0.02, atol=0.01), (ours, theirs)
+
+
+# Torch does not narrow what it computes.
+@pytest.mark.parametrize("name", [name for name in (*RESULTS, *COMPLEX) if name != "norm in fp32"])
+def test_a_result_is_torchs_own_under_a_default_of_float64_that_the_code_sets(name):
+    def doubled():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            return quiet({**RESULTS, **COMPLEX}[name])
+        finally:
+            torch.set_default_dtype(before)
+
+    right = tree_leaves(plain(doubled, "fp32"))
+    got = tree_leaves(inside(doubled))
+    assert [_kind(leaf) for leaf in got] == [_kind(leaf) for leaf in right]
+    for ours, theirs in zip(got, right, strict=True):
+        if isinstance(ours, torch.Tensor):
+            ours, theirs = (each.to_dense().to(torch.complex128) for each in (ours, theirs))
+            assert torch.equal(ours, theirs), (ours, theirs)
+
+
+@pytest.mark.parametrize("given", [torch.DoubleTensor, "torch.DoubleTensor"])
+@over_dtypes
+def test_a_default_tensor_type_that_the_code_sets_is_a_default_dtype_of_the_block(dtype, given):
+    def doubled():
+        quiet(lambda: torch.set_default_tensor_type(given))
+        return torch.get_default_dtype(), (torch.arange(2) / 3).dtype, nn.Linear(1, 1).weight.dtype
+
+    assert set(inside(doubled, dtype)) == {torch.float64}
+    assert torch.get_default_dtype() == (torch.arange(2) / 3).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["complex number", "sum with a complex number"])
+def test_complex_numbers_in_fp16_have_torchs_dtype(name):
+    right, got = quiet(lambda: [tree_leaves(run(COMPLEX[name], "fp16")) for run in (plain, inside)])
+    assert [leaf.dtype for leaf in got] == [leaf.dtype for leaf in right]
 
 
 def _kind(leaf):

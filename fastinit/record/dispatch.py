@@ -20,7 +20,7 @@ from ..layout import contiguous_strides, numel
 from ..recipe import Region, Write
 from .block import Block
 from .calls import record_call
-from .precision import WHOLE, result_dtypes
+from .precision import SINGLE, WHOLE, in_doubles, result_dtypes
 from .records import HALVES, Record, is_in_order, modes_off, view_of
 from .tensors import Placeholder, concrete, has_master, map_tensors, stand_for, tensors_in
 
@@ -253,8 +253,10 @@ def _run_on_masters(
             return results
     if block.default_dtype == torch.float64 and all(each.dtype in WHOLE for each in tensors):
         # Of integers torch makes its default dtype, which is another one in the process.
-        floats = {id(each): value.double() for each, value in _with_values(placeholders, values)}
-        results = _call(func, args, given, floats) if _is_fp32(results) else results
+        if isinstance(results, torch.Tensor) and results.dtype in SINGLE:
+            results = in_doubles(
+                lambda *args, **kwargs: _call(func, args, kwargs, {}), *_on_values(args, given, values)
+            )
     if not tensors_in(results):
         return results
     if device is None:
@@ -297,18 +299,18 @@ def on_meta(tensor: Placeholder) -> torch.Tensor:
 
 
 def _call(func: Any, args: Any, kwargs: Any, values: dict[int, torch.Tensor]) -> Any:
-    def replaced(tensor: torch.Tensor) -> torch.Tensor:
-        return values.get(id(tensor), tensor)
-
-    args, kwargs = map_tensors(replaced, args), map_tensors(replaced, kwargs)
+    args, kwargs = _on_values(args, kwargs, values)
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             return func(*args, **kwargs)
     return func(*args, **kwargs)
 
 
-def _is_fp32(results: Any) -> bool:
-    return isinstance(results, torch.Tensor) and results.dtype == torch.float32
+def _on_values(args: Any, kwargs: Any, values: dict[int, torch.Tensor]) -> tuple[Any, Any]:
+    def replaced(tensor: torch.Tensor) -> torch.Tensor:
+        return values.get(id(tensor), tensor)
+
+    return map_tensors(replaced, args), map_tensors(replaced, kwargs)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:

@@ -149,6 +149,9 @@ def _full(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
         result = _create(mode, _size((size,), {}), options, (CONSTANT, (float(value),)))
         if result is not NotImplemented:
             return result
+    is_complex = value.is_complex() if isinstance(value, torch.Tensor) else isinstance(value, complex)
+    if is_complex and options.get("dtype") is None and mode.block.default_dtype == torch.float64:
+        kwargs = {**kwargs, "dtype": torch.complex128}  # of any other default, torch makes complex64
     return compute(mode, func, *args, **kwargs)
 
 
@@ -329,6 +332,8 @@ def _dtype_of_data(data: Any, default: torch.dtype) -> torch.dtype | None:
             own = torch.tensor(each).dtype
         elif type(each) is float:
             own = default
+        elif type(each) is complex:
+            own = default.to_complex()
         elif type(each) in (bool, int):
             own = torch.bool if type(each) is bool else torch.int64
         else:

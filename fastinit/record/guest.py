@@ -96,6 +96,7 @@ def _install() -> None:
         _restore.append(lambda: gc.set_threshold(*thresholds))
     _replace(torch, "get_default_dtype", _default_dtype)
     _replace(torch, "set_default_dtype", _set_default_dtype)
+    _replace(torch, "set_default_tensor_type", _set_default_tensor_type)
     _replace(torch, "get_default_device", _default_device)
     for owner in (torch, torch.random):
         _replace(owner, "get_rng_state", _get_rng_state)
@@ -184,6 +185,22 @@ def _set_default_dtype(function: Any) -> Any:
             block.default_dtype = d
 
     return set_default_dtype
+
+
+def _set_default_tensor_type(function: Any) -> Any:
+    """The older way to say it, by ``torch.DoubleTensor`` or its name."""
+
+    @functools.wraps(function)
+    def set_default_tensor_type(t: Any, /) -> None:
+        block = current.get()
+        kind = getattr(torch, t.removeprefix("torch."), None) if isinstance(t, str) else t
+        dtype = getattr(kind, "dtype", None)
+        if block is None or dtype is None or kind.is_cuda:
+            function(t)
+        else:
+            torch.set_default_dtype(dtype)
+
+    return set_default_tensor_type
 
 
 def _default_device(function: Any) -> Any:

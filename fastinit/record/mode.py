@@ -14,7 +14,6 @@ import torch
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
-from torch.utils._pytree import tree_map_only
 
 from .. import native
 from ..execution import can_fill
@@ -23,7 +22,7 @@ from . import existing
 from .block import Block, current
 from .dispatch import wrap
 from .factories import FACTORIES, fill_now, in_functorch, is_fillable, over, with_torchs_dtype
-from .precision import WHOLE
+from .precision import SINGLE, WHOLE, in_doubles, of_default
 from .recorded import fill
 from .records import HALVES, modes_off
 from .tensors import Placeholder, become_real, concrete, has_layout_of, has_master, tensors_in, use_values
@@ -60,7 +59,7 @@ _VIEWS = frozenset(
 ) | {_TENSOR.T.__get__, _TENSOR.mT.__get__, _TENSOR.H.__get__, _TENSOR.mH.__get__}
 
 # Results in these are looked at once more.
-_PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
+_PRECISIONS = (*SINGLE, *HALVES)
 
 _CONVERTS = {torch.Tensor.to, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.type, torch.Tensor.type_as}
 
@@ -214,9 +213,10 @@ class Mode(native.Mode, TorchFunctionMode):
             return result
         with modes_off():
             if default is torch.float64:
-                doubles: torch.Tensor = func(*tree_map_only(torch.Tensor, torch.Tensor.double, args), **kwargs)
+                doubles: torch.Tensor = in_doubles(func, args, kwargs)
                 return doubles
-            return wrap(self.block, result, default, result.device) if result.is_cpu else result.to(default)
+            dtype = of_default(result.dtype, default)
+            return wrap(self.block, result, dtype, result.device) if result.is_cpu else result.to(dtype)
 
     def factory_device(self) -> torch.device:
         """Where a factory without a device argument puts its result: an inner ``torch.device`` context wins."""

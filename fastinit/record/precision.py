@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ def result_dtypes(func: Any, args: Any, kwargs: Any, results: Any, default: torc
     operands = tensors_in((args, kwargs))
     computed = [each.dtype for each in tensors_in(results)]
     if not any(each.dtype in HALVES for each in operands) and kwargs.get("dtype") not in HALVES:
-        whole = kwargs.get("dtype") is None and all(each.dtype in WHOLE for each in operands)
-        # Of integers torch makes its default dtype, which is fp32 in the process and may be another one in the block.
-        return [default if whole and dtype == torch.float32 else dtype for dtype in computed]
-    if torch.float32 not in computed:
+        if kwargs.get("dtype") is not None or any(each.dtype not in WHOLE for each in operands):
+            return computed
+        return [of_default(dtype, default) for dtype in computed]
+    if not any(dtype in SINGLE for dtype in computed):
         return computed
     key = (func, tuple(map(_kind, args)), tuple((name, _kind(value)) for name, value in kwargs.items()))
     answer = _answers.get(key)
@@ -38,7 +39,34 @@ def result_dtypes(func: Any, args: Any, kwargs: Any, results: Any, default: torc
     return answer if len(answer) == len(computed) else _with_promoted(operands, computed)
 
 
+# What torch makes of whole numbers where its default dtype is fp32.
+SINGLE = (torch.float32, torch.complex64)
+
 WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def of_default(dtype: torch.dtype, default: torch.dtype) -> torch.dtype:
+    """The dtype that torch gives for this one, made of whole numbers alone, where the default dtype is another one."""
+    return {torch.float32: default, torch.complex64: default.to_complex()}.get(dtype, dtype)
+
+
+def in_doubles(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What torch gives for whole numbers where its default dtype is fp64, for a result that is not whole."""
+    try:
+        return function(*map_tensors(torch.Tensor.double, args), **map_tensors(torch.Tensor.double, kwargs))
+    except RuntimeError:
+        # Conditions stay what they are, and numbers bring the precision.
+        return function(*_exact(args), **_exact(kwargs))
+
+
+def _exact(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _exact(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_exact, value))
+    if isinstance(value, float):
+        return torch.tensor(value, dtype=torch.float64)
+    return value.double() if isinstance(value, torch.Tensor) and value.dtype != torch.bool else value
 
 
 def _kind(value: Any) -> Any:
