@@ -195,7 +195,7 @@ def _set_default_tensor_type(function: Any) -> Any:
         block = current.get()
         kind = getattr(torch, t.removeprefix("torch."), None) if isinstance(t, str) else t
         dtype = getattr(kind, "dtype", None)
-        if block is None or dtype is None or kind.is_cuda:
+        if block is None or kind is None or dtype is None or kind.is_cuda:
             function(t)
         else:
             torch.set_default_dtype(dtype)
