@@ -7,6 +7,7 @@ and never raw memory.
 import copy
 import io
 import pickle
+import re
 import warnings
 
 import pytest
@@ -314,10 +315,12 @@ def test_whoever_uses_it_is_refused_by_its_name(make, use, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_scripted_modules_are_refused_though_torchscript_leaves_out_why(make):
+def test_scripted_modules_are_refused_and_the_log_tells_what_torchscript_leaves_out(make, caplog):
     scripted = torch.jit.script(make())
-    with pytest.raises(RuntimeError, match="failed in the TorchScript interpreter"):
-        scripted(X)
+    with caplog.at_level("INFO", "fastinit"):
+        with pytest.raises(RuntimeError, match="failed in the TorchScript interpreter"):
+            scripted(X)
+    assert re.search(r"fastinit: first\.(weight|bias) .*was created without values", caplog.text)
 
 
 def test_whoever_asks_for_an_address_gets_initialised_memory():

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..execution import DTYPES, Fills, allocate
 from ..layout import Box, contiguous_strides, numel
+from ..log import logger
 from ..recipe import Region, Write
 from ..runs import Runs
 from .records import lock, modes_off, view_of
@@ -223,10 +224,12 @@ def refuse(tensor: Unwritten, what: str = "") -> NoReturn:
     """Say that a tensor has no values yet, by its name, and what to do about it."""
     rest = tensor._record
     how = "nothing has written it since" if rest.memory is None else "it has been written only in part since"
-    raise RuntimeError(
+    message = (
         f"fastinit: {rest.origin.name} (shape {tuple(tensor.shape)}, {tensor.dtype}) was created without values, and "
         f"{how}{what}. {rest.origin.remedy}"
     )
+    logger.info(message)  # TorchScript's interpreter reports an error of its own, without any message
+    raise RuntimeError(message)
 
 
 def refuse_placeless(origin: Origin) -> NoReturn:
