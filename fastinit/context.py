@@ -260,14 +260,11 @@ class on:
 
         @functools.wraps(func)
         def decorated(*args: Any, **kwargs: Any) -> Any:
-            with self._recreate_cm():
+            # It may call itself or run in several threads: each call gets a context of its own.
+            with copy.copy(self):
                 return func(*args, **kwargs)
 
         return decorated  # type: ignore[return-value]
-
-    def _recreate_cm(self) -> on:
-        # A decorated function may call itself or run in several threads: each call gets a context of its own.
-        return copy.copy(self)
 
     @not_compiled
     def __enter__(self) -> Report:
