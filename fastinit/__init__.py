@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .checkpoint import LoadReport, load
 from .checkpoint_files import CheckpointError
-from .context import Report, on
+from .context import on
 from .fills import empty, fill_
 from .layout import Window
 from .materialization import initialize, materialize, param_init_fn, uninitialized
 from .recipe import Constant, Normal, TruncatedNormal, Uniform
 from .record.guest import uninstall
+from .report import Report
 
 if TYPE_CHECKING:
     from . import accelerate, deepspeed, lightning

@@ -33,13 +33,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from .checkpoint_files import Checkpoint, CheckpointError
-from .context import _readable, on
+from .context import on
 from .execution import reserve
 from .layout import compose, flat_box, numel
 from .materialization import initialize
 from .record.records import modes_off
 from .record.tensors import Placeholder, new_memory, take_memory
 from .record.unwritten import Unwritten, memory_to_write, wrote
+from .report import readable
 from .sharding import is_dtensor, local_boxes, local_tensor
 from .streaming import Transfer, stream
 
@@ -76,7 +77,7 @@ class LoadReport:
 
     def __str__(self) -> str:
         return (
-            f"loaded {_readable(self.bytes)} in {self.seconds:.2f} s: {len(self.missing)} missing, "
+            f"loaded {readable(self.bytes)} in {self.seconds:.2f} s: {len(self.missing)} missing, "
             f"{len(self.unexpected)} unexpected, {len(self.converted)} converted"
         )
 

@@ -1,4 +1,4 @@
-"""`on`: the context in which models are created, and the report that it gives.
+"""`on`: the context in which models are created.
 
 Private: it may change with any version.
 """
@@ -14,24 +14,19 @@ import inspect
 import logging
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-if sys.platform != "win32":
-    import resource
-
 from .compiler import go_on_compiling, not_compiled, stop_compiling
 from .distributed import from_rank_0, is_distributed
-from .execution import NATIVE_DEVICES, refuse_capture
+from .execution import NATIVE_DEVICES, Timing, refuse_capture
 from .log import logger
 from .record import guest
 from .record.block import Block, Empty, current
@@ -41,6 +36,7 @@ from .record.pending import leave_unwritten
 from .record.records import modes_off
 from .record.tensors import concrete
 from .record.unwritten import Origin, origin_of
+from .report import Report, finish, start
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -66,89 +62,15 @@ _DTYPES = {
 class Partitioner(Protocol):
     """What `on(shard=...)` takes for engines that partition parameters when they are created."""
 
-    def place(self, parameters: list[tuple[torch.nn.Module, str, torch.nn.Parameter, Origin | None]]) -> None:
+    def place(
+        self, parameters: list[tuple[torch.nn.Module, str, torch.nn.Parameter, Origin | None]], timing: Timing
+    ) -> None:
         """Take over the parameters of a context that has just ended.
 
         They come as (owner, name there, parameter, recipe), in one order on every rank, tied ones with each of their
         owners. A parameter is on the meta device with a recipe, or has the values that the constructor computed.
+        The time of memory and fills goes to `timing`.
         """
-
-
-@dataclass(slots=True)
-class Report:
-    """What one context did; complete once the context has ended.
-
-    Attributes:
-        device, dtype, seed: where, in what, and from which key.
-        streams: "order", or "name" if names decide what is drawn.
-        parameters: number of elements of all parameters that modules own, each counted once.
-        bytes: their size.
-        fills_executed: fills that were run, constants included.
-        fills_dropped: fills that never ran because something overwrote the tensor first.
-        fills_deferred: fills that `empty` has left to `fastinit.initialize`, or to nobody.
-        fills_by_order: random fills whose order decides what they draw, although names were to do that.
-        seconds: wall time inside the context. Fills on a GPU are asynchronous and may still be running.
-        seconds_python: what of it was spent on the constructor and on recording it.
-        seconds_allocation: what of it was spent on giving tensors their memory.
-        seconds_fills: how long the fills took: on the CPU the rest of the wall time; on a GPU, where they run beside
-            the constructor and after it, the time on the GPU. Reading it then waits for them.
-        peak_memory: bytes by which the device's peak of allocated memory exceeds what was allocated at the start; on
-            the CPU, by which the peak of the process's resident memory grew (0 on Windows, which does not tell, and on
-            devices of other kinds).
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    seed: int
-    streams: Literal["order", "name"] = "order"
-    parameters: int = 0
-    bytes: int = 0
-    fills_executed: int = 0
-    fills_dropped: int = 0
-    fills_deferred: int = 0
-    fills_by_order: int = 0
-    seconds: float = 0.0
-    seconds_python: float = 0.0
-    seconds_allocation: float = 0.0
-    peak_memory: int = 0
-    _run_seconds: float = field(default=0.0, repr=False)
-    _fill_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list, repr=False)
-    _started: float = field(default=0.0, repr=False)
-    _memory: int = field(default=0, repr=False)
-
-    def __str__(self) -> str:
-        deferred = f", {self.fills_deferred} deferred" if self.fills_deferred else ""
-        if self.streams == "name":
-            deferred += f", streams by name ({self.fills_by_order} by order)"
-        return (
-            f"{self.parameters:,} parameters, {_readable(self.bytes)} in {str(self.dtype).removeprefix('torch.')} "
-            f"on {self.device}: {self.fills_executed} fills executed, {self.fills_dropped} dropped{deferred}, "
-            f"{self.seconds * 1e3:.1f} ms, peak memory {_readable(self.peak_memory)}"
-        )
-
-    @property
-    def seconds_fills(self) -> float:
-        if not self._fill_events:
-            return self._run_seconds
-        for _, after in self._fill_events:
-            after.synchronize()
-        seconds: float = sum(before.elapsed_time(after) for before, after in self._fill_events) / 1e3
-        return seconds
-
-    def _start(self) -> None:
-        self._memory = _allocated_bytes(self.device)
-        self._started = time.perf_counter()
-
-    def _finish(self, block: Block) -> None:
-        self.seconds = time.perf_counter() - self._started
-        self.seconds_allocation = block.allocation_seconds
-        self.seconds_python = self.seconds - block.allocation_seconds - block.run_seconds
-        self._run_seconds, self._fill_events = block.run_seconds, block.fill_events
-        self.peak_memory = max(_peak_bytes(self.device) - self._memory, 0)
-        self.fills_executed = block.executed
-        self.fills_dropped = block.dropped
-        self.fills_deferred = block.deferred
-        self.fills_by_order = len(block.by_order)
 
 
 class _Entered(NamedTuple):
@@ -298,8 +220,7 @@ class on:
         block.seed_agreed = agreed
         if logger.isEnabledFor(logging.INFO):
             block.ran = Counter()
-        report = Report(device, dtype, seed, "order" if self._rename is None else "name")
-        report._start()
+        report = start(device, dtype, seed, "order" if self._rename is None else "name")
         guest.install()
         try:
             block.generator.enter()
@@ -353,7 +274,8 @@ class on:
                             for module in block.seen_modules()
                             for name, parameter in module._parameters.items()
                             if parameter is not None
-                        ]
+                        ],
+                        block.timing,
                     )
             if exc_type is None:
                 block.warn_of_order()
@@ -361,7 +283,7 @@ class on:
             outer = current.get()
             block.generator.leave(None if outer is None else outer.generator)
             guest.remove()
-            report._finish(block)
+            finish(report, block)
             if block.ran is not None:
                 _log(report, block.ran)
             go_on_compiling(compiler)
@@ -534,29 +456,3 @@ def _tell_of_build() -> None:
             "values are computed on the host and copied: this build of fastinit has no CUDA; for fills on the GPU "
             "install a CUDA compiler (nvcc) and reinstall torch-fastinit with FASTINIT_CUDA=1"
         )
-
-
-def _allocated_bytes(device: torch.device) -> int:
-    return _cuda_bytes(device, "current") if device.type == "cuda" else _peak_bytes(device)
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return _cuda_bytes(device, "peak")
-    if device.type != "cpu" or sys.platform == "win32":
-        return 0  # not known there
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _cuda_bytes(device: torch.device, which: str) -> int:
-    # torch.cuda.max_memory_allocated asks for the same numbers, and flattens all the others on the way.
-    nbytes: int = torch.cuda.memory.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"][which]
-    return nbytes
-
-
-def _readable(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.4g} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.4g} GiB"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .execution import allocate, reserve
+from .execution import Timing, allocate, reserve
 from .layout import flat_box, numel
 from .record.block import warn_never_initialised
 from .record.tensors import swap_in
@@ -84,12 +84,13 @@ class Zero3:
         self.device: torch.device = init.local_device
         self.slice_device = torch.device("cpu") if init.remote_device == "cpu" else self.device
 
-    def place(self, parameters: Sequence[_Owned]) -> None:
+    def place(self, parameters: Sequence[_Owned], timing: Timing) -> None:
         """Turn parameters into ZeRO-3 partitions, in this order, which has to be the same on all ranks.
 
         Args:
             parameters: of modules, with their names there; tied ones under each of them. Those with a recipe are on the
                 meta device, the others have values.
+            timing: gets what memory and fills take.
 
         Raises:
             ValueError: the context's device or dtype is not the one that the configuration trains with, or a parameter
@@ -99,8 +100,9 @@ class Zero3:
             new = {id(each[2]): each for each in parameters if not hasattr(each[2], "ds_id")}
             self._refuse(list(new.values()))
             partitions = [(each, self._slices(*each[2:])) for each in new.values()]
-            self._allocate([slices for _, slices in partitions])
-            self._fill(partitions)
+            with timing.allocating():
+                self._allocate([slices for _, slices in partitions])
+            self._fill(partitions, timing)
             # Only now, when nothing is left that fails.
             for (_, _, parameter, origin), slices in partitions:
                 self._hand_over(parameter, origin, slices)
@@ -160,7 +162,7 @@ class Zero3:
 
                     each.memory = get_accelerator().pin_memory(each.memory)
 
-    def _fill(self, partitions: Sequence[tuple[_Owned, list[_Slice]]]) -> None:
+    def _fill(self, partitions: Sequence[tuple[_Owned, list[_Slice]]], timing: Timing) -> None:
         pieces = []
         for (module, name, parameter, origin), slices in partitions:
             for each in slices:
@@ -173,7 +175,7 @@ class Zero3:
                     each.memory[count:].zero_()
             if origin is not None and not origin.recipe:
                 warn_never_initialised(f"{type(module).__name__}.{name}", origin.shape)
-        write_pieces(pieces)
+        write_pieces(pieces, timing)
 
     def _hand_over(self, parameter: nn.Parameter, origin: Origin | None, slices: Sequence[_Slice]) -> None:
         """Let DeepSpeed see a parameter of the right shape, dtype and device, which has been partitioned already."""

@@ -8,7 +8,9 @@ Private: it may change with any version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -91,6 +93,44 @@ def reserve(sizes: Iterable[int], device: torch.device) -> None:
     except torch.OutOfMemoryError:
         # Memory may still do in pieces; if it does not, the tensor that fails names itself.
         return
+
+
+class Timing:
+    """What giving tensors memory and values takes.
+
+    Attributes:
+        executed: number of fills.
+        allocation, fills: host seconds for memory, and for running fills or enqueueing them.
+        events: pairs of events around what was enqueued on a GPU.
+    """
+
+    def __init__(self) -> None:
+        self.executed = 0
+        self.allocation = 0.0
+        self.fills = 0.0
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def allocating(self) -> Iterator[None]:
+        """Count what is done here as allocation, but for the fills that are run here."""
+        began, filled = time.perf_counter(), self.fills
+        yield
+        self.allocation += time.perf_counter() - began - (self.fills - filled)
+
+    def run(self, fills: Fills) -> None:
+        """Run collected fills, and count them."""
+        began = time.perf_counter()
+        on_gpu = fills.device.type == "cuda" and fills.count
+        if on_gpu:
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record(torch.cuda.current_stream(fills.device))
+        fills.run()
+        if on_gpu:
+            after.record(torch.cuda.current_stream(fills.device))
+            self.events.append((before, after))
+        self.executed += fills.count
+        fills.count = 0
+        self.fills += time.perf_counter() - began
 
 
 # What native.Batch.add_region takes.

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .distributed import from_rank_0, is_distributed
-from .execution import allocate, refuse_capture, reserve
+from .execution import Timing, allocate, refuse_capture, reserve
 from .layout import Box, Window, numel
 from .record.block import warn_never_initialised
 from .record.records import lock, modes_off, view_of
@@ -38,6 +38,7 @@ from .record.unwritten import (
     settle,
     write_pieces,
 )
+from .report import Report, adding_to
 from .sharding import is_dtensor, is_on_meta, local_boxes, local_tensor
 
 Slices = tuple[slice, ...]
@@ -169,6 +170,7 @@ def materialize(
     *,
     window: Callable[[str, tuple[int, ...]], Slices | None] | None = None,
     empty: bool = False,
+    report: Report | None = None,
 ) -> list[str]:
     """Give the parameters of a model that was created with ``fastinit.on(..., shard=True)`` their memory and values.
 
@@ -185,6 +187,7 @@ def materialize(
             all. Like Python's, slices end where the tensor does. The parameter becomes a plain tensor of that part.
         empty: do not give values, which a checkpoint will. `uninitialized` names what it has not supplied,
             `initialize` and this function write that.
+        report: what ``fastinit.on`` gave; this call's time, memory and fills are added to it.
 
     Returns:
         The full names of the parameters that were given values (with ``empty``, a device).
@@ -208,7 +211,7 @@ def materialize(
     _require_module("materialize", model)
     if empty and window is not None:
         raise ValueError("fastinit.materialize: empty=True and window= exclude each other; load the windows yourself")
-    with lock, modes_off(), torch.no_grad():
+    with adding_to(report) as timing, lock, modes_off(), torch.no_grad():
         named = unwritten_tensors(model)
         _refuse_unrecorded(_tensors(model), named)
         named = _with_agreed_seeds(named)
@@ -222,7 +225,7 @@ def materialize(
                 if each.tensor is not each.unwritten:
                     remake(each.tensor)
         else:
-            _give_values(named, device, window)
+            _give_values(named, device, window, timing)
         return [each.name for each in named]
 
 
@@ -284,15 +287,18 @@ def _give_values(
     named: list[Named],
     device: str | torch.device | None = None,
     window: Callable[..., Slices | None] | None = None,
+    timing: Timing | None = None,
 ) -> None:
     """Allocate and write what this rank holds of each tensor; after an error, all of them are as before."""
+    timing = timing or Timing()
     _refuse_unfit(named)
     devices = [_device_of(each, device) for each in named]
     windows = [None if window is None else _checked_window(window, each) for each in named]
     work = list(zip(named, devices, windows, strict=True))
     for target in dict.fromkeys(devices):
         refuse_capture(target)
-        reserve([_size(each, part) for each, where, part in work if where == target], target)
+        with timing.allocating():
+            reserve([_size(each, part) for each, where, part in work if where == target], target)
     # One memory for each storage, however many tensors of the model show it.
     memories: dict[int, torch.Tensor] = {}
     pieces: list[Piece] = []
@@ -304,7 +310,8 @@ def _give_values(
         shape = rest.shape if part is None else _extent(part)
         memory = rest.memory
         if memory is None:
-            memory = allocate(shape, rest.dtype, target, name_of=partial(getattr, origin, "name"))
+            with timing.allocating():
+                memory = allocate(shape, rest.dtype, target, name_of=partial(getattr, origin, "name"))
         else:
             partly.append(rest)
         memories[id(rest)] = memory
@@ -327,7 +334,7 @@ def _give_values(
     with ExitStack() as kept:
         for rest in partly:
             kept.enter_context(rest.keeping_what_is_written())
-        write_pieces(pieces)
+        write_pieces(pieces, timing)
     # Only now, when nothing is left that fails.
     rests = [each.rest for each in named]
     for each, rest, part in zip(named, rests, windows, strict=True):

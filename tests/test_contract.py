@@ -1134,3 +1134,14 @@ def test_the_report_splits_the_time():
     parts = (init.seconds_python, init.seconds_allocation, init.seconds_fills)
     assert all(part > 0 for part in parts)
     assert sum(parts) == pytest.approx(init.seconds)
+
+
+def test_materialize_adds_what_it_does_to_the_report():
+    with fastinit.on("cpu", "bf16", seed=0, shard=True) as init:
+        model = torch.nn.Sequential(*[torch.nn.Linear(256, 256) for _ in range(8)])
+    assert init.fills_executed == 0 and init.seconds_fills == 0.0
+    before = init.seconds
+    fastinit.materialize(model, report=init)
+    parts = (init.seconds_python, init.seconds_allocation, init.seconds_fills)
+    assert init.fills_executed == 16 and init.seconds > before
+    assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(init.seconds)

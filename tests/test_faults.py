@@ -213,7 +213,7 @@ class InterruptedLater:
 
     done = False
 
-    def place(self, parameters):
+    def place(self, parameters, timing):
         signal.raise_signal(signal.SIGINT)
         time.sleep(0.01)  # Python looks for signals on the way
         self.done = True

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastinit
-from fastinit.context import Report
+from fastinit.report import Report
 
 from .measure import default_dtype, warm_memory
 from .peers import Unsupported

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 import warnings
 import weakref
 from collections import Counter, OrderedDict, deque
@@ -16,7 +15,7 @@ from typing import Literal
 import torch
 
 from .. import native
-from ..execution import Fills, allocate, reserve
+from ..execution import Fills, Timing, allocate, reserve
 from ..recipe import Write
 from . import fast
 from .calls import streams_in
@@ -53,9 +52,8 @@ class Block(native.Block):
         rename: from a tensor's name to the one that decides its streams; None if their order does.
         defers: operators on what is random wait with it.
         seed_agreed: all ranks have the seed.
-        executed, dropped, deferred: numbers of fills.
-        allocation_seconds, run_seconds: host time for giving tensors memory, and for running fills or enqueueing them.
-        fill_events: pairs of events around what was enqueued on a GPU.
+        timing: of memory and values, with the number of fills that were executed.
+        dropped, deferred: numbers of other fills.
         ran: how often torch itself ran which operation; None where nobody wants to know.
         by_name: streams that names have decided.
         by_order: other streams, though names were to decide them, and what each was for; None: for nothing of note.
@@ -86,12 +84,9 @@ class Block(native.Block):
         # Names are known at the end, and what is computed from random values cannot be before they are.
         self.defers = shard or bool(empty) or rename is not None
         self.seed_agreed = False
-        self.executed = 0
+        self.timing = Timing()
         self.dropped = 0
         self.deferred = 0
-        self.allocation_seconds = 0.0
-        self.run_seconds = 0.0
-        self.fill_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.ran: Counter[str] | None = None
         self.by_name: set[int] = set()
         self.by_order: dict[int, str | None] = {}
@@ -116,18 +111,7 @@ class Block(native.Block):
 
     def run(self, fills: Fills) -> None:
         """Run collected fills, and count them."""
-        started = time.perf_counter()
-        on_gpu = fills.device.type == "cuda" and fills.count
-        if on_gpu:
-            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            before.record(torch.cuda.current_stream(fills.device))
-        fills.run()
-        if on_gpu:
-            after.record(torch.cuda.current_stream(fills.device))
-            self.fill_events.append((before, after))
-        self.executed += fills.count
-        fills.count = 0
-        self.run_seconds += time.perf_counter() - started
+        self.timing.run(fills)
 
     # --- streams by name ------------------------------------------------------------------------------------------
 
@@ -257,7 +241,8 @@ class Block(native.Block):
             given: list[tuple[Record, torch.Tensor]] = []
             plain: list[Record | torch.Tensor] = []
             for segment in _segments([record for record in records if record.memory is None]):
-                self._give_memory(segment, given, plain)
+                with self.timing.allocating():
+                    self._give_memory(segment, given, plain)
             # Only now, when nothing is left that fails.
             for record, memory in given:
                 record.become_resident(memory)
@@ -272,7 +257,6 @@ class Block(native.Block):
         self, segment: list[Record], given: list[tuple[Record, torch.Tensor]], plain: list[Record | torch.Tensor]
     ) -> None:
         """Add records of one device with their memory to `given`, or to `plain` what the fast path serves."""
-        started, ran = time.perf_counter(), self.run_seconds
         device = segment[0].device
         reserve(map(attrgetter("nbytes"), segment), device)
         fills, size = Fills(self.seed, device), 0
@@ -288,7 +272,6 @@ class Block(native.Block):
                 self.run(fills)
                 size = 0
         self.run(fills)
-        self.allocation_seconds += time.perf_counter() - started - (self.run_seconds - ran)
 
     def _give_memory_to(self, record: Record, given: list[tuple[Record, torch.Tensor]], fills: Fills) -> int:
         """Give one record memory; the bytes that its fills add to the batch."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..execution import DTYPES, Fills, allocate
+from ..execution import DTYPES, Fills, Timing, allocate
 from ..layout import Box, contiguous_strides, numel
 from ..log import logger
 from ..recipe import Region, Write
@@ -193,8 +193,9 @@ class Piece(NamedTuple):
     boxes: list[Box] | None
 
 
-def write_pieces(pieces: list[Piece]) -> None:
+def write_pieces(pieces: list[Piece], timing: Timing | None = None) -> None:
     """Give memory the values that recipes have for it, all of it together, rounded once to its dtype."""
+    timing = timing or Timing()
     fills: dict[tuple[int, torch.device], Fills] = {}
     for target, origin, boxes in pieces:
         if not target.numel():
@@ -202,7 +203,7 @@ def write_pieces(pieces: list[Piece]) -> None:
         dtype = _values_dtype(origin.dtype, target.dtype)
         if dtype != target.dtype:
             values = torch.empty_strided(target.shape, target.stride(), dtype=dtype, device="cpu").copy_(target)
-            write_pieces([Piece(values, origin, boxes)])
+            write_pieces([Piece(values, origin, boxes)], timing)
             target.copy_(values)
             continue
         seed = origin.key.seed
@@ -210,7 +211,7 @@ def write_pieces(pieces: list[Piece]) -> None:
         each.write(target, origin.recipe, boxes, elements=numel(origin.shape))
         torch.autograd.graph.increment_version(target)
     for each in fills.values():
-        each.run()
+        timing.run(each)
 
 
 def _values_dtype(created: torch.dtype, target: torch.dtype) -> torch.dtype:
