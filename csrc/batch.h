@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "fill.h"
+#include "validation.h"
 
 namespace fastinit {
 

@@ -13,6 +13,7 @@
 #include "cpu/fill.h"
 #include "cpu/float_environment.h"
 #include "cpu/isa.h"
+#include "validation.h"
 
 using namespace fastinit;
 

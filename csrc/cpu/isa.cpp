@@ -3,6 +3,8 @@
 
 #include <cstdlib>
 
+#include "../validation.h"
+
 #if defined(FASTINIT_X86)
 #include <cpuid.h>
 #endif
