@@ -2,6 +2,7 @@
 # make test      the test suite (also on a machine without a GPU)
 # make test-versions  the core of it with each Python of this machine, from the oldest torch to the newest; ARGS="3.10 3.12" for these
 # make test-libraries  models of timm, diffusers, peft, PyG and many more, made by torch and by fastinit; installs them, 3 GB
+# make bench     all of benchmarks/, with tables and a picture; ARGS="--quick -k fills"
 # make zoo       every architecture of transformers and module of torch.nn, by torch and by fastinit; writes docs/conformance.md
 # make fuzz      20,000 random programs against an eager reference; ARGS="--programs 1000 --seed 7"
 # make sanitize  the native module under AddressSanitizer and UBSan: its own tests, windows, the recorder, random programs
@@ -72,7 +73,10 @@ test-versions:
 	$(PYTHON) tools/test_versions.py $(ARGS)
 
 bench: $(INSTALLED)
-	$(PY) -m fastinit bench --out bench-out $(ARGS)
+	$(PY) -m pip install --quiet -e ".[bench]"
+	mkdir -p bench-out
+	$(PY) -m pytest benchmarks --benchmark-json bench-out/benchmarks.json --benchmark-quiet $(ARGS)
+	$(PY) benchmarks/report.py bench-out/benchmarks.json
 
 # The native module again, in place, only what changed: for work on csrc/.
 build: $(BUILD_TOOLS)

@@ -1,46 +1,153 @@
-"""Options of the pytest-benchmark suite, and what its report says of the machine and of who is missing.
+"""What all suites share: options, devices, and the recording of what was measured, in pytest-benchmark's JSON.
 
-    python -m pytest benchmarks [--device cuda] [--quick] [--benchmark-json FILE] [-k "normal and bf16"]
-
-The workloads, the ways and the peers are those of `python -m fastinit bench --suite full`: fastinit.cli.workloads, ways
-and peers.
+A suite measures seconds by `fastinit.cli.measure`, which knows GPUs, other processes and parts of a run, and hands them
+to `record`. pytest-benchmark does the rest: its clock is one that goes forward by what was measured.
 """
+
+import time
 
 import pytest
 import torch
 
-from fastinit.cli import machine, peers
+from fastinit.cli import machine
 from fastinit.cli.demo import default_device
-from fastinit.cli.peers import PEERS
-from fastinit.cli.ways import WAYS
+
+# In the order of a run: if a time limit ends it, the last ones are missing.
+SUITES = "fills first contexts creation layouts growth frameworks sharded loading readers statistics".split()
+
+PACKAGES = "accelerate cupy deepspeed jax lightning numpy safetensors timm torchvision transformers triton".split()
+
+
+class Clock:
+    """A timer for pytest-benchmark."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+CLOCK = Clock()
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("fastinit")
-    group.addoption("--device", help='"cpu", "cuda" or "cuda:1" (default: a GPU if there is one)')
+    group.addoption("--device", help='"cpu", "cuda" or "cuda:1"; default: a GPU if there is one, and the CPU after it')
     group.addoption("--quick", action="store_true", help="small, few rounds: to see that it runs")
+    group.addoption("--time-limit", type=float, default=float("inf"), help="seconds after which nothing more starts")
+    group.addoption("--samples", type=float, help="of the statistics of fp32 normals; default: 1e11, on a CPU 1e8")
+
+
+def pytest_configure(config):
+    config.began = time.monotonic()
+    config.absent, config.not_started = [], []
+
+
+def devices(config):
+    """The one that was asked for, or all: the GPU before the CPU."""
+    chosen = config.getoption("--device")
+    return [chosen] if chosen else list(dict.fromkeys([default_device(), "cpu"]))
+
+
+def pytest_generate_tests(metafunc):
+    """`device` is each of the devices; suites that are about accelerators where there is one take `main_device`."""
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", devices(metafunc.config), indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+    items.sort(key=lambda item: SUITES.index(suite_of(item)))
+
+
+def suite_of(item):
+    return item.path.stem.removeprefix("bench_")
+
+
+def pytest_runtest_setup(item):
+    limit = item.config.getoption("--time-limit")
+    if time.monotonic() - item.config.began > limit:
+        item.config.not_started.append(item.nodeid)
+        pytest.skip(f"not started: the time limit of {limit:g} s was reached")
 
 
 def pytest_report_header():
-    missing = [f"{name} ({package})" for name, package in required().items() if not peers.importable(package)]
-    return [machine.summary(machine.describe()), f"missing: {', '.join(missing) or 'nobody'}"]
+    return machine.summary(machine.describe())
 
 
 def pytest_benchmark_update_machine_info(machine_info):
     machine_info["fastinit"] = machine.describe()
-    machine_info["peers"] = machine.versions(sorted({*required().values()}))
+    machine_info["packages"] = machine.versions(PACKAGES)
 
 
-def required():
-    """The package that each peer and way needs besides torch."""
-    return {name: each.requires for name, each in (*PEERS.items(), *WAYS.items()) if each.requires}
+def pytest_benchmark_update_json(config, output_json):
+    output_json["absent"], output_json["not_started"] = config.absent, config.not_started
+    output_json["quick"] = config.getoption("--quick")
 
 
 @pytest.fixture(scope="session")
 def device(request):
-    return torch.device(request.config.getoption("--device") or default_device())
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def main_device(request):
+    return torch.device(devices(request.config)[0])
 
 
 @pytest.fixture(scope="session")
 def quick(request):
     return request.config.getoption("--quick")
+
+
+@pytest.fixture
+def absent(request):
+    """absent(case, way, reason): note why there is no figure, and end the test."""
+
+    def absent(case, way, reason):
+        noted = {"suite": suite_of(request.node), "case": case, "way": way, "reason": reason}
+        request.config.absent.append(noted)
+        pytest.skip(f"{case}, {way}: {reason}")
+
+    return absent
+
+
+@pytest.fixture
+def record(request, benchmark, absent):
+    """record(case, way, seconds, **info): take seconds that were measured, or measure them.
+
+    `seconds` is a list, or a function that runs once and tells how long that took. Of a function the first run does not
+    count (it may import, compile, load kernels), and there are so many `rounds` as fit into `patience` seconds, two at
+    least. `info` is written beside the figure: see fastinit.cli.results. A way that fails, if it is not fastinit, is
+    absent with its error.
+    """
+
+    def record(case, way, seconds, *, rounds=5, patience=10.0, **info):
+        if callable(seconds):
+            try:
+                seconds = repeated(seconds, 0 if request.config.getoption("--quick") else rounds, patience)
+            except Exception as error:
+                if way == "fastinit":
+                    raise
+                absent(case, way, f"failed: {type(error).__name__}: {error}"[:300])
+        benchmark.group = f"{suite_of(request.node)}: {case}"
+        benchmark.extra_info.update(suite=suite_of(request.node), case=case, way=way)
+        remaining = iter(seconds)
+
+        def run():
+            CLOCK.now += next(remaining)
+
+        benchmark.pedantic(run, rounds=len(seconds))
+        benchmark.extra_info.update({key: value for key, value in info.items() if value is not None})
+        return benchmark.extra_info
+
+    return record
+
+
+def repeated(run, rounds, patience):
+    first = run()
+    if not rounds:
+        return [first]
+    return [run() for _ in range(max(2, min(rounds, int(patience / max(first, 1e-9)))))]

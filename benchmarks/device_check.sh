@@ -5,8 +5,11 @@
 #
 # STEP is any of build, test, slow, sanitize, bench, profile; without one: build test sanitize bench. All steps run even
 # if one fails; the exit status is 1 then. Uses the python3 that is first on PATH, which needs torch with CUDA, pytest,
-# hypothesis, pybind11, cmake and ninja; sanitize and profile also need NVIDIA's compute-sanitizer and ncu.
-# Environment: FASTINIT_CUDA_ARCHS, the architecture to build for (default: that of GPU 0).
+# hypothesis, pybind11, cmake and ninja; bench also pytest-benchmark, and rich for its tables; sanitize and profile
+# NVIDIA's compute-sanitizer and ncu. bench ends after eight minutes at most: what it had no time for is listed in its
+# benchmarks.json.
+# Environment: FASTINIT_CUDA_ARCHS, the architecture to build for (default: that of GPU 0); FASTINIT_COMMIT, the commit
+# that the results name where there is no history of git.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 # The build is in place: the package is this checkout's, wherever a script lies.
@@ -51,7 +54,13 @@ sanitize() {
     return $failed
 }
 
-bench() { python3 benchmarks/cuda_fills.py --out "$out"; }
+bench() {
+    python3 -m pytest benchmarks -q -rfE -p no:cacheprovider --time-limit 430 \
+        --benchmark-json "$out/benchmarks.json" --benchmark-quiet
+    local status=$?
+    python3 benchmarks/report.py "$out/benchmarks.json"
+    return $status
+}
 
 # Where the cycles of the plain fills go: issue slots, the pipes of Philox and of the table, occupancy.
 profile() {
@@ -65,7 +74,7 @@ profile() {
     metrics+=,l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed
     metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed
     ncu --clock-control none --kernel-name regex:fill_ --launch-skip 1 --launch-count 12 --metrics "$metrics" \
-        python3 benchmarks/cuda_fills.py --out "$out/profiled" --dtypes bf16 --repeats 1 --elements 268435456
+        python3 -m pytest benchmarks/bench_fills.py -q -p no:cacheprovider --device cuda -k "bf16 and all and fastinit"
 }
 
 status=0

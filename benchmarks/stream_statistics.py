@@ -1,6 +1,4 @@
-"""Whether large samples of stream v1 have the law that they should. Writes JSON and a plot; exits with 1 if not.
-
-    python benchmarks/stream_statistics.py [--device cuda] [--samples 1e11] [--out DIRECTORY]
+"""How large samples of stream v1 are compared with the law that they should have: for bench_statistics.py.
 
 The law of an element is known exactly: docs/stream-v1.md makes it a function of one of 2^32 words. That function is
 written down here once more, in torch, and applied to all words, which gives the probability of every cell, the moments
@@ -18,11 +16,8 @@ Each is a p-value. The family of all of them fails if its smallest is below ALPH
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import re
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +31,6 @@ from scipy import stats
 from tqdm import tqdm
 
 import fastinit
-from fastinit.cli import machine
 from fastinit.recipe import truncated_normal_parameters
 
 ALPHA = 1e-3
@@ -322,7 +316,8 @@ def beside_the_ideal(law: Tally) -> dict[str, Any]:
     return found
 
 
-def verdict(results: list[dict[str, Any]]) -> dict[str, Any]:
+def verdict(results: list[dict[str, Any]], of: int = 1) -> dict[str, Any]:
+    """Whether all pass, as a part of a family of so many times as many tests."""
     of_all = [(p, f"{r['case']} {r['dtype']}: {name}") for r in results for name, p in r["p"].items()]
     smallest, where = min(of_all, key=lambda pair: -1.0 if math.isnan(pair[0]) else pair[0])
     tests = sum(len(result["p"]) for result in results)
@@ -330,65 +325,10 @@ def verdict(results: list[dict[str, Any]]) -> dict[str, Any]:
         "tests": tests,
         "smallest p": smallest,
         "of": where,
-        "limit": ALPHA / tests,
-        "passed": smallest > ALPHA / tests,
+        "limit": ALPHA / tests / of,
+        "passed": smallest > ALPHA / tests / of,
     }
 
 
 def short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-
-
-def plot(results: list[dict[str, Any]], limit: float, path: Path) -> None:
-    """The p-values in order, against those of as many independent tests of a true hypothesis."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 6))
-    for result in results:
-        p = np.sort(list(result["p"].values()))
-        expected = (np.arange(len(p)) + 0.5) / len(p)
-        label = f"{result['case']} {result['dtype']}, {result['samples']:.3g} samples"
-        axes.loglog(expected, np.maximum(p, 1e-12), "o", markersize=4, label=label)
-    axes.plot([1e-2, 1], [1e-2, 1], color="gray", linewidth=1)
-    axes.axhline(limit, color="red", linewidth=1, label="limit")
-    axes.set(xlabel="expected p-value", ylabel="p-value", title="Stream v1: samples against its exact law")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--samples", type=float, help="of the fp32 normal, a tenth of others; default: 1e11, CPU 1e8")
-    parser.add_argument("--out", type=Path, default=Path("bench-out"))
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    samples = args.samples or (1e11 if device.type == "cuda" else 1e8)
-    results = []
-    for case in CASES:
-        law = law_of(case, device, samples * case.share)
-        result = examine(case, writer(case), samples * case.share, law)
-        results.append(result)
-        worst = min(result["p"], key=result["p"].get)
-        print(
-            f"{case.name} {result['dtype']}: {result['samples']:.3g} samples, {len(result['p'])} tests, "
-            f"smallest p {result['p'][worst]:.2g} ({worst}), {result['seconds']:.1f} s",
-            flush=True,
-        )
-    judged = verdict(results)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"statistics-{device.type}.json"
-    document = {"machine": machine.describe(), "seed": SEED, "verdict": judged, "results": results}
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"{'passed' if judged['passed'] else 'FAILED'}: {judged}")
-    print(path)
-    try:
-        plot(results, judged["limit"], path.with_suffix(".png"))
-    except ImportError as error:
-        print(f"no plot: {error}")
-    sys.exit(not judged["passed"])
-
-
-if __name__ == "__main__":
-    main()

@@ -1,175 +1,115 @@
-"""Measure fills and the creation of models against torch, in one run; write tables, JSON and a plot.
+"""Measure fills and the creation of models against torch on this machine; write a table, JSON and a plot.
 
-Every figure is the median of its repeats. Ways that are compared take turns, so that a drift of the machine hits all.
-`--suite full` compares with all other ways and generators of random numbers that are installed, shows how cost grows
-with models and ranks, and names what is missing.
+Ways that are compared take turns, so that a drift of the machine hits all. What the project measures itself by, with
+other libraries beside it, is in benchmarks/ of its repository.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import figures, tables, text
-from . import machine as machines
-from .demo import checked_device
-from .peers import PEERS
-from .sections import SECTIONS, Settings
-from .ways import WAYS
+import fastinit
 
-SUITES = {"kernels": ["kernels"], "models": ["models"], "all": ["kernels", "models"]}
-PACKAGES = ("matplotlib", "numpy", "tqdm")  # of which the version is noted, beside those of ways and peers
+from . import machine as machines
+from . import results, text
+from .demo import checked_device
+from .measure import DTYPES, seconds_on_device, torch_threads
+from .models import LLAMA_7B, Decoder, DecoderConfig
+from .workloads import FILLS, WAYS, elements_to_fill, linears, make_ready, timed_creation
+
+BF16 = torch.bfloat16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--suite", choices=(*SUITES, "full"), default="all", help="default: %(default)s")
     parser.add_argument("--device", help='"cpu", "cuda" or "cuda:1" (default: a GPU if there is one)')
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("bench-out"), help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="small, few repeats: to see that it runs")
-    parser.add_argument(
-        "--time-limit", metavar="SECONDS", type=float, default=1800.0, help="of --suite full; default: %(default)s"
-    )
-    parser.add_argument("--plot", metavar="JSON", type=Path, help="measure nothing: tables and plot of a result file")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.plot is not None:
-        show(read(arguments.plot), arguments.plot)
-        return 0
     device = torch.device(checked_device(arguments.device))
-    full = arguments.suite == "full"
-    settings = Settings(str(device), arguments.quick, peers=full)
-    results: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machines.describe(),
-        "settings": {"suite": arguments.suite, "device": str(device), "quick": arguments.quick},
-        "sections": [],
-        "kernels": [],
-        "models": [],
+    machine = machines.describe()
+    print(machines.summary(machine), flush=True)
+    document: dict[str, Any] = {
+        "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine_info": {"fastinit": machine},
+        "benchmarks": [*fills(device, arguments.quick), *creations(device, arguments.quick)],
     }
-    if full:
-        required = {peer.requires for peer in PEERS.values()} | {way.requires for way in WAYS.values()}
-        results["machine"]["peers"] = machines.versions(sorted({*PACKAGES, *filter(None, required)}))
-    path = arguments.out / f"{'full' if full else 'bench'}-{device.type}.json"
-    print(machines.summary(results["machine"]) + "\n", flush=True)
-    if full:
-        run_apart(plan(settings), results, path, arguments.time_limit)
-    else:
-        for name in SUITES[arguments.suite]:
-            for record in SECTIONS[name](settings):
-                results[name].append(record)
-                save(results, path)
-    show(results, path)
-    return 1 if any("error" in section for section in results["sections"]) else 0
-
-
-def read(path: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--plot {path}: {error}; pass a JSON file that bench has written") from error
-    if not isinstance(results, dict) or not {"machine", "settings", "kernels", "models"} <= results.keys():
-        raise ValueError(f"--plot {path}: these are no results; pass a JSON file that bench has written")
-    return results
-
-
-def plan(settings: Settings) -> list[tuple[str, Settings]]:
-    """The sections of the full suite, those first whose figures matter most."""
-    sections = [(name, settings) for name in SECTIONS]
-    if settings.torch_device.type == "cuda":
-        host = Settings("cpu", settings.quick, settings.peers)
-        sections += [("modules", host), ("kernels", host), ("growth", host)]
-    return sections
-
-
-def run_apart(sections: list[tuple[str, Settings]], results: dict[str, Any], path: Path, time_limit: float) -> None:
-    """Run each section in a process of its own and save its records as they come.
-
-    A section that fails, or is not done when the time is up, has an `error` in `results["sections"]`.
-    """
-    end = time.monotonic() + time_limit
-    for name, settings in text.progress(sections, "suite", "section"):
-        section: dict[str, Any] = {"section": name, "device": settings.device, "error": "not done"}
-        results["sections"].append(section)
-        results.setdefault(name, [])
-        save(results, path)
-        began = time.monotonic()
-        if began < end:
-            section["error"] = run_section(name, settings, results, path, end - began)
-        else:
-            section["error"] = f"not started: the time limit of {time_limit:g} s was reached"
-        section["seconds"] = time.monotonic() - began
-        if section["error"] is None:
-            del section["error"]
-        save(results, path)
-
-
-def run_section(name: str, settings: Settings, results: dict[str, Any], path: Path, seconds_left: float) -> str | None:
-    """What was the matter, if anything was."""
-    command = [sys.executable, "-m", "fastinit.cli.sections", name, json.dumps(asdict(settings))]
-    # A session of its own, so that the processes that the section starts end with it.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    stopped = threading.Event()
-
-    def stop() -> None:
-        stopped.set()
-        kill_session(process)
-
-    timer = threading.Timer(seconds_left, stop)
-    timer.start()
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            results[name].append(json.loads(line))
-            save(results, path)
-        status = process.wait()
-    finally:
-        timer.cancel()
-        kill_session(process)
-    if stopped.is_set():
-        return f"stopped after {seconds_left:.0f} s: the time limit was reached"
-    return f"exit status {status}, see standard error" if status else None
-
-
-def kill_session(process: subprocess.Popen[str]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # all have ended
-
-
-def save(results: dict[str, Any], path: Path) -> None:
-    """Write the file as a whole: a run that is killed leaves the results that it had."""
+    path = arguments.out / f"bench-{device.type}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".json.part")
-    unfinished.write_text(json.dumps(results, indent=1) + "\n")
-    unfinished.replace(path)
-
-
-def show(results: dict[str, Any], path: Path) -> None:
-    for table in (*tables.all_of(results), figures.table(results)):
-        if table:
-            print(table + "\n", flush=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    measured = results.read(document)
+    for table in results.tables(measured):
+        table.show()
     print(f"Results: {path}")
-    if results["settings"].get("suite") == "full":
-        path.with_suffix(".md").write_text(tables.markdown(results))
-        print(f"The main tables as Markdown: {path.with_suffix('.md')}")
     try:
         from . import plot
     except ImportError as error:
         print(f"No plot: {error}. Install matplotlib (pip install 'torch-fastinit[bench]').")
-        return
-    for picture in plot.save(results, path.with_suffix(".png")):
-        print(f"Plot: {picture}")
+        return 0
+    plot.save(measured, path.with_suffix(".png"), machines.summary(machine))
+    print(f"Plot: {path.with_suffix('.png')}")
+    return 0
+
+
+def fills(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
+    """One tensor that exists already, by fastinit and by torch."""
+    elements, threads = elements_to_fill(device, quick), [1, torch.get_num_threads()]
+    cases = [
+        (distribution, dtype, count)
+        for distribution in FILLS
+        for dtype in DTYPES
+        for count in (dict.fromkeys(threads) if device.type == "cpu" else [None])
+    ]
+    for distribution, dtype, count in text.progress(cases, "fills"):
+        fill = FILLS[distribution]
+        tensor = fastinit.empty(elements, dtype=DTYPES[dtype], device=device)
+        runs: dict[str, Callable[[], Any]] = {
+            "fastinit": partial(fastinit.fill_, tensor, fill.ours, seed=1),
+            "torch": partial(fill.torch, tensor),
+        }
+        seconds: dict[str, list[float]] = {way: [] for way in runs}
+        wrong = {}
+        with torch_threads(count):
+            for _ in range(4 if quick else 8):
+                for way, run in runs.items():
+                    seconds[way].append(seconds_on_device(run, device))
+                    wrong[way] = not fill.are_right(tensor)
+        where = "" if count is None else f", {count} thread{'s' if count > 1 else ''}"
+        for way in runs:  # the first run may have loaded code
+            case = f"{distribution} {dtype}{where}"
+            yield results.entry("fills", case, way, seconds[way][1:], elements=elements, wrong=wrong[way])
+
+
+def creations(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
+    """Models in bf16, from an empty allocator cache."""
+    small, count = DecoderConfig.of_size(1_000_000), 20 if quick else 2000
+    builds: dict[str, Callable[[], torch.nn.Module]] = {
+        f"{count:,} x Linear(64, 64)": linears(count),
+        "Llama-shaped, 10M": lambda: Decoder(small if quick else DecoderConfig.of_size(10_000_000)),
+        "Llama-shaped, 350M": lambda: Decoder(small if quick else DecoderConfig.of_size(350_000_000)),
+    }
+    if device.type == "cuda":
+        builds["Llama 7B"] = lambda: Decoder(small if quick else LLAMA_7B)
+    for case, build in text.progress(list(builds.items()), "models"):
+        # Seconds for each 1e9 parameters.
+        ways = [way for way in WAYS if way != "naive" or case != "Llama 7B"]
+        created: dict[str, list[Any]] = {way: [] for way in ways}
+        parameters = 0
+        for _ in range(2 if quick else 6):
+            for way in ways:
+                make_ready(WAYS[way], parameters, device, BF16)
+                created[way].append(timed_creation(WAYS[way].prepare(device, BF16), build, device)[1])
+                parameters = created[way][0].parameters
+        for way, runs in created.items():  # the first one imports what the model needs
+            last = runs[-1]
+            info = {"parameters": last.parameters, "beyond": last.beyond(), "parts": last.parts}
+            yield results.entry("creation in bf16", case, way, [each.seconds for each in runs[1:]], **info)

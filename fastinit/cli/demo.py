@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import fastinit
 from fastinit import native
 
 from . import machine as machines
-from . import measure, text
-from .models import DecoderConfig
-from .ways import WAYS
-from .worker import Worker
+from . import text
+from .measure import DTYPES, in_new_process
+from .models import Decoder, DecoderConfig, training_step
+from .workloads import WAYS, make_ready, timed_creation
 
 COMPARED = ("fastinit", "torch", "naive")
 PARAMETERS = 1_300_000_000
@@ -30,7 +31,7 @@ SHARE_OF_MEMORY = 0.7  # of what is free now, to leave some to activations and t
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params", metavar="N", help='parameters of the model, such as "1.3B" or "50M"')
     parser.add_argument("--device", help='"cpu", "cuda" or "cuda:1" (default: a GPU if there is one)')
-    parser.add_argument("--dtype", default="bf16", choices=measure.DTYPES, help="default: %(default)s")
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of torch.manual_seed, default: %(default)s")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write what was measured to this file")
 
@@ -46,18 +47,31 @@ def run(arguments: argparse.Namespace) -> int:
         flush=True,
     )
     results = {}
-    for way in text.progress(COMPARED, "creating", "way"):
+    for way in text.progress(COMPARED, "creating"):
         part = naive_part(config) if way == "naive" else config
-        measured = Worker(way, part, device, arguments.dtype, seed=arguments.seed, train=way == "fastinit").create()
+        measured = in_new_process(create, way, part, device, arguments.dtype, arguments.seed)
         results[way] = {**measured, "layers": part.layers, "scale": config.parameters / part.parameters}
     machine = machines.describe()
-    print(comparison(results, config, device))
+    show_comparison(results, config, device)
     print(f"\n{machines.summary(machine)}")
     if arguments.json:
         settings = {"device": device, "dtype": arguments.dtype, "seed": arguments.seed, "parameters": config.parameters}
         measured = {"machine": machine, "settings": settings, "ways": results}
         arguments.json.write_text(json.dumps(measured, indent=2) + "\n")
     return 0
+
+
+def create(way: str, config: DecoderConfig, device_name: str, dtype_name: str, seed: int) -> dict[str, Any]:
+    """What a creation takes in this process, which has created nothing but a tiny model: lazy imports, the CUDA context
+    and the first load of kernels are no part of it. fastinit's model is trained for a step."""
+    device, dtype = torch.device(device_name), DTYPES[dtype_name]
+    create = WAYS[way].prepare(device, dtype)
+    create(lambda: Decoder(DecoderConfig(vocabulary=64, width=64, layers=1, heads=1, hidden=64)))
+    make_ready(WAYS[way], config.parameters, device, dtype)
+    torch.manual_seed(seed)
+    model, created = timed_creation(create, lambda: Decoder(config), device)
+    loss = {"loss": training_step(model, config.vocabulary, device)} if way == "fastinit" else {}
+    return asdict(created) | loss
 
 
 def checked_device(argument: str | None) -> str:
@@ -79,7 +93,7 @@ def default_device() -> str:
 def choose_config(params: str | None, device: str, dtype: str) -> tuple[DecoderConfig, int | None]:
     """The model to create, and the number of parameters that memory was too short for, if it was."""
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else machines.available_memory()
-    bytes_per_parameter = 2 * measure.DTYPES[dtype].itemsize  # a training step adds a gradient to each
+    bytes_per_parameter = 2 * DTYPES[dtype].itemsize  # a training step adds a gradient to each
     if params is not None:
         config = DecoderConfig.of_size(text.parse_count(params))
         needed = config.parameters * bytes_per_parameter
@@ -102,8 +116,8 @@ def naive_part(config: DecoderConfig) -> DecoderConfig:
     return config.at_most(min(fitting, NAIVE_PARAMETERS))
 
 
-def comparison(results: dict[str, dict[str, Any]], config: DecoderConfig, device: str) -> str:
-    """A table of the ways, those that created a part of the model scaled up to the whole and marked."""
+def show_comparison(results: dict[str, dict[str, Any]], config: DecoderConfig, device: str) -> None:
+    """Print a table of the ways, those that created a part of the model scaled up to the whole and marked."""
     on_gpu = device.startswith("cuda")
     header = ["", "time", "x fastinit", "host memory", *(["device memory"] if on_gpu else [])]
     rows, notes = [], []
@@ -119,4 +133,5 @@ def comparison(results: dict[str, dict[str, Any]], config: DecoderConfig, device
     model = text.size(results["fastinit"]["tensor_bytes"])
     notes.append(f"The model itself is {model}. Memory is the growth of the peak while it is created.")
     notes.append(f"One training step of fastinit's model: loss {results['fastinit']['loss']:.3f}, finite.")
-    return "\n".join([text.table(header, rows), "", *notes])
+    text.show_table(header, rows)
+    print("\n".join(notes))

@@ -23,9 +23,9 @@ from . import machine as machines
 from . import text
 
 PACKAGES = {
-    "tqdm": "a progress bar in `python -m fastinit demo` and `bench`",
+    "rich": "the tables of `python -m fastinit demo` and `bench`",
     "matplotlib": "the plot of `python -m fastinit bench`",
-    "transformers": "its models in `python -m fastinit bench`",
+    "tqdm": "a progress bar in `fastinit.load`",
 }
 
 # By major version of the CUDA runtime: the oldest driver that it works with (CUDA's release notes, minor version

@@ -37,7 +37,7 @@ def describe() -> dict[str, Any]:
         "build": dict(native.build_info()),
         "cpu_isa": native.cpu_isa(),
         "cpu_isas": native.cpu_isas(),
-        "packages": {name: installed(name) for name in ("transformers", "tqdm", "matplotlib")},
+        "packages": {name: installed(name) for name in ("rich", "matplotlib", "tqdm")},
     }
 
 

@@ -1,24 +1,23 @@
-"""How the benchmarks measure: the time of a fill, the time and the memory of a model's creation."""
+"""How the commands and benchmarks/ measure: seconds, memory, processes of their own."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import gc
+import multiprocessing
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 import fastinit
 
-if TYPE_CHECKING:
-    from .peers import Running
-    from .ways import Build, Creator
+T = TypeVar("T")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -33,72 +32,103 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Give torch so many threads; None: as many as it has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-CALLS = 8  # of a fill between two events on a GPU
+def clean_up(device: torch.device) -> None:
+    """Give all memory back that nothing holds: what comes next finds an empty allocator cache."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
-def timed_fill(fill: Running, device: torch.device) -> float:
-    """Seconds that a fill takes until its values are there."""
-    if fill.setup is not None:
-        fill.setup(CALLS if device.type == "cuda" else 1)
+# Seconds
+
+
+def seconds_of(run: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """Until it has returned and all that it enqueued on the GPU is done; and what it returned."""
+    synchronize(device)
+    began = time.perf_counter()
+    result = run()
+    synchronize(device)
+    return time.perf_counter() - began, result
+
+
+CALLS = 8  # between two events on a GPU
+
+
+def seconds_on_device(
+    run: Callable[[], Any], device: torch.device, setup: Callable[[int], None] | None = None
+) -> float:
+    """For work of less than a millisecond: on a GPU by its events around several runs, whose Python then overlaps.
+
+    `setup` does what has to be done, untimed, before it is run so many times.
+    """
+    calls = CALLS if device.type == "cuda" else 1
+    if setup is not None:
+        setup(calls)
     if device.type == "cpu":
-        began = time.perf_counter()
-        result = fill.run()
-        if fill.wait is not None:
-            fill.wait(result)
-        return time.perf_counter() - began
-    # Several, so that Python's part of the first one, before the GPU has anything to do, does not count.
+        return seconds_of(run, device)[0]
     with torch.cuda.device(device):
-        if fill.wait is not None:
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            for _ in range(CALLS):
-                result = fill.run()
-            fill.wait(result)
-            return (time.perf_counter() - began) / CALLS
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        for _ in range(CALLS):
-            fill.run()
+        for _ in range(calls):
+            run()
         end.record()
         end.synchronize()
-        seconds: float = start.elapsed_time(end) / 1e3
-        return seconds / CALLS
+        milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3 / calls
 
 
-def timed_creation(create: Creator, build: Build, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """(model, measurements). Measured are, in seconds and bytes:
+# Processes
 
-    seconds: until the constructor has returned and all that it enqueued on the GPU is done.
-    tensor_bytes: of the model's parameters and buffers.
-    host_growth: by which the peak of this process's resident memory exceeds what was resident before; None if this
-        system cannot reset the peak.
-    device_peak, device_unused: peak of allocated memory beyond what was allocated before; reserved from the GPU but not
-        allocated, at the end. None on the CPU.
-    split: the parts of the time that fastinit's report tells, by their names there.
+
+def in_new_process(function: Callable[..., T], *arguments: Any, timeout: float = 600.0) -> T:
+    """What a function of a module returns in a process that has done nothing else: see `in_new_processes`."""
+    return in_new_processes(function, [arguments], timeout)[0]
+
+
+def in_new_processes(function: Callable[..., T], arguments: list[tuple[Any, ...]], timeout: float = 600.0) -> list[T]:
+    """What a function of a module returns for each of the arguments, all at the same time in new processes.
+
+    Nothing that went before (allocator caches, resident memory, imports, code that Python has specialised) can favour
+    what happens there, and a GPU that one breaks is whole for the next.
+
+    Raises:
+        whatever the function raised, from a traceback as text; BrokenProcessPool if a process ended; TimeoutError after
+        so many seconds.
     """
-    gc.collect()
-    synchronize(device)
-    memory = Memory(device)
-    start = time.perf_counter()
-    model, report = create(build)
-    synchronize(device)
-    seconds = time.perf_counter() - start
-    on_gpu = device.type == "cuda"
-    measurements: dict[str, Any] = {
-        "seconds": seconds,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "tensor_bytes": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-        "host_growth": memory.host_growth(),
-        "device_peak": memory.device_peak(),
-        "device_unused": torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if on_gpu else None,
-        "split": {} if report is None else split_of(report),
-    }
-    return model, measurements
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(len(arguments), context) as pool:
+        futures = [pool.submit(function, *each) for each in arguments]
+        try:
+            # The first that fails: those that wait for it would never return.
+            done = concurrent.futures.wait(futures, timeout, concurrent.futures.FIRST_EXCEPTION)
+            for future in done.done:
+                future.result()
+            if done.not_done:
+                raise TimeoutError(f"{function.__name__} was not done after {timeout:g} s")
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
+        return [future.result() for future in futures]
+
+
+# Memory
 
 
 class Memory:
@@ -110,12 +140,13 @@ class Memory:
             torch.cuda.init()  # until then the allocator knows no device, and the next call refuses them all
             torch.cuda.reset_peak_memory_stats(device)
             self._allocated = torch.cuda.memory_allocated(device)
-        trim_heap()
-        self._resident = resident_memory() if reset_peak_resident() else None
+        _trim_heap()
+        self._resident = _status("VmRSS") if _reset_peak_resident() else None
 
     def host_growth(self) -> int | None:
         """Of this process's resident memory; None if this system cannot reset the peak."""
-        return None if self._resident is None else peak_resident() - self._resident
+        peak = _status("VmHWM")
+        return None if self._resident is None or peak is None else peak - self._resident
 
     def device_peak(self) -> int | None:
         """Of memory that torch has allocated on the GPU; None on the CPU."""
@@ -128,44 +159,8 @@ class Memory:
         return self.host_growth() if self._device.type == "cpu" else self.device_peak()
 
 
-PARTS = ("seconds_python", "seconds_allocation", "seconds_fills")
-
-
-def split_of(report: fastinit.Report) -> dict[str, float]:
-    return {name: getattr(report, name) for name in PARTS if hasattr(report, name)}
-
-
-def resident_memory() -> int | None:
-    """Bytes of this process in memory now; None where the system does not tell."""
-    return _status("VmRSS")
-
-
-def peak_resident() -> int:
-    peak = _status("VmHWM")
-    if peak is not None:
-        return peak
-    import resource  # which Windows does not have
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def reset_peak_resident() -> bool:
-    """Make the peak of resident memory start again from now; False where the system has no such thing."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def trim_heap() -> None:
-    """Give freed memory back to the system, so that what is allocated next shows as growth (glibc keeps some)."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def warm_memory(nbytes: int) -> None:
-    """Write so much memory once and free it.
+    """Write so much memory of the host once and free it.
 
     A virtual machine may get memory from its host only when it is first written, at a fraction of the speed of memory;
     without this the measurement that happens to run first pays for all. On huge pages, because only whole ones that
@@ -174,7 +169,23 @@ def warm_memory(nbytes: int) -> None:
     fastinit.empty(nbytes, dtype=torch.uint8, device="cpu").fill_(0)
 
 
+def _reset_peak_resident() -> bool:
+    """Make the peak of resident memory start again from now; False where the system has no such thing."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system, so that what is allocated next shows as growth (glibc keeps some)."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _status(field: str) -> int | None:
+    """Bytes, as Linux tells them of this process; None elsewhere."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -142,48 +142,6 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
 
 
-class GPT2Medium(nn.Module):
-    """The shape of GPT-2 medium, 355M parameters, its head tied to the embedding (Radford et al. 2019)."""
-
-    def __init__(self, layers: int = 24, vocabulary: int = 50_257) -> None:
-        super().__init__()
-        width = 1024
-        self.tokens = nn.Embedding(vocabulary, width)
-        self.positions = nn.Embedding(1024, width)
-        self.layers = nn.ModuleList(GPT2Layer(width, heads=16) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
-        self.head.weight = self.tokens.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (batch, length, vocabulary) of tokens (batch, length)."""
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
-        for layer in self.layers:
-            x = layer(x)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
-
-
-class GPT2Layer(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention_norm = nn.LayerNorm(width)
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.output = nn.Linear(width, width)
-        self.hidden_norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        projected = self.query_key_value(self.attention_norm(x)).chunk(3, dim=-1)
-        query, key, value = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in projected)
-        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.output(attended.transpose(1, 2).flatten(2))
-        output: Tensor = x + self.down(functional.gelu(self.up(self.hidden_norm(x)), approximate="tanh"))
-        return output
-
-
 def training_step(model: nn.Module, vocabulary: int, device: torch.device) -> float:
     """One step of SGD on a few random tokens, and its loss.
 

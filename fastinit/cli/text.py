@@ -8,19 +8,41 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns under a header, the first one aligned left, the others right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = []
-    for row in (header, ["-" * width for width in widths], *rows):
-        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join([first.lstrip().ljust(widths[0]), *others]).rstrip())
-    return "\n".join(lines)
+def show_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """Print columns under a header, the first one aligned left, the others right.
+
+    Raises:
+        RuntimeError: rich is not installed.
+    """
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError as error:
+        raise RuntimeError("rich is not installed, for tables: pip install 'torch-fastinit[demo]'") from error
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 240  # a file gets the whole table
+    console.print(table)
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same as Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+def progress(items: Sequence[Item], description: str) -> Iterable[Item]:
+    """The same items, with a progress bar if standard error is a terminal and rich is installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return items
+    console = Console(stderr=True)
+    tracked: Iterable[Item] = track(
+        items, description, console=console, transient=True, disable=not console.is_terminal
+    )
+    return tracked
 
 
 def seconds(value: float) -> str:
@@ -57,13 +79,3 @@ def parse_count(argument: str) -> int:
     if not 1 <= number < 1e15:
         raise ValueError(f'{argument!r} is not a number of parameters; write it like "1.3B", "350M" or "5e6"')
     return int(number)
-
-
-def progress(items: Sequence[Item], description: str, unit: str) -> Iterable[Item]:
-    """The same items, with a progress bar on standard error if tqdm is installed and that is a terminal."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    shown: Iterable[Item] = tqdm(items, desc=description, unit=unit, leave=False, disable=None)
-    return shown

@@ -1,4 +1,4 @@
-"""What the benchmarks measure: distributions to fill tensors from, and models to create, each defined once."""
+"""What is measured: distributions to fill tensors from, and the usual ways of creating a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from torch import Tensor, nn
 import fastinit
 from fastinit.recipe import Distribution
 
-from .models import LLAMA_7B, Decoder, DecoderConfig, GPT2Medium
+from .measure import Memory, clean_up, default_dtype, seconds_of, warm_memory
+
+Build = Callable[[], nn.Module]
+Creator = Callable[[Build], "tuple[nn.Module, fastinit.Report | None]"]
+
+SAMPLE = 2**20  # elements that values are judged by
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,13 @@ class Fill:
     torch: Callable[[Tensor], Any]
     mean: float
     std: float
+
+    def are_right(self, values: Tensor) -> bool:
+        """Whether values have this mean and standard deviation, within 5 %."""
+        tolerance = 0.05 * max(self.std, abs(self.mean))
+        sample = values.flatten()[:SAMPLE].double()
+        mean, std = sample.mean().item(), sample.std().item()
+        return abs(mean - self.mean) < tolerance and abs(std - self.std) < tolerance
 
 
 def _truncated_std(bound: float) -> float:
@@ -44,167 +56,117 @@ FILLS = {
         STD * _truncated_std(2.0),
     ),
 }
-RANDOM = ("uniform", "normal", "truncated normal")
-
-SMALL_FILLS, SMALL_ELEMENTS = 10_000, 4096
-ROW_BYTES = 1024  # of a rectangle's rows
 
 
-# Models
+def elements_to_fill(device: torch.device, quick: bool) -> int:
+    """2^30 on a GPU, far more than any cache holds, if a quarter of the memory has room; 2^24 on a CPU."""
+    if device.type == "cpu":
+        return 2**18 if quick else 2**24
+    elements = 2**24 if quick else 2**30
+    while 4 * 4 * elements > torch.cuda.mem_get_info(device)[0]:
+        elements //= 2
+    return elements
 
 
 @dataclass(frozen=True, slots=True)
-class TransformersModel:
-    """A language model of transformers; called, it is created from its configuration, with options of `from_config`."""
+class Way:
+    """How a model can be created on a device in a dtype.
 
-    configure: Callable[[], Any]
+    Args:
+        description: what one would write, in a few words.
+        prepare: gives the function that creates a model, and fastinit's report where there is one. What a program does
+            once, such as making a Fabric, happens here and is not timed.
+        requires: package that it needs besides torch.
+        fp32_on_host: whether the model lies on the CPU in fp32 meanwhile.
+    """
 
-    def __call__(self, **options: Any) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-
-        # A new configuration each time: creation writes the dtype into it.
-        model: nn.Module = AutoModelForCausalLM.from_config(self.configure(), **options)
-        return model
-
-
-def llama(config: DecoderConfig, library: str) -> Callable[[], nn.Module]:
-    """Creates the model of that shape: "torch.nn" modules of this package, or those of "transformers"."""
-    if library == "torch.nn":
-        return lambda: Decoder(config)
-
-    def configure() -> Any:
-        from transformers import LlamaConfig
-
-        return LlamaConfig(
-            vocab_size=config.vocabulary,
-            hidden_size=config.width,
-            intermediate_size=config.hidden,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.key_value_heads,
-        )
-
-    return TransformersModel(configure)
+    description: str
+    prepare: Callable[[torch.device, torch.dtype], Creator]
+    requires: str | None = None
+    fp32_on_host: bool = False
 
 
-def gpt2_medium(library: str, layers: int = 24, vocabulary: int = 50_257) -> Callable[[], nn.Module]:
-    """The same for the shape of GPT-2 medium, or for less of it."""
-    if library == "torch.nn":
-        return lambda: GPT2Medium(layers, vocabulary)
+def _fastinit(device: torch.device, dtype: torch.dtype) -> Creator:
+    def create(build: Build) -> tuple[nn.Module, fastinit.Report]:
+        with fastinit.on(device, dtype) as report:
+            model = build()
+        return model, report
 
-    def configure() -> Any:
-        from transformers import GPT2Config
-
-        return GPT2Config(vocab_size=vocabulary, n_embd=1024, n_layer=layers, n_head=16)
-
-    return TransformersModel(configure)
+    return create
 
 
-def linears(count: int) -> Callable[[], nn.Module]:
-    """Many small modules, two tensors each, whose creation is Python's work."""
+def _torch(device: torch.device, dtype: torch.dtype) -> Creator:
+    def create(build: Build) -> tuple[nn.Module, None]:
+        with default_dtype(dtype), device:
+            return build(), None
+
+    return create
+
+
+def _naive(device: torch.device, dtype: torch.dtype) -> Creator:
+    return lambda build: (build().to(device, dtype), None)
+
+
+WAYS = {
+    "fastinit": Way("fastinit.on(device, dtype)", _fastinit),
+    "torch": Way("torch.device + default dtype", _torch),
+    "naive": Way("CPU in fp32, then .to(device, dtype)", _naive, fp32_on_host=True),
+}
+
+
+def linears(count: int) -> Build:
+    """Small modules, two tensors each, whose creation is Python's work."""
     return lambda: nn.ModuleList(nn.Linear(64, 64) for _ in range(count))
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """A model to create in several of `ways.WAYS`.
+class Created:
+    """What one creation took.
 
     Args:
-        name: what tables and plots call it.
-        build: creates it.
-        ways: names in `ways.WAYS`.
-        cache: "cold" (torch's allocator holds nothing when creation starts), "warm" (it holds what an equal model just
-            freed) or None, where there is no such cache.
-        requires: package that the model comes from.
-        part: creates a few of its layers, of so many parameters, for the way "naive", which is slow. None: all.
+        seconds: until the constructor has returned and all that it enqueued on the GPU is done.
+        parameters, tensor_bytes: of the model; bytes with its buffers.
+        host_growth: by which the peak of this process's resident memory exceeds what was resident before; None if this
+            system cannot reset the peak.
+        device_peak: peak of allocated memory beyond what was allocated before; None on the CPU.
+        parts: of the time, by fastinit's report.
     """
 
-    name: str
-    build: Callable[[], nn.Module]
-    ways: tuple[str, ...]
-    cache: str | None = None
-    requires: str | None = None
-    part: Callable[[], nn.Module] | None = None
-    part_parameters: int = 0
+    seconds: float
+    parameters: int
+    tensor_bytes: int
+    host_growth: int | None
+    device_peak: int | None
+    parts: dict[str, float]
 
-    def builder(self, way: str) -> Callable[[], nn.Module]:
-        """What a way creates: the model, or the part of it that it has the time for."""
-        return self.part if way == "naive" and self.part is not None else self.build
-
-
-LIBRARIES = {"torch.nn": None, "transformers": "transformers"}
-PEER_WAYS = {"torch.nn": ("fabric", "accelerate"), "transformers": ("fabric", "accelerate", "transformers")}
+    def beyond(self) -> int | None:
+        """Bytes by which the peak of memory where the model is exceeds the model."""
+        peak = self.host_growth if self.device_peak is None else self.device_peak
+        return None if peak is None else max(peak - self.tensor_bytes, 0)
 
 
-def module_cases(device: torch.device, quick: bool, peers: bool = False) -> list[Case]:
-    """Many small modules; with `peers`, in more ways, and on a GPU also a model of 10,000 tensors."""
-    cache = "warm" if device.type == "cuda" else None
-    ways: tuple[str, ...] = ("fastinit", "torch", "torch fp32")
-    if peers:
-        ways = ("fastinit", "fastinit fp32", "torch", "torch fp32", "plain")
-    counts = (50,) if quick else (2000, 5000) if peers and cache else (2000,)
-    return [Case(f"{count:,} x Linear(64, 64)", linears(count), ways, cache) for count in counts]
+def timed_creation(create: Creator, build: Build, device: torch.device) -> tuple[nn.Module, Created]:
+    """(model, what it took)."""
+    memory = Memory(device)
+    seconds, (model, report) = seconds_of(lambda: create(build), device)
+    host_growth, device_peak = memory.host_growth(), memory.device_peak()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    tensor_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return model, Created(seconds, parameters, tensor_bytes, host_growth, device_peak, parts_of(report))
 
 
-def model_cases(device: torch.device, quick: bool, peers: bool = False) -> list[Case]:
-    """Models as people create them; with `peers`, in more ways."""
-    on_gpu = device.type == "cuda"
-    cases = []
-    gpt2_size = {"layers": 1, "vocabulary": 1000} if quick else {}
-    shape = LLAMA_7B.with_layers(2) if quick else LLAMA_7B
-    for cache in ("cold", "warm") if on_gpu else (None,):
-        for library, requires in LIBRARIES.items():
-            # The naive way hardly notices the cache: once is enough.
-            ways: tuple[str, ...] = ("fastinit", "torch", *([] if cache == "warm" else ["naive"]))
-            ways += PEER_WAYS[library] if peers else ()
-            cases.append(
-                Case(f"GPT-2 medium, {library}", gpt2_medium(library, **gpt2_size), ways, cache, requires=requires)
-            )
-            if on_gpu:
-                part = shape.with_layers(1)
-                cases.append(
-                    Case(
-                        f"Llama 7B, {library}",
-                        llama(shape, library),
-                        ways,
-                        cache,
-                        requires=requires,
-                        part=llama(part, library),
-                        part_parameters=part.parameters,
-                    )
-                )
-    return cases
+def parts_of(report: fastinit.Report | None) -> dict[str, float]:
+    """Where fastinit's report says that the time went."""
+    if report is None:
+        return {}
+    return {"python": report.seconds_python, "allocation": report.seconds_allocation, "fills": report.seconds_fills}
 
 
-def growth_sizes(device: torch.device, quick: bool) -> tuple[float, ...]:
-    """Numbers of parameters of models to create one after the other."""
-    if quick:
-        return 1e5, 1e6
-    if device.type == "cuda":
-        return 1e7, 3e7, 1e8, 3.5e8, 1.3e9, 3e9, 6.7e9, 13e9, 30e9
-    return 1e7, 1e8, 1.3e9
-
-
-NAIVE_GROWTH = 400_000_000  # parameters: what the naive way creates in a few seconds
-
-
-def growth_case(parameters: float, device: torch.device) -> Case:
-    config = DecoderConfig.of_size(int(parameters))
-    ways: tuple[str, ...] = ("fastinit", "torch")
-    if device.type == "cuda":
-        ways += ("fabric", "accelerate")
-    if config.parameters <= NAIVE_GROWTH:
-        ways += ("naive",)
-    return Case("Llama-shaped", llama(config, "torch.nn"), ways, "cold" if device.type == "cuda" else None)
-
-
-RANKS = (1, 2, 4, 8)
-
-
-def rows_of_rank_0(ranks: int) -> Callable[[str, tuple[int, ...]], tuple[slice, ...]]:
-    """A window for `fastinit.materialize`: of every tensor, the rows that the first of so many ranks would hold."""
-
-    def rows(_: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
-        return (slice(0, -(-shape[0] // ranks)), *(slice(None) for _ in shape[1:])) if shape else ()
-
-    return rows
+def make_ready(
+    way: Way, parameters: int, device: torch.device, dtype: torch.dtype, *, keep_cache: bool = False
+) -> None:
+    """Before a creation of so many parameters: empty caches, and host memory that is backed where the way needs it."""
+    if not keep_cache:
+        clean_up(device)
+    if way.fp32_on_host or device.type == "cpu":
+        warm_memory(parameters * (torch.float32 if way.fp32_on_host else dtype).itemsize)

@@ -1,0 +1,49 @@
+"""What a block itself costs: an empty one, by the number of module classes in the process, and the thousandth one."""
+
+import functools
+import importlib.util
+import time
+
+import pytest
+import torch
+
+import fastinit
+from fastinit.cli import measure
+
+BLOCKS = 1000
+COUNTED = {"about the tenth": slice(5, 25), "about the thousandth": slice(-20, None)}
+LIBRARIES = ("transformers", "timm", "torchvision")
+
+
+@pytest.mark.parametrize("when", COUNTED)
+@pytest.mark.parametrize("classes", [0, 1000, 10_000, "libraries"])
+def test_empty_block(record, main_device, quick, classes, when):
+    blocks = 50 if quick else BLOCKS
+    seconds = all_blocks(classes, blocks, str(main_device))
+    loaded = [name for name in LIBRARIES if importlib.util.find_spec(name)]
+    what = f"{' and '.join(loaded) or 'no library'} imported" if classes == "libraries" else f"{classes:,} classes more"
+    record(f"an empty block, {what}, {main_device}", when, seconds[COUNTED[when]])
+
+
+@functools.cache
+def all_blocks(classes, count, device_name):
+    return measure.in_new_process(empty_blocks, classes, count, device_name)
+
+
+def empty_blocks(classes, count, device_name):
+    """Seconds of each."""
+    if classes == "libraries":
+        for name in LIBRARIES:
+            if importlib.util.find_spec(name):
+                importlib.import_module(name)
+        kept = []
+    else:
+        kept = [type(f"Module{number}", (torch.nn.Module,), {}) for number in range(classes)]
+    seconds = []
+    for _ in range(count):
+        began = time.perf_counter()
+        with fastinit.on(device_name, "fp32"):
+            pass
+        seconds.append(time.perf_counter() - began)
+    del kept
+    return seconds

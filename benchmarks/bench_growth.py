@@ -1,0 +1,24 @@
+"""The same kind of model in more and more parameters, in bf16, from an empty allocator cache."""
+
+import peers
+import pytest
+from bench_creation import measure_way
+
+from fastinit.cli.models import DecoderConfig
+
+SIZES = {"cuda": (1e7, 1e8, 3.5e8, 1.3e9, 3e9, 6.7e9, 13e9, 30e9), "cpu": (1e7, 1e8, 1.3e9)}
+WAYS = ("fastinit", "torch", "fabric", "accelerate", "naive")
+NAIVE_MOST = 4e8  # parameters: seconds each
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", SIZES["cuda"])
+def test_growth(record, absent, device, quick, size, way):
+    if size not in SIZES[device.type] or (way == "naive" and size > NAIVE_MOST):
+        pytest.skip("too large")
+    if device.type == "cpu" and way in ("fabric", "accelerate"):
+        pytest.skip("on the main device alone")
+    config = DecoderConfig.of_size(int(size / 1000 if quick else size))
+    case = f"{size / 1e9:g}B, {device}"
+    build = peers.llama(config, "torch.nn")
+    measure_way(record, absent, case, way, build, config.parameters, device, rounds=3)

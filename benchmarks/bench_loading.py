@@ -1,0 +1,282 @@
+"""What it takes to have a checkpoint's values in a model, by fastinit and others; `empty=True` beside the meta device.
+
+Checkpoints are written first, so that they lie in the page cache; the clock runs from nothing to a model in bf16 whose
+values are all there:
+
+- file: one safetensors file in bf16; index: the same in four files; fp32: one in fp32, which is rounded on the way;
+- torch: in bf16, as torch.save writes it.
+
+Beside them stand two bounds: threads that read the files into pinned buffers and copy those to the device, with no
+model and no names; and one copy from pinned memory, the link.
+"""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import peers
+import pytest
+import torch
+
+import fastinit
+from fastinit.cli import measure
+from fastinit.cli.models import LLAMA_7B, Decoder, DecoderConfig
+
+KINDS = {"file": 32, "index": 8, "fp32": 8, "torch": 8}  # layers
+BF16 = torch.bfloat16
+
+
+def config_for(device, quick, layers):
+    if quick or device.type == "cpu":
+        return DecoderConfig(1000, 256 if quick else 1024, max(layers // 8, 1), 4, 1024)
+    return LLAMA_7B.with_layers(layers)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, main_device, quick):
+    """checkpoint(kind): a directory as `from_pretrained` wants it; the last one is deleted."""
+    written = {}
+
+    def checkpoint(kind):
+        if kind not in written:
+            for path in written.values():
+                for file in path.iterdir():
+                    file.unlink()
+            written.clear()
+            written[kind] = tmp_path_factory.mktemp(kind)
+            write(kind, config_for(main_device, quick, KINDS[kind]), written[kind], main_device)
+        return written[kind]
+
+    return checkpoint
+
+
+def write(kind, config, folder, device):
+    from safetensors.torch import save_file
+
+    with fastinit.on(device, "fp32" if kind == "fp32" else "bf16", seed=1):
+        model = peers.llama(config, "transformers")()
+    model.config.save_pretrained(folder)
+    state = {key: tensor.cpu() for key, tensor in model.state_dict().items()}
+    if kind == "torch":
+        torch.save(state, folder / "pytorch_model.bin")
+    elif kind == "index":
+        files = {key: f"model-{4 * n // len(state) + 1}-of-4.safetensors" for n, key in enumerate(state)}
+        for file in set(files.values()):
+            save_file({key: state[key] for key in state if files[key] == file}, folder / file, {"format": "pt"})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    else:
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def weights(folder):
+    return sorted(each for each in folder.iterdir() if each.suffix in (".safetensors", ".bin"))
+
+
+def state_of(folder, device):
+    """A state dict on a device, as people load it by hand."""
+    from safetensors.torch import load_file
+
+    state = {}
+    for file in weights(folder):
+        if file.suffix == ".bin":
+            state |= torch.load(file, map_location=device, weights_only=True, mmap=True)
+        else:
+            state |= load_file(file, device=str(device))
+    return state
+
+
+def by_fastinit(build, folder, device):
+    return fastinit.load(build, folder, device, "bf16", progress=False)
+
+
+def by_from_pretrained(build, folder, device):
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=BF16, device_map=str(device))
+
+
+def in_a_block(load):
+    def loaded(build, folder, device):
+        with fastinit.on(device, "bf16"):
+            return load(build, folder, device)
+
+    return loaded
+
+
+def built_and_loaded(build, folder, device):
+    model = build()
+    model.load_state_dict(state_of(folder, device))
+    return model
+
+
+def on_torch_device(build, folder, device):
+    with measure.default_dtype(BF16), device:
+        model = build()
+    model.load_state_dict(state_of(folder, device))
+    return model
+
+
+def assigned(build, folder, device):
+    with torch.device("meta"):
+        model = build()
+    model.load_state_dict(state_of(folder, device), assign=True)
+    return model.to(BF16)
+
+
+def threads_alone(build, folder, device, readers=16, nbytes=8 << 20):
+    """What can be expected: every file into memory of the device, by threads that read and copy."""
+    buffers = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(readers)]
+    targets = [torch.empty(file.stat().st_size, dtype=torch.uint8, device=device) for file in weights(folder)]
+    for file, target in zip(weights(folder), targets, strict=True):
+        descriptor = os.open(file, os.O_RDONLY)
+
+        def work(number, target=target, descriptor=descriptor):
+            buffer, view = buffers[number], buffers[number].numpy()
+            stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+            for offset in range(number * nbytes, len(target), readers * nbytes):
+                count = os.preadv(descriptor, [view], offset)
+                with torch.cuda.stream(stream):
+                    target[offset : offset + count].copy_(buffer[:count], non_blocking=True)
+                if stream is not None:
+                    stream.synchronize()
+
+        with ThreadPoolExecutor(readers) as pool:
+            list(pool.map(work, range(readers)))
+        os.close(descriptor)
+    return targets
+
+
+LOADS = {
+    "fastinit": by_fastinit,
+    "from_pretrained": by_from_pretrained,
+    "the same in fastinit.on": in_a_block(by_from_pretrained),
+    "meta, load_file, assign": assigned,
+    "torch.device, load_state_dict": on_torch_device,
+    "the latter in fastinit.on": in_a_block(built_and_loaded),
+    "threads alone": threads_alone,
+}
+
+
+@pytest.mark.parametrize("way", LOADS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_load(record, absent, main_device, quick, checkpoint, kind, way):
+    case = f"{kind}, {main_device}"
+    try:
+        peers.require("transformers")
+        peers.require("safetensors")
+        peers.require("accelerate" if "from_pretrained" in (way, kind) else None)
+    except peers.Unavailable as why:
+        absent(case, way, str(why))
+    folder = checkpoint(kind)
+    build = peers.llama(config_for(main_device, quick, KINDS[kind]), "transformers")
+    grown = []
+
+    def run():
+        measure.clean_up(main_device)
+        memory = measure.Memory(main_device)
+        seconds, kept = measure.seconds_of(lambda: LOADS[way](build, folder, main_device), main_device)
+        grown.append(memory.host_growth())
+        del kept
+        return seconds
+
+    size = sum(file.stat().st_size for file in weights(folder))
+    info = record(case, way, run, rounds=3, patience=8.0, bytes=size)
+    info["host_growth"] = grown[-1]
+
+
+@pytest.mark.parametrize("way", ["one copy from pinned memory"])
+def test_link(record, main_device, quick, way):
+    pinned = main_device.type == "cuda"
+    source = torch.empty(1 << (20 if quick else 30), dtype=torch.uint8, pin_memory=pinned)
+    target = torch.empty_like(source, device=main_device)
+
+    def run():
+        return measure.seconds_of(lambda: target.copy_(source, non_blocking=True), main_device)[0]
+
+    record(f"link, {main_device}", way, run, rounds=3, bytes=source.nbytes)
+
+
+EMPTY_WAYS = {"empty=True": True, 'empty="unchecked"': "unchecked", "fastinit": False, "meta": None}
+
+
+@pytest.mark.parametrize("way", EMPTY_WAYS)
+def test_empty(record, main_device, quick, way):
+    """The constructor alone, from an empty allocator cache."""
+    config = config_for(main_device, quick, 32)
+
+    def create():
+        if way == "meta":
+            with measure.default_dtype(BF16), torch.device("meta"):
+                return Decoder(config)
+        with fastinit.on(main_device, "bf16", seed=1, empty=EMPTY_WAYS[way]):
+            return Decoder(config)
+
+    run = from_an_empty_cache(create, main_device)
+    record(f"constructor, {config.parameters / 1e9:.3g}B, {main_device}", way, run, rounds=9)
+
+
+@pytest.mark.parametrize("way", ["fastinit", "empty=True, then load"])
+def test_load_state_dict(record, main_device, quick, way):
+    """Constructor and a full load in the block, where no fill is executed, beside `empty=True` and the load behind it.
+    The state dict lies on the device, so that the copies take the least time that they can."""
+    config = config_for(main_device, quick, 32)
+    with fastinit.on(main_device, "bf16", seed=1):
+        state = Decoder(config).state_dict()
+    executed = []
+
+    def inside():
+        with fastinit.on(main_device, "bf16", seed=2) as report:
+            model = Decoder(config)
+            model.load_state_dict(state)
+        executed.append(report.fills_executed)
+        return model
+
+    def behind():
+        with fastinit.on(main_device, "bf16", seed=2, empty=True) as report:
+            model = Decoder(config)
+        model.load_state_dict(state)
+        executed.append(report.fills_executed)
+        return model
+
+    run = from_an_empty_cache(inside if way == "fastinit" else behind, main_device)
+    info = record(f"load_state_dict, {config.parameters / 1e9:.3g}B, {main_device}", way, run, rounds=9)
+    info["fills_executed"] = max(executed)
+
+
+def from_an_empty_cache(create, device):
+    def run():
+        measure.clean_up(device)
+        return measure.seconds_of(create, device)[0]
+
+    return run
+
+
+def test_memory_of_a_load(record, main_device, quick, tmp_path):
+    """By how much resident memory grows at most while an fp32 file is loaded into a bf16 model on the CPU."""
+    config = DecoderConfig.of_size(1_000_000 if quick else 500_000_000)
+    seconds, growth, model_bytes, largest = measure.in_new_process(load_once, config, tmp_path)
+    info = record("fp32 into bf16 on the CPU, memory", "fastinit", [seconds], beyond=max(growth - model_bytes, 0))
+    info["largest_tensor_bytes"] = largest
+
+
+def load_once(config, folder):
+    import safetensors.torch
+
+    with fastinit.on("cpu", "fp32", seed=1):
+        model = Decoder(config)
+    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+    largest = max(each.nbytes for each in model.parameters())
+    del model
+    safetensors.torch.save_file(torch.nn.Linear(2, 2).state_dict(), folder / "small.safetensors")
+    fastinit.load(lambda: torch.nn.Linear(2, 2), folder / "small.safetensors", "cpu", "bf16")  # imports
+    device = torch.device("cpu")
+    measure.clean_up(device)
+    memory = measure.Memory(device)
+    build = lambda: Decoder(config)  # noqa: E731
+    seconds, model = measure.seconds_of(lambda: by_fastinit(build, folder / "model.safetensors", device), device)
+    growth = memory.host_growth()
+    if growth is None:
+        raise RuntimeError("this system cannot reset the peak of resident memory")
+    return seconds, growth, sum(each.nbytes for each in model.parameters()), largest

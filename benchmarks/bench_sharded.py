@@ -1,0 +1,396 @@
+"""What creating a large model as its shards costs a rank: time, memory, and whether the values are right.
+
+A Llama-shaped model of torch.nn modules in bf16 under FSDP2 (`fully_shard`), HSDP, FSDP2 over tensor parallelism and
+DeepSpeed ZeRO-3: by `fastinit.on(..., shard=...)` and `fastinit.materialize`, beside the meta device, `to_empty` and
+the `reset_parameters` of each module, and beside `deepspeed.zero.Init`.
+
+Real ranks are a process for each GPU (nccl), or two on the CPU (gloo); a figure is of the slowest rank. Simulated ones
+are played by one process on a group that communicates nothing: mesh, sharding and fills are those of the real rank, its
+time holds no communication, and what ranks would disturb each other is not seen. Each rank that is played is a round.
+Memory is the peak beyond the rank's own shards and buffers. Pieces of a dozen random tensors of fastinit's model are
+compared with what it computes on the CPU, bit for bit.
+"""
+
+import math
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peers
+import pytest
+import torch
+import torch.distributed as dist
+
+import fastinit
+from fastinit.cli import machine, measure
+from fastinit.cli.models import LLAMA_7B, LLAMA_70B, Decoder, DecoderConfig
+
+# Touvron et al. 2023, table 2; the largest first.
+SHAPES = (
+    LLAMA_70B,
+    DecoderConfig(vocabulary=32_000, width=6656, layers=60, heads=52, hidden=17_920),
+    DecoderConfig(vocabulary=32_000, width=5120, layers=40, heads=40, hidden=13_824),
+    LLAMA_7B,
+)
+BF16 = torch.bfloat16
+SIMULATED = 8  # ranks
+PLAYED = (0, 3, 7)  # of them, after rank 0 once to import what is imported
+DEEPSPEED = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+COMPARED = 2**22  # elements at most of each tensor that is compared
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A kind of sharding: the other way, the mesh of so many ranks (None: they are too few), and how many ranks hold
+    each shard."""
+
+    other: str
+    mesh: Callable[[int], tuple[int, ...] | None]
+    holders: int = 1
+
+
+META = "meta, to_empty, reset_parameters"
+PARTS = {
+    "fsdp2": Part(META, lambda ranks: (ranks,)),
+    "hsdp": Part(META, lambda ranks: (2, ranks // 2) if ranks >= 4 else None, holders=2),
+    "fsdp2-tp": Part(META, lambda ranks: (ranks // 2, 2)),
+    "zero3": Part("deepspeed.zero.Init", lambda ranks: (ranks,)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What each process of a part is started with."""
+
+    part: str
+    way: str
+    ranks: int
+    simulated: bool
+    device: str
+    config: DecoderConfig
+    rounds: int
+    store: Path
+
+    @property
+    def seed(self) -> int | None:
+        return 1 if self.simulated else None  # there is nobody to agree with on a key
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One creation on one rank. `different`: tensors whose values are not the CPU's; None if they were not compared."""
+
+    seconds: float
+    parts: dict[str, float]
+    local_bytes: int
+    beyond: int | None
+    different: list[str] | None
+
+
+@pytest.mark.parametrize("way", ["fastinit", "the other way"])
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("kind", ["real", "simulated"])
+def test_sharded(record, absent, main_device, quick, tmp_path, kind, part, way):
+    gpus = torch.cuda.device_count() if main_device.type == "cuda" else 0
+    ranks = SIMULATED if kind == "simulated" else gpus if gpus else 2
+    config = shape_for(ranks, gpus, quick)
+    case = f"{part}, {config.parameters / 1e9:.3g}B, {ranks} {kind} ranks, {main_device.type}"
+    way = way if way == "fastinit" else PARTS[part].other
+    if ranks == 1 or PARTS[part].mesh(ranks) is None:
+        absent(case, way, f"unsupported: {ranks} ranks are too few")
+    try:
+        peers.require("deepspeed" if part == "zero3" else None)
+    except peers.Unavailable as why:
+        absent(case, way, str(why))
+    job = Job(part, way, ranks, kind == "simulated", main_device.type, config, 1 if quick else 3, tmp_path / "store")
+    try:
+        if job.simulated:
+            rounds = [[each] for each in measure.in_new_process(play_ranks, job)]
+        else:
+            of_ranks = measure.in_new_processes(run_rank, [(job, rank) for rank in range(ranks)])
+            rounds = list(zip(*of_ranks, strict=True))
+    except Exception as error:
+        if way == "fastinit":
+            raise
+        absent(case, way, f"failed: {type(error).__name__}: {error}"[:300])
+    slowest = [max(each, key=lambda of_rank: of_rank.seconds) for each in rounds[1:]]
+    everywhere = [of_rank for each in rounds for of_rank in each]
+    median = statistics.median_low([each.seconds for each in slowest])
+    record(
+        case, way, [each.seconds for each in slowest],
+        parts=next(each.parts for each in slowest if each.seconds == median),
+        beyond=max((each.beyond for each in everywhere if each.beyond is not None), default=None),
+        local_bytes=max(each.local_bytes for each in everywhere), mesh=PARTS[part].mesh(ranks),
+    )  # fmt: skip
+    if way == "fastinit":
+        compared = [each.different for each in everywhere if each.different is not None]
+        assert len(compared) == (1 if job.simulated else ranks) and not any(compared)
+
+
+def shape_for(ranks, gpus, quick):
+    """The largest model of which a rank of every part has room for its share."""
+    if not gpus or quick:
+        return DecoderConfig.of_size(1_000_000 if quick else 100_000_000)
+    room = min(gpu["memory"] for gpu in machine.gpus())
+    for config in SHAPES:
+        largest = BF16.itemsize * max(config.vocabulary, config.hidden) * config.width  # tensor
+        # A fifth for what the other ways need beyond the model, and for what is no tensor: CUDA's own, NCCL's.
+        if 2 * BF16.itemsize * config.parameters // ranks + 4 * largest < 0.8 * room:
+            return config
+    return LLAMA_7B
+
+
+# On the ranks
+
+
+def run_rank(job: Job, rank: int) -> list[Round]:
+    """All rounds of a real rank, the first of which imports and compares."""
+    prepare_process(job, rank)
+    device = torch.device(job.device, rank if job.device == "cuda" else None)
+    if job.device == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // job.ranks))
+    else:
+        torch.cuda.set_device(device)
+    backend = "gloo" if job.device == "cpu" else "nccl"
+    dist.init_process_group(backend, init_method=f"file://{job.store}", rank=rank, world_size=job.ranks)
+    try:
+        return [measure_round(job, device, compare=turn == 0) for turn in range(job.rounds + 1)]
+    finally:
+        dist.destroy_process_group()
+
+
+def play_ranks(job: Job) -> list[Round]:
+    """One round of rank 0, which imports and compares, and one of each rank that is played."""
+    # torch would divide the ranks among the GPUs.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    played = [0, *PLAYED[: 1 if job.rounds == 1 else None]]
+    rounds = []
+    for turn, rank in enumerate(played):
+        with ThreadPoolExecutor(1) as thread:  # torch keeps what it knows of a mesh by thread
+            rounds.append(thread.submit(play_rank, job, rank, turn == 0).result())
+    return rounds
+
+
+def play_rank(job: Job, rank: int, compare: bool) -> Round:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    prepare_process(job, rank)
+    dist.init_process_group("fake", rank=rank, world_size=job.ranks, store=FakeStore())
+    try:
+        return measure_round(job, torch.device(job.device, 0 if job.device == "cuda" else None), compare)
+    finally:
+        dist.destroy_process_group()
+
+
+def prepare_process(job: Job, rank: int) -> None:
+    """What DeepSpeed and torch read of the environment."""
+    local = 0 if job.simulated else rank
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(job.ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | (
+        {"DS_ACCELERATOR": "cpu"} if job.device == "cpu" else {}
+    )
+
+
+def measure_round(job: Job, device: torch.device, compare: bool) -> Round:
+    measure.clean_up(device)
+    if device.type == "cpu":
+        measure.warm_memory(BF16.itemsize * job.config.parameters * PARTS[job.part].holders // job.ranks)
+    if not job.simulated:
+        dist.barrier()
+    memory, stages = measure.Memory(device), Stages(device)
+    model, report = create(job, device, stages)
+    peak = memory.peak()
+    local_bytes = sum(local_of(job, each).nbytes for each in model.parameters())
+    local_bytes += sum(buffer.nbytes for buffer in model.buffers())
+    parts = dict(stages.seconds)
+    if report is not None:
+        parts |= {"of it allocation": report.seconds_allocation, "of it fills": report.seconds_fills}
+    different = different_tensors(job, model, report.seed) if compare and report is not None else None
+    beyond = None if peak is None else max(peak - local_bytes, 0)
+    return Round(sum(stages.seconds.values()), parts, local_bytes, beyond, different)
+
+
+class Stages:
+    """Seconds of what is done one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        measure.synchronize(device)
+        self._began = time.perf_counter()
+
+    def ended(self, stage: str) -> None:
+        measure.synchronize(self._device)
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._began
+        self._began = now
+
+
+def create(job: Job, device: torch.device, stages: Stages) -> tuple[Any, fastinit.Report | None]:
+    """The model as this rank has it."""
+    if job.part == "zero3":
+        return create_partitioned(job, device, stages)
+    shard = sharder(job)
+    if job.way == "fastinit":
+        with fastinit.on(device, BF16, shard=True, seed=job.seed) as report:
+            model = Decoder(job.config)
+        stages.ended("constructor")
+        shard(model)
+        stages.ended("sharding")
+        fastinit.materialize(model, report=report)
+        stages.ended("materialize")
+        return model, report
+    with measure.default_dtype(BF16), torch.device("meta"):
+        model = Decoder(job.config)
+    stages.ended("constructor")
+    shard(model)
+    stages.ended("sharding")
+    model.to_empty(device=device)
+    stages.ended("to_empty")
+    peers.initialize(model)
+    stages.ended("reset_parameters")
+    return model, None
+
+
+def create_partitioned(job: Job, device: torch.device, stages: Stages) -> tuple[Any, fastinit.Report | None]:
+    import deepspeed
+
+    report = None
+    if job.way == "fastinit":
+        with fastinit.on(device, BF16, shard=fastinit.deepspeed.zero3(DEEPSPEED), seed=job.seed) as report:
+            model = Decoder(job.config)
+    else:
+        with deepspeed.zero.Init(config_dict_or_path=DEEPSPEED):
+            model = Decoder(job.config)
+    stages.ended("constructor")
+    return model, report
+
+
+def sharder(job: Job) -> Callable[[Any], None]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh(job.device, PARTS[job.part].mesh(job.ranks), mesh_dim_names=mesh_names(job.part))
+    data = mesh["data"] if job.part == "fsdp2-tp" else mesh
+    columns, rows = ColwiseParallel, RowwiseParallel
+    by_columns = ("attention.query", "attention.key", "attention.value", "gate", "up")
+    plan = {f"layers.*.{name}": columns() for name in by_columns}
+    plan |= {"layers.*.attention.output": rows(), "layers.*.down": rows()}
+    plan |= {"embedding": rows(input_layouts=Replicate()), "head": columns(output_layouts=Replicate())}
+
+    def shard(model: Any) -> None:
+        if job.part == "fsdp2-tp":
+            parallelize_module(model, mesh["tensor"], plan)
+        for layer in model.layers:
+            fully_shard(layer, mesh=data)
+        fully_shard(model, mesh=data)
+
+    return shard
+
+
+def mesh_names(part: str) -> tuple[str, ...]:
+    return {"fsdp2": ("shards",), "hsdp": ("replicas", "shards"), "fsdp2-tp": ("data", "tensor")}[part]
+
+
+def local_of(job: Job, parameter: Any) -> torch.Tensor:
+    return parameter.ds_tensor if job.part == "zero3" else parameter.to_local()
+
+
+# Values
+
+
+@torch.no_grad()
+def different_tensors(job: Job, model: Any, seed: int) -> list[str]:
+    """Which of a dozen random matrices are not, in some rows, what fastinit computes of the same model on the CPU."""
+    with fastinit.on("cpu", BF16, seed=seed, shard=True):
+        reference = Decoder(job.config)
+    parameters = dict(model.named_parameters())
+    matrices = sorted(name for name, parameter in reference.named_parameters() if parameter.dim() > 1)
+    chosen = sorted(random.Random(0).sample(matrices, min(12, len(matrices))))
+    pieces = {name: piece_of(job, name, parameters[name]) for name in chosen}
+
+    def only_pieces(name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
+        return pieces[name][0] if name in pieces else tuple(slice(0, 0) for _ in shape)
+
+    fastinit.materialize(reference, window=only_pieces)
+    expected = dict(reference.named_parameters())
+    return [name for name, (_, values) in pieces.items() if not torch.equal(bits(values), bits(expected[name]))]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().view(torch.int16)
+
+
+def piece_of(job: Job, name: str, parameter: Any) -> tuple[tuple[slice, ...], torch.Tensor]:
+    """Some rows of a parameter, and where they lie in the whole: gathered from all ranks, or those of a rank played."""
+    if job.part == "zero3":
+        if not job.simulated:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(parameter):
+                return rows_of(name, parameter.detach().clone(), 0, 0)
+        # The whole rows of this rank's flat slice.
+        columns, size = parameter.ds_shape[1], parameter.ds_tensor.numel()
+        begin = dist.get_rank() * size
+        end = min(begin + size, parameter.ds_numel)
+        first = -(-begin // columns)
+        held = parameter.ds_tensor[first * columns - begin : end // columns * columns - begin]
+        return rows_of(name, held.view(-1, columns), first, 0)
+    if not job.simulated:
+        return rows_of(name, parameter.full_tensor(), 0, 0)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    # By torch's own account of where a shard lies, not by fastinit's.
+    placed = (parameter.shape, parameter.device_mesh, parameter.placements)
+    return rows_of(name, parameter.to_local(), *compute_local_shape_and_global_offset(*placed)[1])
+
+
+def rows_of(name: str, values: torch.Tensor, row: int, column: int) -> tuple[tuple[slice, ...], torch.Tensor]:
+    """Neighbouring rows, the same on every rank, of what begins at that row and column of the whole."""
+    rows, columns = values.shape
+    count = min(rows, max(COMPARED // columns, 1))
+    first = random.Random(name).randrange(rows - count + 1)
+    window = (slice(row + first, row + first + count), slice(column, column + columns))
+    return window, values[first : first + count]
+
+
+# Windows
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_rows(record, main_device, quick, ranks):
+    """Creation as the rows that the first of so many ranks would hold, in one process."""
+    config = LLAMA_7B if main_device.type == "cuda" else DecoderConfig.of_size(100_000_000)
+    if quick:
+        config = DecoderConfig.of_size(1_000_000)
+
+    def rows(_, shape):
+        return (slice(0, math.ceil(shape[0] / ranks)), *(slice(None) for _ in shape[1:])) if shape else ()
+
+    last = {}
+
+    def run():
+        measure.clean_up(main_device)
+        if main_device.type == "cpu":
+            measure.warm_memory(BF16.itemsize * config.parameters // ranks)
+        memory, stages = measure.Memory(main_device), Stages(main_device)
+        with fastinit.on(main_device, BF16, seed=1, shard=True) as report:
+            model = Decoder(config)
+        stages.ended("constructor")
+        fastinit.materialize(model, window=rows, report=report)
+        stages.ended("materialize")
+        peak, local_bytes = memory.peak(), sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+        parts = {"of it allocation": report.seconds_allocation, "of it fills": report.seconds_fills}
+        last.update(parts=stages.seconds | parts, beyond=None if peak is None else max(peak - local_bytes, 0))
+        return sum(stages.seconds.values())
+
+    case = f"rows of 1 of {ranks} ranks, {config.parameters / 1e9:.3g}B, {main_device}"
+    record(case, "fastinit", run).update(last)

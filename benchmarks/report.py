@@ -1,0 +1,156 @@
+"""Tables, goals and a picture of a run of the suites.
+
+    python benchmarks/report.py FILE.json [--readme README.md]
+
+Prints the tables; writes them beside the file as Markdown, and the picture as PNG. With --readme, the table of the
+README between its markers becomes that of this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastinit.cli import machine, results, text
+from fastinit.cli.results import Measured, Table
+
+PICTURED = ("fills", "first", "growth")  # in the picture, if they were measured
+README_SUITES = ("first", "fills")
+MARKERS = ("<!-- benchmarks: written by benchmarks/report.py -->", "<!-- benchmarks end -->")
+
+Name = tuple[str, str, str]  # suite, how the case begins and what else it has, way
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A quotient of two costs that the project holds itself to, on the machine that it was set for (one H200).
+
+    Without `below`, the cost itself in seconds; `most`: at most `bound`, else at least.
+    """
+
+    what: str
+    above: Name
+    below: Name | None
+    bound: float
+    most: bool = True
+
+    def value(self, measured: list[Measured]) -> float | None:
+        above = find(measured, self.above)
+        if above is None or self.below is None:
+            return None if above is None else above.cost
+        below = find(measured, self.below)
+        return None if below is None else above.cost / below.cost
+
+    def kept(self, value: float) -> bool:
+        return value <= self.bound if self.most else value >= self.bound
+
+
+def goals() -> Iterable[Goal]:
+    for distribution, dtype, bound in (("uniform", "bf16", 2.05), ("normal", "bf16", 2.1), ("normal", "fp32", 1.9)):
+        case = f"{distribution} {dtype}, cuda"
+        yield Goal(f"{case}: torch / fastinit", ("fills", case, "torch"), ("fills", case, "fastinit"), bound, False)
+    for distribution, bound in (("uniform", 0.9), ("normal", 0.8)):
+        floor, fill = (("fills", f"{name} fp32, cuda", "fastinit") for name in ("constant", distribution))
+        yield Goal(f"{distribution} fp32, cuda: rate / a constant's", floor, fill, bound, False)
+    for layout, other, bound in (
+        ("rows of 1 KiB, cuda", "one tensor", 0.9), ("box of three dimensions", "one tensor", 0.85),
+        ("limits unlike", "one tensor", 0.8), ("one step", "one tensor", 0.85),
+    ):  # fmt: skip
+        for dtype in ("fp32", "bf16"):
+            above, below = ("layouts", other, dtype), ("layouts", layout, dtype)
+            yield Goal(f"{layout.removesuffix(', cuda')}, {dtype}: rate / a whole tensor's", above, below, bound, False)
+    for dtype in ("fp32", "bf16"):
+        many, one = (("layouts", name, dtype) for name in ("many at once", "one of as many elements"))
+        yield Goal(f"10,000 fills of 4,096, {dtype}: time / one fill's", many, one, 3.0)
+    for distribution, bound in (("uniform", 8.0), ("normal", 4.8)):
+        for dtype in ("fp32", "fp16", "bf16"):
+            case = f"{distribution} {dtype}, cpu, one thread"
+            yield Goal(f"{case}: torch / fastinit", ("fills", case, "torch"), ("fills", case, "fastinit"), bound, False)
+    for suite, case, other, bound in (
+        ("first", "Llama-shaped, 6.74B, torch.nn", "torch", 0.4),
+        ("first", "Llama-shaped, 6.74B, transformers", "torch", 0.4),
+        ("creation", "Llama, 6.74B, torch.nn, cuda, cold", "torch", 0.4),
+        ("creation", "Llama-shaped, 10M, cuda", "torch", 1.0),
+        ("creation", "2,000 x Linear(64, 64), cpu", "torch", 0.7),
+        ("creation", "2,000 x Linear(64, 64), cpu", "plain fp32", 1.05),
+        ("growth", "1.3B, cpu", "torch", 0.125),
+    ):
+        yield Goal(f"{suite}: {case}: fastinit / {other}", (suite, case, "fastinit"), (suite, case, other), bound)
+    block = "an empty block, 10,000 classes more"
+    yield Goal(f"{block}: seconds", ("contexts", block, "about the thousandth"), None, 2e-4)
+
+
+def find(measured: list[Measured], name: Name) -> Measured | None:
+    suite, case, way = name
+    found = (each for each in measured if (each.suite, each.way) == (suite, way) and each.case.startswith(case))
+    return next((each for each in found if each.seconds), None)
+
+
+def goals_table(measured: list[Measured]) -> Table:
+    rows = []
+    for goal in goals():
+        value = goal.value(measured)
+        bound = f"{'<=' if goal.most else '>='} {goal.bound:g}"
+        shown, kept = ("not measured", "") if value is None else (f"{value:.3g}", "yes" if goal.kept(value) else "no")
+        rows.append([goal.what, shown, bound, kept])
+    return Table("goals, set for one H200", ["", "measured", "goal", "kept"], rows, [])
+
+
+def beyond_table(measured: list[Measured]) -> Table:
+    """What fastinit needs beyond a rank's own memory: at most 64 MiB."""
+    rows = [
+        [each.case, text.size(each.info["beyond"]), "yes" if each.info["beyond"] <= 64 << 20 else "no"]
+        for each in measured
+        if each.suite == "sharded" and each.way == "fastinit" and "beyond" in each.info
+    ]
+    return Table("peak of memory beyond a rank's own, at most 64 MiB", ["", "peak", "kept"], rows, [])
+
+
+def readme_table(document: dict[str, Any], measured: list[Measured]) -> str:
+    shown = [each for each in measured if each.suite in README_SUITES and "cuda" in each.case]
+    parts = [about(document), *(table.markdown() for table in results.tables(shown) if "memory" not in table.header)]
+    return "\n\n".join(parts)
+
+
+def about(document: dict[str, Any]) -> str:
+    described = document["machine_info"]["fastinit"]
+    commit = (described["git_commit"] or "unknown")[:9]
+    driver = f", driver {described['driver']}" if described["driver"] else ""
+    return f"{machine.summary(described)}{driver}, commit {commit}, {document['datetime'][:10]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--readme", type=Path, help="a page with the markers, whose table is to be that of this run")
+    arguments = parser.parse_args()
+    document = json.loads(arguments.file.read_text())
+    measured = results.read(document)
+    tables = [*results.tables(measured), beyond_table(measured), goals_table(measured)]
+    print(about(document))
+    for table in filter(lambda table: table.rows, tables):
+        table.show()
+    if document.get("not_started"):
+        print(f"Not started, for want of time: {len(document['not_started'])} figures")
+    written = "\n\n".join([about(document), *(table.markdown() for table in tables if table.rows)])
+    arguments.file.with_suffix(".md").write_text(written + "\n")
+    if arguments.readme is not None:
+        before, rest = arguments.readme.read_text().split(MARKERS[0])
+        after = rest.split(MARKERS[1])[1]
+        page = f"{before}{MARKERS[0]}\n\n{readme_table(document, measured)}\n\n{MARKERS[1]}{after}"
+        arguments.readme.write_text(page)
+    try:
+        from fastinit.cli import plot
+    except ImportError as error:
+        print(f"No picture: {error}")
+        return
+    pictured = [each for each in measured if each.suite in PICTURED] or measured
+    plot.save(pictured, arguments.file.with_suffix(".png"), about(document))
+
+
+if __name__ == "__main__":
+    main()
