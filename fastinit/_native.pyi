@@ -149,6 +149,9 @@ def connect(**connected: Any) -> tuple[dict[str, Any], Any, Any]:
         Methods of Placeholder by name, ``Mode.__torch_function__``, and the hook of registrations.
     """
 
+def new_placeholder(record: Any) -> Any:
+    """A new placeholder for the whole of a record; not in inference mode."""
+
 def around_handle(original: Any) -> Any:
     """``torch.overrides.handle_torch_function`` for the time of a block, around torch's own."""
 

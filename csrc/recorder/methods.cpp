@@ -5,27 +5,8 @@
 #include "recorder/recorder.h"
 
 namespace fastinit::recorder {
-namespace {
-
-// --- placeholders -----------------------------------------------------------------------------------------------------
-
-// The sizes of a tensor as torch.Size, or null.
-py::object size_of(const Target& target) {
-    if (!target.record) return {};
-    PyObject* const sizes = target.whole() ? target->shape : PyTuple_GET_ITEM(target.region.ptr(), 1);
-    const Py_ssize_t dims = PyTuple_GET_SIZE(sizes);
-    auto* const type = reinterpret_cast<PyTypeObject*>(state.size);
-    py::object size = checked(type->tp_alloc(type, dims));  // a tuple that checks its items, which these need not
-    for (Py_ssize_t d = 0; d < dims; ++d) {
-        PyObject* const value = PyTuple_GET_ITEM(sizes, d);
-        Py_INCREF(value);
-        PyTuple_SET_ITEM(size.ptr(), d, value);
-    }
-    return size;
-}
-
 // A new placeholder for the whole of a record: what fastinit.record.tensors.stand_for does; outside of inference mode.
-py::object stand_for(const py::object& object, bool requires_grad) {
+py::object new_placeholder(const py::object& object, bool requires_grad) {
     Record* const record = as_record(object);
     // The options of the last call are those of this one, mostly.
     static struct {
@@ -50,8 +31,27 @@ py::object stand_for(const py::object& object, bool requires_grad) {
     return tensor;
 }
 
+namespace {
+
+// --- placeholders -----------------------------------------------------------------------------------------------------
+
+// The sizes of a tensor as torch.Size, or null.
+py::object size_of(const Target& target) {
+    if (!target.record) return {};
+    PyObject* const sizes = target.whole() ? target->shape : PyTuple_GET_ITEM(target.region.ptr(), 1);
+    const Py_ssize_t dims = PyTuple_GET_SIZE(sizes);
+    auto* const type = reinterpret_cast<PyTypeObject*>(state.size);
+    py::object size = checked(type->tp_alloc(type, dims));  // a tuple that checks its items, which these need not
+    for (Py_ssize_t d = 0; d < dims; ++d) {
+        PyObject* const value = PyTuple_GET_ITEM(sizes, d);
+        Py_INCREF(value);
+        PyTuple_SET_ITEM(size.ptr(), d, value);
+    }
+    return size;
+}
+
 py::object stand_for(const py::object& record) {
-    return truth(call(state.inference_mode)) ? call(state.stand_for, {record.ptr()}) : stand_for(record, false);
+    return truth(call(state.inference_mode)) ? call(state.stand_for, {record.ptr()}) : new_placeholder(record, false);
 }
 
 // torch's own method of a name.
@@ -430,7 +430,7 @@ PyObject* make_subclass(PyObject* wrapper, PyObject* const* given, Py_ssize_t co
             const Target target(given[1]);
             Dtype code;
             if (target.whole() && fillable(target->dtype, code)) {  // torch refuses gradients of whole numbers
-                py::object parameter = stand_for(target.record, given[2] == Py_True);
+                py::object parameter = new_placeholder(target.record, given[2] == Py_True);
                 set_attribute(parameter.ptr(), names->_is_param, Py_True);
                 return parameter;
             }

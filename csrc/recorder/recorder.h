@@ -240,6 +240,7 @@ inline size_t fillable(PyObject* dtype, Dtype& code) {
 uint64_t elements(PyObject* shape);
 uint64_t nbytes(const Record* record);
 
+py::object new_placeholder(const py::object& record, bool requires_grad);
 py::dict methods_of_placeholder();
 py::object method_of_mode(PyObject* type);
 py::object around_handle(const py::object& original);

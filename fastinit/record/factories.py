@@ -317,6 +317,8 @@ def _is_default(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _is_float(value: Any) -> bool:
+    if type(value) in (int, float):
+        return type(value) is float
     if isinstance(value, torch.Tensor):
         return value.is_floating_point()
     return isinstance(value, float) or getattr(getattr(value, "dtype", None), "kind", "") in ("f", "b")

@@ -39,10 +39,12 @@ def _is_plain(*tensors: Any) -> bool:
     """Whether torch would do no more with these than to call the dispatcher."""
     if not is_mine():
         return False
-    if not torch.is_grad_enabled():
-        return True
-    with modes_off():
-        return not any(each.requires_grad for each in tensors if isinstance(each, torch.Tensor))
+    if torch.is_grad_enabled():
+        with modes_off():
+            for each in tensors:
+                if type(each) not in (int, float) and isinstance(each, torch.Tensor) and each.requires_grad:
+                    return False
+    return True
 
 
 def _straight(overload: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,7 +64,7 @@ def _on_values(function: Callable[..., torch.Tensor], operands: tuple[Any, ...])
     first: Record | None = None
     values: list[Any] = []
     for each in operands:
-        if isinstance(each, torch.Tensor):
+        if type(each) not in (int, float):
             if type(each) is not Placeholder:
                 return None
             record = each._record

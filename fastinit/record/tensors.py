@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .. import native
 from ..execution import allocate
 from ..recipe import Region
+from . import fast
 from .records import Record, is_in_order, lock, modes_off, view_of
 
 
@@ -158,8 +160,12 @@ def stand_for(record: Record, region: Region | None = None) -> Placeholder:
         # An inference tensor is of no use outside of that mode; a model's should be, whenever it was made.
         with torch.inference_mode(False):
             return stand_for(record, region)
+    tensor: Placeholder
     if region is None:
-        tensor: Placeholder = _make(Placeholder, record.shape, dtype=record.dtype, device=record.device)
+        if fast.in_use:
+            tensor = native.new_placeholder(record)
+            return tensor
+        tensor = _make(Placeholder, record.shape, dtype=record.dtype, device=record.device)
     else:
         offset, sizes, strides = region
         tensor = _make(
@@ -196,22 +202,23 @@ def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
     return {name: value for name, value in tensor.__dict__.items() if name not in own}
 
 
-# What operators are mostly given beside tensors: torch takes its time to say that a number is no tensor.
+# What operators are mostly given beside tensors: torch takes its time to say that something is no tensor.
 _ATOMS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
+_CONTAINERS = frozenset({tuple, list, dict})
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """The tensors among the arguments or results of an operator; much sooner than by torch's pytrees."""
-    if type(value) in _ATOMS:
+    kind = type(value)
+    if kind in _ATOMS:
         return []
-    if isinstance(value, torch.Tensor):
-        return [value]
+    if kind not in _CONTAINERS:
+        if isinstance(value, torch.Tensor):
+            return [value]
+        if not isinstance(value, (dict, list, tuple)):
+            return []
     found: list[torch.Tensor] = []
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return found
-    for each in value:
+    for each in value.values() if isinstance(value, dict) else value:
         if type(each) is Placeholder or type(each) is torch.Tensor:
             found.append(each)
         elif type(each) not in _ATOMS:
@@ -221,14 +228,14 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     """The arguments or results of an operator with a function of each of their tensors in its place."""
-    if type(value) in _ATOMS:
+    kind = type(value)
+    if kind in _ATOMS:
         return value
-    if isinstance(value, torch.Tensor):
+    if kind not in _CONTAINERS and isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, dict):
         return {name: map_tensors(function, each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        kind = type(value)
         return kind([map_tensors(function, each) for each in value])
     return value
 
