@@ -14,7 +14,7 @@ from models import DTYPES, plain, same_bits
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 # What torch deprecates is still called in constructors.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -322,6 +322,35 @@ class Answering(torch.Tensor):
 
 
 LIKE = (torch.empty_like, torch.zeros_like, torch.full_like, torch.rand_like, torch.Tensor.new_ones)
+
+
+class Watching(torch.Tensor):
+    """A subclass that notes of which classes the tensors are that functions of torch get beside its own."""
+
+    met = ()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.met = (*cls.met, *(type(each) for each in tree_leaves(args) if isinstance(each, torch.Tensor)))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@over_dtypes
+def test_the_code_of_a_subclass_finds_tensors_of_torchs_own_classes(dtype):
+    def meet():
+        watching = torch.ones(3, 3).as_subclass(Watching)
+        weight, linear = torch.randn(3, 3), nn.Linear(3, 3)
+        return [
+            weight * watching,
+            torch.randn(3, 3).copy_(watching),
+            torch.stack([torch.zeros(3, 3), watching]),
+            nn.functional.linear(watching, linear.weight),
+            torch.randn(3, 3).module_load(watching),
+        ]
+
+    Watching.met = ()
+    inside(meet, dtype)
+    assert set(Watching.met) == {torch.Tensor, nn.Parameter, Watching}
 
 
 @over_dtypes

@@ -193,7 +193,7 @@ def _set_default_tensor_type(function: Any) -> Any:
     @functools.wraps(function)
     def set_default_tensor_type(t: Any, /) -> None:
         block = current.get()
-        kind = getattr(torch, t.removeprefix("torch."), None) if isinstance(t, str) else t
+        kind: Any = getattr(torch, t.removeprefix("torch."), None) if isinstance(t, str) else t
         dtype = getattr(kind, "dtype", None)
         if block is None or kind is None or dtype is None or kind.is_cuda:
             function(t)

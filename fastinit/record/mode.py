@@ -146,8 +146,9 @@ class Mode(native.Mode, TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         tensors = tensors_in((args, kwargs))
-        if torch._C._len_torch_dispatch_stack():
-            # Modes below autograd, which trace or fake, know placeholders no more than autograd's graphs do.
+        if torch._C._len_torch_dispatch_stack() or any(map(_answers_itself, types)):
+            # Modes below autograd, which trace or fake, know placeholders no more than autograd's graphs do; nor does
+            # the code of a class that answers functions of torch itself.
             for each in tensors:
                 become_real(each)
         elif torch.is_grad_enabled() and func not in _ABOUT_TENSORS and func not in _VIEWS:
@@ -233,6 +234,12 @@ def _device_context() -> DeviceContext | None:
         if isinstance(mode, DeviceContext):
             return mode
     return None
+
+
+def _answers_itself(kind: type[torch.Tensor]) -> bool:
+    own: Any = kind.__torch_function__
+    usual: Any = torch.Tensor.__torch_function__
+    return own is not torch._C._disabled_torch_function_impl and getattr(own, "__func__", None) is not usual.__func__
 
 
 def _initialises(func: Any, kwargs: dict[str, Any]) -> bool:
