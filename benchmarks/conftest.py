@@ -9,10 +9,10 @@ import time
 import pytest
 import torch
 
-from fastinit.cli import machine
+from fastinit.cli import machine, measure
 from fastinit.cli.demo import default_device
 
-# In the order of a run: if a time limit ends it, the last ones are missing.
+# In the order of a run, the main device's before the CPU's: if a time limit ends it, the last ones are missing.
 SUITES = "fills first contexts creation layouts growth frameworks sharded loading readers statistics".split()
 
 PACKAGES = "accelerate cupy deepspeed jax lightning numpy safetensors timm torchvision transformers triton".split()
@@ -56,10 +56,17 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", devices(metafunc.config), indirect=True, scope="session")
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(trylast=True)  # pytest itself sorts by the devices of fixtures
+def pytest_collection_modifyitems(config, items):
+    main = devices(config)[0]
+
+    def order(item):
+        device = item.callspec.params.get("device", main) if hasattr(item, "callspec") else main
+        return device != main, SUITES.index(suite_of(item))
+
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK))
-    items.sort(key=lambda item: SUITES.index(suite_of(item)))
+    items.sort(key=order)
 
 
 def suite_of(item):
@@ -100,6 +107,13 @@ def main_device(request):
 @pytest.fixture(scope="session")
 def quick(request):
     return request.config.getoption("--quick")
+
+
+@pytest.fixture(autouse=True)
+def no_memory_is_kept():
+    """What torch's allocator keeps of one figure would be missing to the processes of another."""
+    yield
+    measure.clean_up(torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))
 
 
 @pytest.fixture
