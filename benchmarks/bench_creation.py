@@ -7,6 +7,7 @@ import peers
 import pytest
 import torch
 
+from fastinit.cli import text
 from fastinit.cli.measure import DTYPES
 from fastinit.cli.models import LLAMA_7B, DecoderConfig
 from fastinit.cli.workloads import linears, make_ready, timed_creation
@@ -52,7 +53,7 @@ def test_model(record, absent, main_device, quick, library, way, cache):
     config = LLAMA_7B if on_gpu else DecoderConfig.of_size(350_000_000)
     if quick:
         config = DecoderConfig.of_size(1_000_000)
-    case = f"Llama, {config.parameters / 1e9:.3g}B, {library}, {main_device}{f', {cache}' if on_gpu else ''}"
+    case = f"Llama, {text.count(config.parameters)}, {library}, {main_device}{f', {cache}' if on_gpu else ''}"
     part = config.with_layers(1) if way == "naive" else config  # each takes as long, some seconds in all
     scale = config.parameters / part.parameters if part != config else None
     needed = "transformers" if library == "transformers" else None

@@ -8,7 +8,7 @@ import peers
 import pytest
 import torch
 
-from fastinit.cli import measure
+from fastinit.cli import measure, text
 from fastinit.cli.models import LLAMA_7B, DecoderConfig
 from fastinit.cli.workloads import timed_creation
 
@@ -23,7 +23,7 @@ def test_first_model(record, absent, main_device, quick, library, way):
     config = LLAMA_7B if main_device.type == "cuda" else DecoderConfig.of_size(350_000_000)
     if quick:
         config = DecoderConfig.of_size(1_000_000)
-    case = f"Llama-shaped, {config.parameters / 1e9:.3g}B, {library}, {main_device}"
+    case = f"Llama-shaped, {text.count(config.parameters)}, {library}, {main_device}"
     try:
         peers.require("transformers" if library == "transformers" else None)
         peers.require(peers.ALL_WAYS[way].requires)

@@ -12,7 +12,7 @@ import peers
 import pytest
 import torch
 
-from fastinit.cli import measure
+from fastinit.cli import measure, text
 from fastinit.cli.models import LLAMA_7B, Decoder, DecoderConfig
 
 WHEN = ("first", "second")
@@ -24,7 +24,7 @@ def test_fabric(record, absent, main_device, quick, when, way):
     config = LLAMA_7B if main_device.type == "cuda" else DecoderConfig.of_size(100_000_000)
     if quick:
         config = DecoderConfig.of_size(1_000_000)
-    case = f"fabric.init_module, {config.parameters / 1e9:.3g}B, {when} model, {main_device}"
+    case = f"fabric.init_module, {text.count(config.parameters)}, {when} model, {main_device}"
     try:
         peers.require("lightning")
     except peers.Unavailable as why:

@@ -4,6 +4,7 @@ import peers
 import pytest
 from bench_creation import measure_way
 
+from fastinit.cli import text
 from fastinit.cli.models import DecoderConfig
 
 SIZES = {"cuda": (1e7, 1e8, 3.5e8, 1.3e9, 3e9, 6.7e9, 13e9, 30e9), "cpu": (1e7, 1e8, 1.3e9)}
@@ -19,6 +20,6 @@ def test_growth(record, absent, device, quick, size, way):
     if device.type == "cpu" and way in ("fabric", "accelerate"):
         pytest.skip("on the main device alone")
     config = DecoderConfig.of_size(int(size / 1000 if quick else size))
-    case = f"{size / 1e9:g}B, {device}"
+    case = f"{text.count(size)}, {device}"
     build = peers.llama(config, "torch.nn")
     measure_way(record, absent, case, way, build, config.parameters, device, rounds=3)

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import fastinit
-from fastinit.cli import measure
+from fastinit.cli import measure, text
 from fastinit.cli.models import LLAMA_7B, Decoder, DecoderConfig
 
 KINDS = {"file": 32, "index": 8, "fp32": 8, "torch": 8}  # layers
@@ -214,7 +214,7 @@ def test_empty(record, main_device, quick, way):
             return Decoder(config)
 
     run = from_an_empty_cache(create, main_device)
-    record(f"constructor, {config.parameters / 1e9:.3g}B, {main_device}", way, run, rounds=9)
+    record(f"constructor, {text.count(config.parameters)}, {main_device}", way, run, rounds=9)
 
 
 @pytest.mark.parametrize("way", ["fastinit", "empty=True, then load"])
@@ -241,7 +241,7 @@ def test_load_state_dict(record, main_device, quick, way):
         return model
 
     run = from_an_empty_cache(inside if way == "fastinit" else behind, main_device)
-    info = record(f"load_state_dict, {config.parameters / 1e9:.3g}B, {main_device}", way, run, rounds=9)
+    info = record(f"load_state_dict, {text.count(config.parameters)}, {main_device}", way, run, rounds=9)
     info["fills_executed"] = max(executed)
 
 

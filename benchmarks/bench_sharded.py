@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 import fastinit
-from fastinit.cli import machine, measure
+from fastinit.cli import machine, measure, text
 from fastinit.cli.models import LLAMA_7B, LLAMA_70B, Decoder, DecoderConfig
 
 # Touvron et al. 2023, table 2; the largest first.
@@ -100,7 +100,7 @@ def test_sharded(record, absent, main_device, quick, tmp_path, kind, part, way):
     gpus = torch.cuda.device_count() if main_device.type == "cuda" else 0
     ranks = SIMULATED if kind == "simulated" else gpus if gpus else 2
     config = shape_for(ranks, gpus, quick)
-    case = f"{part}, {config.parameters / 1e9:.3g}B, {ranks} {kind} ranks, {main_device.type}"
+    case = f"{part}, {text.count(config.parameters)}, {ranks} {kind} ranks, {main_device.type}"
     way = way if way == "fastinit" else PARTS[part].other
     if ranks == 1 or PARTS[part].mesh(ranks) is None:
         absent(case, way, f"unsupported: {ranks} ranks are too few")
@@ -392,5 +392,5 @@ def test_rows(record, main_device, quick, ranks):
         last.update(parts=stages.seconds | parts, beyond=None if peak is None else max(peak - local_bytes, 0))
         return sum(stages.seconds.values())
 
-    case = f"rows of 1 of {ranks} ranks, {config.parameters / 1e9:.3g}B, {main_device}"
+    case = f"rows of 1 of {ranks} ranks, {text.count(config.parameters)}, {main_device}"
     record(case, "fastinit", run).update(last)

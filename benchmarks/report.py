@@ -56,16 +56,15 @@ def goals() -> Iterable[Goal]:
     for distribution, bound in (("uniform", 0.9), ("normal", 0.8)):
         floor, fill = (("fills", f"{name} fp32, cuda", "fastinit") for name in ("constant", distribution))
         yield Goal(f"{distribution} fp32, cuda: rate / a constant's", floor, fill, bound, False)
-    for layout, other, bound in (
-        ("rows of 1 KiB, cuda", "one tensor", 0.9), ("box of three dimensions", "one tensor", 0.85),
-        ("limits unlike", "one tensor", 0.8), ("one step", "one tensor", 0.85),
+    for layout, bound in (
+        ("rows of 1 KiB", 0.9), ("box of three dimensions", 0.85), ("limits unlike", 0.8), ("one step", 0.85),
     ):  # fmt: skip
         for dtype in ("fp32", "bf16"):
-            above, below = ("layouts", other, dtype), ("layouts", layout, dtype)
-            yield Goal(f"{layout.removesuffix(', cuda')}, {dtype}: rate / a whole tensor's", above, below, bound, False)
+            above, below = (("layouts", f"{name}, cuda", dtype) for name in ("one tensor", layout))
+            yield Goal(f"{layout}, {dtype}, cuda: rate / a whole tensor's", above, below, bound, False)
     for dtype in ("fp32", "bf16"):
-        many, one = (("layouts", name, dtype) for name in ("many at once", "one of as many elements"))
-        yield Goal(f"10,000 fills of 4,096, {dtype}: time / one fill's", many, one, 3.0)
+        many, one = (("layouts", f"{name}, cuda", dtype) for name in ("many at once", "one of as many elements"))
+        yield Goal(f"10,000 fills of 4,096, {dtype}, cuda: time / one fill's", many, one, 3.0)
     for distribution, bound in (("uniform", 8.0), ("normal", 4.8)):
         for dtype in ("fp32", "fp16", "bf16"):
             case = f"{distribution} {dtype}, cpu, one thread"

@@ -85,18 +85,21 @@ class Table:
 
 
 def tables(measured: Iterable[Measured]) -> list[Table]:
-    """One for each suite, a row for each case and a column for each way; and where fastinit's time goes."""
+    """A row for each case and a column for each way, one table for the cases of a suite that have the same ways; and
+    where fastinit's time goes."""
     measured = list(measured)
-    of_suites = [
-        suite_table(suite, [each for each in measured if each.suite == suite])
-        for suite in dict.fromkeys(each.suite for each in measured)
-    ]
+    groups: dict[tuple[str, tuple[str, ...]], list[Measured]] = {}
+    for suite, case in dict.fromkeys((each.suite, each.case) for each in measured):
+        of_case = [each for each in measured if (each.suite, each.case) == (suite, case)]
+        groups.setdefault((suite, tuple(sorted(each.way for each in of_case))), []).extend(of_case)
+    of_suites = [suite_table(suite, of_group) for (suite, _), of_group in groups.items()]
     parts = parts_table(measured)
     return [*of_suites, parts] if parts.rows else of_suites
 
 
 def suite_table(suite: str, measured: list[Measured]) -> Table:
-    ways = list(dict.fromkeys(each.way for each in measured))
+    """Ways that no case has a figure of have no column, and are named below."""
+    ways = list(dict.fromkeys(each.way for each in measured if each.seconds))
     notes: dict[str, None] = {}
     rows = []
     for case in dict.fromkeys(each.case for each in measured):
