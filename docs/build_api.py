@@ -15,7 +15,7 @@ PAGE = Path(__file__).parent / "api.md"
 
 # Module, heading, and its names in the order of the page; together they are all that is public.
 SECTIONS = [
-    ("fastinit", "Creating models", ["on", "Report", "uninstall"]),
+    ("fastinit", "Creating models", ["on", "Report", "TensorReport", "FillReport", "uninstall"]),
     ("fastinit", "Checkpoints", ["load", "LoadReport", "CheckpointError", "uninitialized", "initialize"]),
     ("fastinit", "Shards", ["materialize", "param_init_fn"]),
     ("fastinit.deepspeed", "DeepSpeed", ["zero3"]),

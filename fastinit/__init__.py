@@ -16,7 +16,7 @@ from .layout import Window
 from .materialization import initialize, materialize, param_init_fn, uninitialized
 from .recipe import Constant, Normal, TruncatedNormal, Uniform
 from .record.guest import uninstall
-from .report import Report
+from .report import FillReport, Report, TensorReport
 
 if TYPE_CHECKING:
     from . import accelerate, deepspeed, lightning
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "Constant",
+    "FillReport",
     "LoadReport",
     "Normal",
     "Report",
+    "TensorReport",
     "TruncatedNormal",
     "Uniform",
     "Window",

@@ -1,4 +1,4 @@
-"""The command line, `python -m fastinit doctor|demo|bench`, or `fastinit doctor|demo|bench`."""
+"""The command line, `python -m fastinit doctor|demo|inspect|bench`, or `fastinit ...`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import argparse
 import sys
 
 from . import __version__
-from .cli import bench, demo, doctor
+from .cli import bench, demo, doctor, inspect
 
 
 def main(argv: list[str] | None = None) -> int:
     description = (sys.modules["fastinit"].__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m fastinit", description=description)
     parser.add_argument("--version", action="version", version=f"torch-fastinit {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="doctor|demo|bench")
-    for command in (doctor, demo, bench):
+    commands = parser.add_subparsers(dest="command", required=True, metavar="doctor|demo|inspect|bench")
+    for command in (doctor, demo, inspect, bench):
         name = command.__name__.rpartition(".")[2]
         description = (command.__doc__ or "").strip()
         subparser = commands.add_parser(name, help=description.splitlines()[0], description=description)

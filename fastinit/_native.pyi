@@ -110,10 +110,14 @@ class Record:
     memory: torch.Tensor | None
     owner: Any
     tensors: Any
+    executed: tuple[Any, ...] | None
+    replaced: tuple[Any, ...] | None
     recorded: bool
     deferred: bool
     @property
     def nbytes(self) -> int: ...
+    def set_aside(self) -> None:
+        """Move what it has executed and what is pending to what has been replaced."""
 
 class Block:
     """The fields of fastinit.record.block.Block that the fast path uses."""

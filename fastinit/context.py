@@ -14,6 +14,7 @@ import inspect
 import logging
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,13 +31,14 @@ from .execution import NATIVE_DEVICES, Timing, refuse_capture
 from .log import logger
 from .record import guest
 from .record.block import Block, Empty, current
+from .record.history import Found, hand_over, written
 from .record.mode import Mode
 from .record.names import name_streams
 from .record.pending import leave_unwritten
 from .record.records import modes_off
 from .record.tensors import concrete
 from .record.unwritten import Origin, origin_of
-from .report import Report, finish, start
+from .report import Report, finish, look, start
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -79,7 +81,7 @@ class _Entered(NamedTuple):
     context: on
     block: Block
     mode: Mode
-    report: Report
+    report: Report | None  # held if it is to be logged
     token: Token[Block | None]
     compiler: Any
 
@@ -221,6 +223,7 @@ class on:
         if logger.isEnabledFor(logging.INFO):
             block.ran = Counter()
         report = start(device, dtype, seed, "order" if self._rename is None else "name")
+        block.report = weakref.ref(report)  # nobody but the caller holds it: without "as", nothing has to be reported
         guest.install()
         try:
             block.generator.enter()
@@ -230,7 +233,8 @@ class on:
             block.generator.leave(None if outer is None else outer.generator)
             guest.remove()
             raise
-        _entered.set((*_entered.get(), _Entered(self, block, mode, report, current.set(block), compiler)))
+        kept = None if block.ran is None else report
+        _entered.set((*_entered.get(), _Entered(self, block, mode, kept, current.set(block), compiler)))
         return report
 
     @not_compiled
@@ -255,17 +259,26 @@ class on:
                 "fastinit.on: left where it was not entered, or before a block inside of it; use it in a with "
                 "statement, in the thread and coroutine that enter it"
             )
-        _, block, mode, report, token, compiler = entered[-1]
+        _, block, mode, _, token, compiler = entered[-1]
         _entered.set(entered[:-1])
         mode.__exit__()
         current.reset(token)
+        outer = current.get()
+        report = None if block.report is None else block.report()
+        block.report = None  # what becomes real from here on is known
+        found: Found = []
         try:
-            report.parameters, report.bytes = block.parameters()  # before an engine takes the parameters over
             # Also after an exception: what the code in the block has handed out is to have its values.
             name_streams(block)
+            if report is not None or (outer is not None and outer.is_reported()):
+                found = written(block)
+            if report is not None:
+                look(report, block, found)
             if block.shard or block.empty:
                 leave_unwritten(block)
             block.settle()
+            if outer is not None and outer.is_reported():
+                hand_over(found, outer)
             if exc_type is None and not isinstance(self._shard, bool):
                 with modes_off():
                     self._shard.place(
@@ -280,12 +293,12 @@ class on:
             if exc_type is None:
                 block.warn_of_order()
         finally:
-            outer = current.get()
             block.generator.leave(None if outer is None else outer.generator)
             guest.remove()
-            finish(report, block)
-            if block.ran is not None:
-                _log(report, block.ran)
+            if report is not None:
+                finish(report, block)
+                if block.ran is not None:
+                    _log(report, block.ran)
             go_on_compiling(compiler)
 
 

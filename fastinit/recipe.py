@@ -53,6 +53,11 @@ class Write(NamedTuple):
     key: int | None = None
 
 
+# What is noted among the writes that have been executed: torch has computed values, or they are another tensor's.
+COMPUTED = Write(5, ())
+COPIED = Write(6, ())
+
+
 @dataclass(frozen=True, slots=True)
 class Constant:
     """Every element equals ``value``.

@@ -18,7 +18,7 @@ import torch
 
 import fastinit
 from fastinit.__main__ import main
-from fastinit.cli import bench, demo, doctor, machine, measure, results, text
+from fastinit.cli import bench, demo, doctor, inspect, machine, measure, results, text
 from fastinit.cli.models import LLAMA_7B, LLAMA_70B, Decoder, DecoderConfig, training_step
 from fastinit.cli.workloads import FILLS, WAYS, linears, timed_creation
 
@@ -38,7 +38,57 @@ def test_module_runs_as_a_command():
 def test_no_command_is_an_error_that_lists_them(capsys):
     with pytest.raises(SystemExit):
         main([])
-    assert "doctor|demo|bench" in capsys.readouterr().err
+    assert "doctor|demo|inspect|bench" in capsys.readouterr().err
+
+
+# inspect
+
+
+def test_inspect_tells_of_a_model_that_memory_is_too_short_for(capsys, tmp_path, monkeypatch):
+    (tmp_path / "huge_models.py").write_text(
+        "from torch import nn\n"
+        "def huge():\n"
+        "    model = nn.Sequential(*[nn.Linear(1 << 20, 1 << 20) for _ in range(4)], nn.Linear(8, 8))\n"
+        "    nn.init.orthogonal_(model[4].weight)\n"
+        "    return model\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "huge_models:huge", "--dtype", "bf16"]) == 0
+    printed = capsys.readouterr().out
+    assert "4,398,050,705,480 parameters" in printed and "computed" in printed
+    assert main(["inspect", "huge_models:huge", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tensors"][0]["source"] == "random"
+
+
+def test_inspect_samples_what_the_model_will_have(tmp_path):
+    with fastinit.on("cpu", "fp32", seed=0, shard=True) as report:
+        model = torch.nn.ModuleList(
+            [torch.nn.Linear(1500, 1000), torch.nn.Embedding(8, 4, 0), torch.nn.Linear(8, 8), torch.nn.LayerNorm(2)]
+        )
+        torch.nn.init.orthogonal_(model[2].weight)
+        torch.nn.init.normal_(model[0].weight[500:], std=3.0)
+    sampled = inspect.sampled_stds(model)
+    inspect.plot(report.tensors, sampled, "title", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    fastinit.materialize(model)
+    assert list(sampled) == [name for name, _ in model.named_parameters()]
+    for name, parameter in model.named_parameters():
+        assert sampled[name] == pytest.approx(parameter.std(correction=0).item(), rel=2e-3), name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("models", "write it as package.module:function"),
+        ("no_such_module:f", "No module named 'no_such_module'"),
+        ("torch.nn:no_such_function", "has no attribute 'no_such_function'"),
+        ("math:pi", "is float and no function"),
+        ("torch.nn:Identity.__doc__.strip", "returned str; it has to return a torch.nn.Module"),
+    ],
+)
+def test_inspect_refuses_what_gives_no_model(name, message, capsys):
+    assert main(["inspect", name]) == 2
+    assert message in capsys.readouterr().err
 
 
 # doctor

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples"
-SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "inspect_models"))
 # Those with a before and an after: the framework that they need.
 FRAMEWORKS = {"fabric": "lightning", "lightning_trainer": "lightning", "transformers_finetune": "transformers"}
 SHARDED = [script for script in SCRIPTS if script not in FRAMEWORKS]
@@ -83,4 +83,4 @@ def test_an_example_trains_on_two_processes_and_its_loss_falls(tmp_path, script)
 
 def test_the_readme_lists_every_example_and_nothing_else():
     listed = re.findall(r"^\| \[\w+\.py\]\((\w+)\.py\)", (FOLDER / "README.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == SCRIPTS
+    assert sorted(listed) == sorted([*SCRIPTS, "inspect_models"])

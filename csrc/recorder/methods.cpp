@@ -200,6 +200,7 @@ bool fill(PyObject* self, Kind kind, std::initializer_list<double> numbers) {
     const py::object recipe = checked(PyTuple_New(1));
     PyTuple_SET_ITEM(recipe.ptr(), 0, make_write(block->generator, kind, parameters).release().ptr());
     block->dropped += PyTuple_GET_SIZE(target->recipe);
+    set_aside(target.operator->());
     assign(target->recipe, recipe.ptr());
     assign(target->values, nullptr);
     target->recorded = 1;

@@ -24,12 +24,27 @@ uint64_t nbytes(const Record* record) {
     return elements(record->shape) * PyLong_AsUnsignedLongLong(attribute(record->dtype, names->itemsize).ptr());
 }
 
+// A tensor that is filled in a loop is not to remember all of it.
+constexpr Py_ssize_t most_replaced = 16;
+
+void set_aside(Record* record) {
+    for (PyObject* const each : {record->executed, record->recipe}) {
+        if (is_none(each) || PyTuple_GET_SIZE(each) == 0) continue;
+        if (is_none(record->replaced)) {
+            assign(record->replaced, each);
+        } else if (PyTuple_GET_SIZE(record->replaced) < most_replaced) {
+            assign(record->replaced, checked(PySequence_Concat(record->replaced, each)).ptr());
+        }
+    }
+    assign(record->executed, nullptr);
+}
+
 namespace {
 
 // The fields of each type that refer to objects.
-constexpr PyObject* Record::* record_fields[] = {&Record::block,  &Record::shape,  &Record::dtype,
-                                                 &Record::device, &Record::recipe, &Record::values,
-                                                 &Record::memory, &Record::owner,  &Record::tensors};
+constexpr PyObject* Record::* record_fields[] = {&Record::block,  &Record::shape,   &Record::dtype,    &Record::device,
+                                                 &Record::recipe, &Record::values,  &Record::memory,   &Record::owner,
+                                                 &Record::tensors, &Record::executed, &Record::replaced};
 constexpr PyObject* Block::* block_fields[] = {&Block::device,    &Block::default_dtype, &Block::records,
                                                &Block::generator, &Block::modules,       &Block::last_seen};
 constexpr PyObject* Mode::* mode_fields[] = {&Mode::block};
@@ -63,6 +78,13 @@ PyObject* get_nbytes(PyObject* self, void*) {
     return for_python([&] { return checked(PyLong_FromUnsignedLongLong(nbytes(reinterpret_cast<Record*>(self)))); });
 }
 
+PyObject* set_record_aside(PyObject* self, PyObject*) {
+    return for_python([&] {
+        set_aside(reinterpret_cast<Record*>(self));
+        return py::none();
+    });
+}
+
 PyMemberDef record_members[] = {{"block", T_OBJECT, offsetof(Record, block), 0, nullptr},
                                 {"shape", T_OBJECT, offsetof(Record, shape), 0, nullptr},
                                 {"dtype", T_OBJECT, offsetof(Record, dtype), 0, nullptr},
@@ -72,12 +94,16 @@ PyMemberDef record_members[] = {{"block", T_OBJECT, offsetof(Record, block), 0, 
                                 {"memory", T_OBJECT, offsetof(Record, memory), 0, nullptr},
                                 {"owner", T_OBJECT, offsetof(Record, owner), 0, nullptr},
                                 {"tensors", T_OBJECT, offsetof(Record, tensors), 0, nullptr},
+                                {"executed", T_OBJECT, offsetof(Record, executed), 0, nullptr},
+                                {"replaced", T_OBJECT, offsetof(Record, replaced), 0, nullptr},
                                 {"recorded", T_BOOL, offsetof(Record, recorded), 0, nullptr},
                                 {"deferred", T_BOOL, offsetof(Record, deferred), 0, nullptr},
                                 {"__weaklistoffset__", T_PYSSIZET, offsetof(Record, weak), READONLY, nullptr},
                                 {nullptr, 0, 0, 0, nullptr}};
 PyGetSetDef record_getters[] = {{"nbytes", get_nbytes, nullptr, nullptr, nullptr},
                                 {nullptr, nullptr, nullptr, nullptr, nullptr}};
+PyMethodDef record_methods[] = {{"set_aside", set_record_aside, METH_NOARGS, nullptr},
+                                {nullptr, nullptr, 0, nullptr}};
 PyMemberDef block_members[] = {{"device", T_OBJECT, offsetof(Block, device), 0, nullptr},
                                {"default_dtype", T_OBJECT, offsetof(Block, default_dtype), 0, nullptr},
                                {"records", T_OBJECT, offsetof(Block, records), 0, nullptr},
@@ -95,7 +121,10 @@ PyMemberDef mode_members[] = {{"block", T_OBJECT, offsetof(Mode, block), 0, null
         {Py_tp_clear, (void*)(clear<T, fields>)}, {Py_tp_dealloc, (void*)(deallocate<T, fields>)}
 
 PyType_Slot record_slots[] = {
-    FASTINIT_SLOTS(Record, record_fields, record_members), {Py_tp_getset, record_getters}, {0, nullptr}};
+    FASTINIT_SLOTS(Record, record_fields, record_members),
+    {Py_tp_getset, record_getters},
+    {Py_tp_methods, record_methods},
+    {0, nullptr}};
 PyType_Slot block_slots[] = {FASTINIT_SLOTS(Block, block_fields, block_members), {0, nullptr}};
 PyType_Slot mode_slots[] = {FASTINIT_SLOTS(Mode, mode_fields, mode_members), {0, nullptr}};
 PyType_Slot generator_slots[] = {{Py_tp_members, generator_members}, {0, nullptr}};

@@ -27,7 +27,7 @@ namespace py = pybind11;
 // Bases of the Python classes of these names, which explain the fields. A field that is null reads as None.
 struct Record {
     PyObject_HEAD
-    PyObject *block, *shape, *dtype, *device, *recipe, *values, *memory, *owner, *tensors;
+    PyObject *block, *shape, *dtype, *device, *recipe, *values, *memory, *owner, *tensors, *executed, *replaced;
     PyObject* weak;
     char recorded, deferred;
 };
@@ -239,6 +239,9 @@ inline size_t fillable(PyObject* dtype, Dtype& code) {
 
 uint64_t elements(PyObject* shape);
 uint64_t nbytes(const Record* record);
+
+// What a record contains so far is about to be overwritten.
+void set_aside(Record* record);
 
 py::object new_placeholder(const py::object& record, bool requires_grad);
 py::dict methods_of_placeholder();

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from itertools import groupby
 from operator import attrgetter
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import native
 from ..execution import Fills, Timing, allocate, reserve
-from ..recipe import Write
+from ..recipe import COMPUTED, Write
 from . import fast
 from .calls import streams_in
 from .generator import Generator
@@ -42,6 +43,13 @@ _SEGMENT_BYTES = 8 << 30
 _BATCH_BYTES = 1 << 30
 
 
+class History(NamedTuple):
+    """What has written a tensor, and what it wrote over, in the order of time."""
+
+    writes: tuple[Write, ...]
+    replaced: tuple[Write, ...]
+
+
 class Block(native.Block):
     """One entered block.
 
@@ -60,6 +68,8 @@ class Block(native.Block):
         records: weak references, in the order of creation.
         modules: weak references to those that have been given a tensor or a child, by id, in the order of the first
         time.
+        report: weak reference to the report that somebody may read, or None.
+        histories: of tensors that have become real, with their version at the time.
     """
 
     generator: Generator
@@ -97,6 +107,8 @@ class Block(native.Block):
         self.modules = {}
         self._reserved_for = 0
         self._existing: dict[int, tuple[int, int]] = {}
+        self.report: weakref.ref[Any] | None = None
+        self.histories: dict[StorageWeakRef, tuple[int, History]] = {}
 
     # --- fills --------------------------------------------------------------------------------------------------
 
@@ -105,6 +117,7 @@ class Block(native.Block):
         if memory.numel() == 0:
             return
         self.keep_order(recipe, record)
+        record.did(*recipe)
         fills = Fills(self.seed, memory.device)
         fills.write(memory, recipe, zeros=zeros)
         self.run(fills)
@@ -210,6 +223,27 @@ class Block(native.Block):
             sizes = {**self._existing, **sizes}
         return sum(elements for elements, _ in sizes.values()), sum(nbytes for _, nbytes in sizes.values())
 
+    # --- histories ----------------------------------------------------------------------------------------------
+
+    def is_reported(self) -> bool:
+        """Whether anybody has kept the report."""
+        return self.report is not None and self.report() is not None
+
+    def keep_history(self, tensor: torch.Tensor, writes: tuple[Write, ...], replaced: tuple[Write, ...] = ()) -> None:
+        """Note what has written a tensor that has memory now, for a report that somebody may read."""
+        if not self.is_reported():
+            return
+        key = StorageWeakRef(tensor.untyped_storage())
+        if key in self.histories:
+            _, before = self.histories[key]
+            replaced = (*before.replaced, *before.writes, *replaced)
+        self.histories[key] = tensor._version, History(writes, replaced)
+
+    def history_of(self, record: Record) -> History:
+        """What has written a record's content, or is to."""
+        writes = (*(record.executed or ()), *(record.recipe or ()))
+        return History(writes if writes or record.recipe == () else (COMPUTED,), record.replaced or ())
+
     # --- becoming real ------------------------------------------------------------------------------------------
 
     def waiting(self) -> list[Record]:
@@ -238,6 +272,7 @@ class Block(native.Block):
                 self.keep_order(record.recipe or (), record, used=False)
             unwritten = [record for record in records if record.recipe == () and not record.deferred]
             resident = [record for record in records if record.memory is not None]
+            histories = [(record, self.history_of(record)) for record in records] if self.is_reported() else []
             given: list[tuple[Record, torch.Tensor]] = []
             plain: list[Record | torch.Tensor] = []
             for segment in _segments([record for record in records if record.memory is None]):
@@ -250,6 +285,9 @@ class Block(native.Block):
                 for tensor in record.placeholders():
                     assert record.memory is not None
                     swap_in(tensor, view_of(record.memory, tensor._region))
+            for record, history in histories:
+                assert record.memory is not None
+                self.keep_history(record.memory, *history)
             self._masters.clear()
             self._warn(unwritten)
 

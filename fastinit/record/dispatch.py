@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..layout import contiguous_strides, numel
-from ..recipe import Region, Write
+from ..recipe import COMPUTED, Region, Write
 from .block import Block
 from .calls import record_call
 from .precision import SINGLE, WHOLE, in_doubles, result_dtypes
@@ -332,6 +332,7 @@ def _own(func: Any, results: Any, written: list[Any], values: dict[int, torch.Te
     for each in written:
         if type(each) is Placeholder:
             _follow(func, each, values[id(each)])
+            each._record.did(COMPUTED)
         elif id(each) in values:  # one without elements, which has some now
             each.resize_(values[id(each)].shape).copy_(values[id(each)])
     if not func._schema.returns:

@@ -503,4 +503,5 @@ def fill_now(block: Block, tensor: Any, kind: int, parameters: tuple[Any, ...]) 
     block.keep_order((write,), None)
     block.run(fills)
     torch.autograd.graph.increment_version(tensor)
+    block.keep_history(tensor, (write,))
     return tensor

@@ -186,6 +186,8 @@ class Mode(native.Mode, TorchFunctionMode):
             alias.__dict__.update(tensor.__dict__)
         result = func(alias, *args[1:], **kwargs) if args else func(**{**kwargs, "tensor": alias})
         torch.autograd.graph.increment_version(tensor)
+        if type(alias) is Placeholder:
+            self.block.keep_history(tensor, alias._record.executed or ())
         return tensor if result is alias else result
 
     def _in_the_blocks_precision(

@@ -12,7 +12,7 @@ from .. import native
 from ..execution import DTYPES, allocate, can_fill
 from ..layout import contiguous_strides, numel
 from ..native import ADD, CLAMP, CONSTANT, DIVIDE, MULTIPLY, NORMAL, UNIFORM
-from ..recipe import ERFINV, Region, Write, with_step
+from ..recipe import COMPUTED, COPIED, ERFINV, Region, Write, with_step
 from .block import current
 from .calls import record_call
 from .dispatch import RECORDED, create, on_meta, values_dtype
@@ -158,6 +158,7 @@ def _erfinv_now(tensor: Placeholder) -> Any:
     native.erfinv(dense.data_ptr(), dense.numel())
     if dense is not values:
         values.copy_(dense)
+    tensor._record.did(COMPUTED)
     return tensor
 
 
@@ -264,6 +265,7 @@ def _copy(func: Any, tensor: Any, source: Any, non_blocking: bool = False) -> An
         view_of(values, tensor._region).copy_(source)
         record.overwrite(())
         record.values, record.recipe, record.recorded = values, None, False
+        record.did(COMPUTED)
         return tensor
     if source.is_meta or type(source).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return NotImplemented
@@ -274,6 +276,7 @@ def _copy(func: Any, tensor: Any, source: Any, non_blocking: bool = False) -> An
     view_of(memory, tensor._region).copy_(source, non_blocking)
     record.overwrite(())
     record.become_resident(memory)
+    record.did(COPIED)
     return tensor
 
 

@@ -18,7 +18,7 @@ import torch
 from .. import native
 from ..execution import allocate, can_fill, refuse_capture
 from ..layout import contiguous_strides, numel
-from ..recipe import Region, Write
+from ..recipe import COMPUTED, Region, Write
 
 if TYPE_CHECKING:
     from .block import Block
@@ -53,6 +53,8 @@ class Record(native.Record):
         deferred: it gets memory without values.
         owner: class of the module that has it, and the name there; or None.
         tensors: weak references to the tensors that stand or stood for it.
+        executed: the writes that values or memory have had; None, like (), for none that are known.
+        replaced: the writes before those, executed or not, that something has overwritten.
         nbytes: bytes of its memory, whether it has any yet or not.
     """
 
@@ -106,6 +108,7 @@ class Record(native.Record):
 
     def overwrite(self, recipe: tuple[Write, ...]) -> None:
         """Replace all of its content by a recipe; what is resident stays so, and is written at once."""
+        self.set_aside()
         if self.memory is not None:
             self.block.execute(self, self.memory, recipe)
             return
@@ -155,6 +158,14 @@ class Record(native.Record):
         assert self.memory is not None
         return self.memory
 
+    def did(self, *writes: Write) -> None:
+        """Note what its values or memory have been given."""
+        executed = self.executed or ()
+        if len(executed) + len(writes) > _MAX_WRITES:
+            executed, writes = executed[:_MAX_WRITES], (COMPUTED,)
+        if executed[-1:] != writes:
+            self.executed = (*executed, *writes)
+
     def copy_values(self, memory: torch.Tensor) -> None:
         """Copy its master values into the memory that it is to have."""
         assert self.values is not None
@@ -169,7 +180,7 @@ class Record(native.Record):
         """Another record of the same content."""
         copies = [None if each is None else each.clone() for each in (self.values, self.memory)]
         record = Record(self.block, self.shape, self.dtype, self.device, self.recipe, *copies)
-        record.recorded = self.recorded
+        record.recorded, record.executed = self.recorded, self.executed
         return record
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import native
 from ..execution import allocate
-from ..recipe import Region
+from ..recipe import COPIED, Region
 from . import fast
 from .records import Record, is_in_order, lock, modes_off, view_of
 
@@ -264,7 +264,9 @@ def become_real(tensor: torch.Tensor) -> None:
         return
     with lock, modes_off(), torch.no_grad(), _disable_current_modes():
         if type(tensor) is Placeholder:  # no other thread has done it meanwhile
-            swap_in(tensor, view_of(tensor._record.materialize(), tensor._region))
+            record = tensor._record
+            swap_in(tensor, view_of(record.materialize(), tensor._region))
+            record.block.keep_history(tensor, record.executed or (), record.replaced or ())
 
 
 def use_values(tensor: torch.Tensor) -> None:
@@ -296,6 +298,7 @@ def take_memory(tensor: Placeholder, memory: torch.Tensor) -> None:
     with lock:
         tensor._record.overwrite(())
         tensor._record.become_resident(memory)
+        tensor._record.did(COPIED)
 
 
 def swap_in(tensor: Any, memory: torch.Tensor, kind: type[torch.Tensor] = Placeholder) -> None:
