@@ -206,6 +206,12 @@ def test_the_tests_that_a_page_names_exist(path):
         assert name in functions, f"{file} has no {name}"
 
 
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_the_files_that_a_page_names_exist(path):
+    named = re.findall(r"`((?:fastinit|csrc|tests|tools|examples)/[\w/.-]+)`", path.read_text())
+    assert [each for each in named if not (ROOT / each).exists()] == []
+
+
 def test_every_promise_names_a_test():
     page = (DOCS / "guarantees.md").read_text()
     promises = re.split(r"^## ", page, flags=re.MULTILINE)[1:]
