@@ -8,6 +8,7 @@
 # make sanitize  the native module under AddressSanitizer and UBSan: its own tests, windows, the recorder, random programs
 # make coverage  the test suite, and which lines of the package it runs: at least 95 % of them
 # make lint      ruff, mypy, clang-format and cppcheck; `make format` rewrites what ruff and clang-format would
+# make docs      the site of the documentation, in build/site/index.html; links that lead nowhere are errors
 # make wheels    sdist, and a wheel for each Python of this machine, each tried where there is no compiler; ARGS="python3.12" for one
 #
 # All make a virtual environment in the checkout first, and need Python >= 3.10 with its headers and a C++ compiler: cmake, ninja
@@ -22,7 +23,7 @@ TOOLS := $(VENV)/.tools
 BUILD_INPUTS := setup.py pyproject.toml requirements-dev.txt CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test test-slow test-libraries test-versions zoo fuzz sanitize coverage wheels bench build lint format clean
+.PHONY: demo test test-slow test-libraries test-versions zoo docs fuzz sanitize coverage wheels bench build lint format clean
 
 demo: $(INSTALLED)
 	$(PY) -m fastinit demo $(ARGS)
@@ -89,6 +90,12 @@ lint: $(INSTALLED) $(TOOLS)
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(VENV)/bin/cppcheck --quiet --error-exitcode=1 --std=c++17 --language=c++ --enable=warning,performance,portability \
 	    --inline-suppr --suppress=missingIncludeSystem --suppress=uninitMemberVarNoCtor -I csrc csrc
+
+# The pages where they lie in the repository, so that their links hold in both forms.
+docs: $(TOOLS)
+	rm -rf build/pages && mkdir -p build/pages
+	git ls-files -z "*.md" docs/images benchmarks/results examples LICENSE | xargs -0 cp --parents -t build/pages
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
 format: $(TOOLS)
 	$(PY) -m ruff format .

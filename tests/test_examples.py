@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "inspect_models"))
 # Those with a before and an after: the framework that they need.
 FRAMEWORKS = {"fabric": "lightning", "lightning_trainer": "lightning", "transformers_finetune": "transformers"}
-SHARDED = [script for script in SCRIPTS if script not in FRAMEWORKS]
+SHARDED = [script for script in SCRIPTS if script not in FRAMEWORKS and script != "reproducible_across_meshes"]
 LOSS = re.compile(r"step \d+: loss (\S+)")
 SECONDS = 300
 
@@ -69,6 +69,14 @@ def test_the_example_of_a_checkpoint_runs_alone(tmp_path):
     printed = run(tmp_path, [], "checkpoint")
     losses_of(printed)
     assert "for them: ['embedding.weight', 'norm.weight', 'head.weight']" in printed
+
+
+@pytest.mark.slow  # starts torch five times: 20 s of processor time
+def test_weights_are_the_same_on_all_meshes_and_those_of_torch_are_not(tmp_path):
+    printed = run(tmp_path, [], "reproducible_across_meshes")
+    rows = re.findall(r"^(\d)  .{18}  ([0-9a-f]{16})  ([0-9a-f]{16})$", re.sub(r"(?m)^(\d) +", r"\1  ", printed), re.M)
+    assert [ranks for ranks, _, _ in rows] == ["1", "2", "4", "4", "4"], printed
+    assert len({ours for _, ours, _ in rows}) == 1 and len({theirs for _, _, theirs in rows}) > 1
 
 
 @pytest.mark.slow  # each starts torch three times: 15 s of processor time
