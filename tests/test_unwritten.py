@@ -354,6 +354,35 @@ def test_shapes_are_known_to_fake_tensors(make):
     assert sorted(fastinit.uninitialized(model)) == sorted(make.names)
 
 
+class Seen(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+def test_methods_that_skip_torchs_dispatcher_give_the_same_and_modes_see_them(make):
+    weight = make().first.weight.data
+    calls = {
+        "narrow": lambda: weight.narrow(0, 2, 4),
+        "view": lambda: weight.view(4, -1),
+        "new_zeros": lambda: weight.new_zeros(torch.Size((3, 8))),
+        "copy_": lambda: torch.empty_like(weight).copy_(weight),
+    }
+    for name, call in calls.items():
+        quick = call()
+        with Seen() as mode:
+            usual = call()
+        assert name in mode.names
+        assert repr(quick) == repr(usual) and quick.stride() == usual.stride()
+        assert quick.storage_offset() == usual.storage_offset()
+    with pytest.raises(IndexError, match="Dimension out of range"):
+        weight.narrow(5, 0, 1)
+
+
 def test_what_is_written_to_the_meta_device_is_refused_and_not_lost_in_silence():
     with fastinit.on("cpu", seed=SEED, shard=True):
         model = Net()

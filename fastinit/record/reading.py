@@ -5,16 +5,17 @@ Those that write one give it memory, those that carry it elsewhere carry its rec
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from ..native import CONSTANT
 from ..recipe import Region, Write
+from . import fast
 from .dispatch import operator_of
-from .records import is_in_order, is_whole, view_of
+from .records import is_in_order, is_whole, lock, modes_off, view_of
 from .tensors import concrete, map_tensors, tensors_in
 from .unwritten import Rest, Unwritten, readable, refuse, region_of, rest_of, stand_for
 
@@ -178,7 +179,7 @@ def _view(func: Any, tensor: Unwritten, *args: Any, **kwargs: Any) -> Any:
     return [stand_for(rest, each) for each in regions] if isinstance(regions, list) else stand_for(rest, regions)
 
 
-@lru_cache(maxsize=4096)  # the layers of a model are alike
+@functools.lru_cache(maxsize=4096)  # the layers of a model are alike
 def _regions(
     func: Any, shape: tuple[int, ...], region: Region | None, dtype: torch.dtype, *args: Any, **kwargs: Any
 ) -> Region | list[Region] | None:
@@ -286,3 +287,38 @@ def _copy(func: Any, tensor: torch.Tensor, source: torch.Tensor, non_blocking: b
 
 
 Unwritten.dispatch = staticmethod(dispatch)
+
+
+# --- methods --------------------------------------------------------------------------------------------------------
+
+# What FSDP2 does to each parameter, done without the way through torch's dispatcher, which takes longer than all else.
+
+
+def _is_watched(operands: tuple[Any, ...]) -> bool:
+    """Whether a mode, a function transform or a graph of autograd is to see what is done to tensors."""
+    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+        return True
+    records_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in(operands))
+    return records_graph or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _method(name: str, handler: Callable[..., Any], accepts: Callable[[Any], bool]) -> None:
+    """Let a method of unwritten tensors be what its operator is, if all arguments are ones that are accepted."""
+    usual = getattr(torch.Tensor, name)
+
+    @functools.wraps(usual)
+    def method(self: Unwritten, *args: Any, **kwargs: Any) -> Any:
+        if fast.in_use and all(map(accepts, (*args, *kwargs.values()))) and not _is_watched((self, *args)):
+            with lock, modes_off():
+                result = handler(usual, self, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return usual(self, *args, **kwargs)
+
+    setattr(Unwritten, name, method)
+
+
+_method("narrow", _view, lambda value: type(value) is int)
+_method("view", _view, lambda value: type(value) is int)
+_method("new_zeros", _new_zeros, lambda value: type(value) is torch.Size)
+_method("copy_", _copy, lambda value: type(value) is Unwritten)
