@@ -1,7 +1,7 @@
 # make demo      the main job on whatever this machine has
 # make test      the test suite (also on a machine without a GPU)
 # make test-versions  the core of it with each Python of this machine, from the oldest torch to the newest; ARGS="3.10 3.12" for these
-# make test-libraries  models of timm, diffusers, peft, PyG and many more, made by torch and by fastinit; installs them, 3 GB
+# make test-libraries  models of timm, diffusers, peft, PyG and many more, which it installs (3 GB); writes docs/conformance.md, too
 # make bench     all of benchmarks/, with tables and a picture; ARGS="--quick -k fills"
 # make zoo       every architecture of transformers and module of torch.nn, by torch and by fastinit; writes docs/conformance.md
 # make fuzz      20,000 random programs against an eager reference; ARGS="--programs 1000 --seed 7"
@@ -34,16 +34,17 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -m slow $(ARGS)
 
-# The libraries in an environment of their own. Two of them ask for versions of others that they do not need.
+# The libraries in an environment of their own. One asks for versions that the others cannot have.
 LIBRARIES := build/libraries
 test-libraries: $(LIBRARIES)/.installed
-	$(LIBRARIES)/bin/python -m pytest -m libraries tests/test_libraries.py $(ARGS)
+	$(LIBRARIES)/bin/python -m pytest -m libraries --junit-xml=$(LIBRARIES)/results.xml tests/test_libraries.py $(ARGS)
+	$(if $(ARGS),,$(LIBRARIES)/bin/python tests/zoo/libraries/page.py $(LIBRARIES)/results.xml)
 
-$(LIBRARIES)/.installed: $(BUILD_INPUTS) tests/zoo/libraries.txt tests/zoo/libraries-alone.txt | $(PY)
+$(LIBRARIES)/.installed: $(BUILD_INPUTS) tests/zoo/libraries/requirements.txt tests/zoo/libraries/requirements-alone.txt | $(PY)
 	$(PY) -m venv $(LIBRARIES)
 	$(LIBRARIES)/bin/python -m pip install -r requirements-dev.txt -e ".[test-core]"
-	$(LIBRARIES)/bin/python -m pip install -r requirements-dev.txt -r tests/zoo/libraries.txt
-	$(LIBRARIES)/bin/python -m pip install --no-deps -r tests/zoo/libraries-alone.txt
+	$(LIBRARIES)/bin/python -m pip install -r requirements-dev.txt -r tests/zoo/libraries/requirements.txt
+	$(LIBRARIES)/bin/python -m pip install --no-deps -r tests/zoo/libraries/requirements-alone.txt
 	# What torchaudio was built with needs CUDA; without that file it does what needs no operator of its own.
 	rm -rf $(LIBRARIES)/lib/python*/site-packages/torchaudio/lib
 	touch $@

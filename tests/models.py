@@ -58,7 +58,7 @@ def default_dtype(dtype):
 
 def plain(constructor, dtype="fp32", device="cpu", seed=0):
     """Return `constructor()` as torch alone makes it, leaving torch's random state as it was."""
-    with torch.random.fork_rng(devices=[]), default_dtype(DTYPES[dtype]), torch.device(device):
+    with torch.random.fork_rng(devices=[]), default_dtype(DTYPES.get(dtype, dtype)), torch.device(device):
         torch.manual_seed(seed)
         return constructor()
 

@@ -85,6 +85,21 @@ def _is_bf16_in_fp32(tensor):
     )
 
 
+def double_precision(constructor):
+    """In fp64: the structure that torch gives in that default dtype, and every value that torch computes or fixes."""
+    theirs, ours = plain(constructor, torch.float64), built(constructor, "fp64")
+    assert_same_structure(ours, theirs)
+    tensors = [registered(model) for model in (theirs, plain(constructor, torch.float64, seed=1), ours)]
+    different = [
+        name
+        for name, tensor in tensors[0].items()
+        if not nn.parameter.is_lazy(tensor)
+        and same_bits(tensor, tensors[1][name])
+        and not same_bits(tensor, tensors[2][name])
+    ]
+    assert not different, f"values that torch fixes differ: {different}"
+
+
 def empty_then_initialize(constructor):
     assert_same_bits(made(constructor, "empty"), built(constructor))
 
@@ -99,7 +114,7 @@ def load_inside(constructor):
     for way in ("at once", "empty"):
         with fastinit.on("cpu", "fp32", seed=3, **WAYS[way]):
             model = constructor()
-            model.load_state_dict(state)
+            model.load_state_dict(state.copy())  # some libraries take entries out
         different = [name for name, tensor in model.state_dict().items() if not _equal(tensor, state[name])]
         assert not different, f"{way}: {different}"
 
