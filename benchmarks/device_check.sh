@@ -73,8 +73,15 @@ profile() {
     metrics+=,l1tex__data_pipe_lsu_wavefronts_mem_shared_op_ld.sum,smsp__inst_executed_op_shared_ld.sum
     metrics+=,l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed
     metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed
-    ncu --clock-control none --kernel-name regex:fill_ --launch-skip 1 --launch-count 12 --metrics "$metrics" \
-        python3 -m pytest benchmarks/bench_fills.py -q -p no:cacheprovider --device cuda -k "bf16 and all and fastinit"
+    ncu --clock-control none --kernel-name regex:fill_ --metrics "$metrics" python3 -c '
+import torch, fastinit
+tensor = torch.empty(2**28, dtype=torch.bfloat16, device="cuda")
+for values in (
+    fastinit.Constant(0.5), fastinit.Uniform(-1.0, 1.0), fastinit.Normal(0.0, 0.02),
+    fastinit.TruncatedNormal(0.0, 0.02, -0.04, 0.04),
+):
+    fastinit.fill_(tensor, values, seed=1)
+torch.cuda.synchronize()'
 }
 
 status=0
