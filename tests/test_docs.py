@@ -1,13 +1,14 @@
 """The documentation keeps its word: its Python runs, its links lead somewhere, its tables name what exists.
 
 The ```python blocks of a page run in their order, in one namespace and an empty folder; ```pycon blocks are doctests.
-Two kinds of comments, which no reader of the rendered page sees, help with that:
+Comments, which no reader of the rendered page sees, help with that:
 
     <!-- setup                          Python that is run at this place, and not shown
     class AnyModel(...): ...
     -->
 
     <!-- not run: needs a launcher -->  the next block is compiled and not run
+    <!-- benchmarks: ... -->            where benchmarks/report.py writes a table
 
 Pages are written for GPUs. Here "cuda" is read as "cpu".
 """
@@ -68,7 +69,7 @@ def blocks_of(text):
         match = _BEGIN.fullmatch(lines[at])
         at += 1
         if match is None:
-            if lines[at - 1].startswith(("```", "<!--")):
+            if lines[at - 1].startswith(("```", "<!--")) and not lines[at - 1].startswith("<!-- benchmarks"):
                 raise ValueError(f"line {at}: {lines[at - 1]!r} is not understood")
             continue
         if match[3]:
