@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from models import (
     DTYPES,
@@ -114,7 +116,7 @@ def load_inside(constructor):
     for way in ("at once", "empty"):
         with fastinit.on("cpu", "fp32", seed=3, **WAYS[way]):
             model = constructor()
-            model.load_state_dict(state.copy())  # some libraries take entries out
+            model.load_state_dict(copy.copy(state))  # some libraries take entries out
         different = [name for name, tensor in model.state_dict().items() if not _equal(tensor, state[name])]
         assert not different, f"{way}: {different}"
 

@@ -36,8 +36,11 @@ def timm_models() -> Mapping[str, Model]:
         "eva02, rotary": model("eva02_tiny_patch14_224", 32, **{**vit, "patch_size": 8}),
         "swin": model("swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=24, depths=(1, 1, 1, 1)),
         "swinv2": model("swinv2_tiny_window8_256", img_size=64, window_size=4, embed_dim=24, depths=(1, 1, 1, 1)),
-        "mixer": model("mixer_s32_224", 224, embed_dim=32, num_blocks=2, num_classes=10),
-        "maxvit": model("maxvit_rmlp_pico_rw_256", 64, img_size=64, embed_dim=(16, 32, 32, 32), depths=(1, 1, 1, 1)),
+        "mixer": Model(
+            lambda: timm.models.mlp_mixer.MlpMixer(10, 32, patch_size=8, num_blocks=2, embed_dim=32),
+            lambda m: m(image(32)),
+        ),
+        "maxvit": model("maxvit_rmlp_pico_rw_256", 64, img_size=64, embed_dim=(32, 32, 32, 32), depths=(1, 1, 1, 1)),
         "AttentionPool2d": Model(lambda: layers.AttentionPool2d(32, feat_size=8, num_heads=2), maps),
         "RotAttentionPool2d": Model(lambda: layers.RotAttentionPool2d(32, ref_feat_size=8, num_heads=2), maps),
         "AttentionPoolLatent": Model(lambda: layers.AttentionPoolLatent(32, num_heads=2, latent_len=2), sequence),
