@@ -138,8 +138,12 @@ def main() -> None:
     written = "\n\n".join([about(document), *(table.markdown() for table in tables if table.rows)])
     arguments.file.with_suffix(".md").write_text(written + "\n")
     if arguments.readme is not None:
-        before, rest = arguments.readme.read_text().split(MARKERS[0])
-        after = rest.split(MARKERS[1])[1]
+        before, found, rest = arguments.readme.read_text().partition(MARKERS[0])
+        if not found or MARKERS[1] not in rest:
+            raise SystemExit(
+                f"--readme {arguments.readme}: put the lines {MARKERS[0]} and {MARKERS[1]} where it may write"
+            )
+        after = rest.partition(MARKERS[1])[2]
         page = f"{before}{MARKERS[0]}\n\n{readme_table(document, measured)}\n\n{MARKERS[1]}{after}"
         arguments.readme.write_text(page)
     try:
