@@ -12,6 +12,8 @@ Comments, which no reader of the rendered page sees, help with that:
 
 A third, `<!-- benchmarks: ... -->` to `<!-- benchmarks end -->`, holds a table that benchmarks/report.py writes.
 
+A third, `<!-- benchmarks: ... -->` to `<!-- benchmarks end -->`, holds a table that benchmarks/report.py writes.
+
 Pages are written for GPUs. Here "cuda" is read as "cpu".
 """
 
