@@ -20,7 +20,7 @@ from ..native import CONSTANT, NORMAL, UNIFORM
 from ..recipe import Region, Write
 from .block import Block
 from .dispatch import RECORDED, create, wrap
-from .recorded import records
+from .recorded import is_worth_recording
 from .records import HALVES, Record, view_of
 from .tensors import Placeholder, become_real, concrete, stand_for, tensors_in
 
@@ -86,8 +86,7 @@ def _create(
     if device.type == "meta" or (fill is None and dtype in _OPAQUE):
         return NotImplemented
     if dtype not in DTYPES and fill is not None:
-        # Whole numbers that are made on the host need no placeholder.
-        if not records(dtype, *fill) or (device.type == "cpu" and not dtype.is_floating_point):
+        if not is_worth_recording(dtype, device, *fill):
             return NotImplemented
     elif not is_native(dtype, device) and device.type not in ("cpu", block.device.type):
         return NotImplemented

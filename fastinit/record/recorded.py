@@ -63,6 +63,13 @@ def records(dtype: torch.dtype, kind: int, parameters: tuple[float, ...]) -> boo
     return kind == CONSTANT and dtype in WHOLE and float(value).is_integer() and abs(value) < 2**53
 
 
+def is_worth_recording(dtype: torch.dtype, device: torch.device, kind: int, parameters: tuple[float, ...]) -> bool:
+    """Whether a factory's fill may be recorded, and a placeholder gains anything: not for whole numbers on the host."""
+    if dtype in DTYPES:
+        return True
+    return records(dtype, kind, parameters) and (dtype.is_floating_point or device.type != "cpu")
+
+
 def _is_number(*values: Any) -> bool:
     return all(type(value) in (int, float, bool) for value in values)
 
@@ -353,7 +360,7 @@ def _like(func: Any, other: torch.Tensor, args: Any, options: dict[str, Any], wr
         return NotImplemented
     if other.layout != torch.strided or options.get("layout") not in (None, torch.strided):
         return NotImplemented
-    if write is not None and dtype not in DTYPES and not records(dtype, write.kind, write.parameters):
+    if write is not None and not is_worth_recording(dtype, device, write.kind, write.parameters):
         return NotImplemented
     if func in _TAKES_SHAPE:
         geometry = (aten.new_empty_strided if func is aten.new_empty_strided.default else aten.new_empty).default
