@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peers
 import pytest
@@ -167,13 +168,13 @@ def run_rank(job: Job, rank: int) -> list[Round]:
 
 def play_ranks(job: Job) -> list[Round]:
     """One round of rank 0, which imports and compares, and one of each rank that is played."""
-    # torch would divide the ranks among the GPUs.
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    played = [0, *PLAYED[: 1 if job.rounds == 1 else None]]
     rounds = []
-    for turn, rank in enumerate(played):
-        with ThreadPoolExecutor(1) as thread:  # torch keeps what it knows of a mesh by thread
-            rounds.append(thread.submit(play_rank, job, rank, turn == 0).result())
+    with mock.patch.dict(os.environ):  # which is as before afterwards
+        # torch would divide the ranks among the GPUs.
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        for turn, rank in enumerate([0, *PLAYED[: 1 if job.rounds == 1 else None]]):
+            with ThreadPoolExecutor(1) as thread:  # torch keeps what it knows of a mesh by thread
+                rounds.append(thread.submit(play_rank, job, rank, turn == 0).result())
     return rounds
 
 

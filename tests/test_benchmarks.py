@@ -199,7 +199,9 @@ def test_a_value_that_differs_is_found_on_its_rank(part, ranks, tmp_path):
 
 def test_a_played_rank_measures_each_stage_and_compares(tmp_path):
     job = sharded.Job("fsdp2", "fastinit", 8, True, "cpu", SMALL, 1, tmp_path / "store")
+    before = dict(os.environ)
     imported, played = sharded.play_ranks(replace(job, ranks=2))
+    assert dict(os.environ) == before
     assert imported.different == [] and played.different is None
     assert list(played.parts) == ["constructor", "sharding", "materialize", "of it allocation", "of it fills"]
     assert played.seconds == pytest.approx(sum(list(played.parts.values())[:3]))
