@@ -132,7 +132,7 @@ def setup():
 def test_the_page_on_an_index_links_to_no_file_that_is_not_there(setup):
     page = setup.index_page((ROOT / "README.md").read_text())
     assert re.findall(r"\]\((?!https:)[^)]*\)|<!--", page) == []
-    assert "What is guaranteed names the tests" in page and "pip install ." in page
+    assert "What is guaranteed, with the tests of each promise" in page and "pip install ." in page
 
 
 def test_scripts_that_pages_run_exist():
