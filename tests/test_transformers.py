@@ -380,8 +380,9 @@ def test_every_architecture_loads_in_the_block_without_a_fill(saved, name, optio
     expected = plain(lambda: cls.from_pretrained(folder, **options), "bf16")
     assert_same_structure(model, expected)
     assert_same_bits(model, expected)
-    # Mamba's constructor computes with ones, a layer's decay: that is no init of what is loaded.
-    assert report.fills_executed == (2 if name == "mamba" else 0), str(report)
+    # Mamba computes with ones, a layer's decay, and no checkpoint has BERT's buffer of token types, which is zeros:
+    # these are no inits of what is loaded.
+    assert report.fills_executed == {"mamba": 2, "bert": 1}.get(name, 0), str(report)
 
 
 LACKING = (

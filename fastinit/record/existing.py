@@ -1,11 +1,13 @@
-"""Initialisation of tensors that exist already, inside of a block: distributed ones, and what a block left unwritten.
+"""Initialisation of tensors that exist already, inside of a block.
 
-Their initialisation is recorded on a placeholder of the whole tensor, and then written to what this rank holds of it:
-an element's value depends on its place in the whole, and so is the same on any number of ranks and any mesh.
+That of distributed ones, and of what a block left unwritten, is recorded on a placeholder of the whole tensor, and then
+written to what this rank holds of it: an element's value depends on its place in the whole, and so is the same on any
+number of ranks and any mesh. Ordinary ones are filled at once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +16,14 @@ import torch
 from ..distributed import from_rank_0, is_distributed
 from ..execution import Fills, can_fill, copy_part
 from ..layout import Box
+from ..native import UNIFORM
+from ..recipe import Region, Write
 from ..sharding import is_dtensor, local_boxes, local_tensor
 from .block import Block
 from .dispatch import create
-from .records import modes_off, view_of
-from .tensors import Placeholder
+from .factories import in_functorch
+from .records import Record, modes_off, view_of
+from .tensors import Placeholder, stand_for
 from .unwritten import Unwritten, memory_to_write, wrote
 
 
@@ -67,3 +72,55 @@ def _agree_on_key(block: Block) -> None:
     """Have all ranks use rank 0's key, if each has drawn its own."""
     if not block.seed_agreed and is_distributed():
         (block.seed,), block.seed_agreed = from_rank_0([block.seed], block.device), True
+
+
+# --- ordinary tensors ------------------------------------------------------------------------------------------------
+
+
+def is_fillable(block: Block, tensor: Any) -> bool:
+    """Whether a tensor that exists is one for native fills; one on meta takes its streams, too."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and tensor.layout == torch.strided
+        and (can_fill(tensor.dtype, tensor.device) or (tensor.is_meta and can_fill(tensor.dtype, block.device)))
+        and tensor.device.type in ("cpu", "meta", block.device.type)
+        and not torch._C._len_torch_dispatch_stack()
+        and not in_functorch()
+    )
+
+
+def over(block: Block, tensor: torch.Tensor) -> torch.Tensor:
+    """A placeholder over the memory of a tensor; of one on meta, over none."""
+    if tensor.is_meta:
+        return create(block, tuple(tensor.shape), tensor.dtype, block.device, None)
+    storage = tensor.untyped_storage()
+    shape = (storage.nbytes() // tensor.element_size(),)
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    memory = empty.set_(storage, 0, shape)  # type: ignore[call-overload]
+    record = Record(block, shape, tensor.dtype, tensor.device, memory=memory)
+    return stand_for(record, Region(int(tensor.storage_offset()), tuple(tensor.size()), tensor.stride()))
+
+
+def fill_now(block: Block, tensor: Any, kind: int, parameters: tuple[Any, ...]) -> Any:
+    """Fill a tensor that has memory by the next stream; NotImplemented if it is torch's to fill."""
+    if not is_fillable(block, tensor) or (torch.is_grad_enabled() and tensor.requires_grad):
+        return NotImplemented
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in parameters[:2]):
+        return NotImplemented
+    if (kind == UNIFORM and parameters[1] < parameters[0]) or (kind != UNIFORM and parameters[1] < 0):
+        return NotImplemented
+    stream, key = block.generator.next_stream()
+    sizes, strides = tuple(tensor.size()), tensor.stride()
+    if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides, strict=True)):
+        return NotImplemented  # elements share memory: torch's to refuse
+    if tensor.numel() == 0 or tensor.is_meta:
+        return tensor
+    fills = Fills(block.seed, tensor.device)
+    write = Write(kind, tuple(map(float, parameters)), stream, (), None, key)
+    fills.write(tensor, (write,))
+    block.keep_order((write,), None)
+    block.run(fills)
+    torch.autograd.graph.increment_version(tensor)
+    block.keep_history(tensor, (write,))
+    return tensor

@@ -15,14 +15,13 @@ import torch
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_map_only
 
-from ..execution import DTYPES, Fills, can_fill, is_native
+from ..execution import DTYPES, is_native
 from ..native import CONSTANT, NORMAL, UNIFORM
 from ..recipe import Region, Write
-from .block import Block
 from .dispatch import RECORDED, create, wrap
 from .recorded import is_worth_recording
-from .records import HALVES, Record, view_of
-from .tensors import Placeholder, become_real, concrete, stand_for, tensors_in
+from .records import HALVES, view_of
+from .tensors import Placeholder, become_real, concrete, tensors_in
 
 if TYPE_CHECKING:
     from .mode import Mode
@@ -452,55 +451,3 @@ for _function in _TAKING:
     FACTORIES[_function] = _take_memory
 for _function in _device_constructors():
     FACTORIES.setdefault(_function, compute)
-
-
-# --- tensors that exist already -------------------------------------------------------------------------------------
-
-
-def is_fillable(block: Block, tensor: Any) -> bool:
-    """Whether a tensor that exists is one for native fills; one on meta takes its streams, too."""
-    return (
-        isinstance(tensor, torch.Tensor)
-        and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-        and tensor.layout == torch.strided
-        and (can_fill(tensor.dtype, tensor.device) or (tensor.is_meta and can_fill(tensor.dtype, block.device)))
-        and tensor.device.type in ("cpu", "meta", block.device.type)
-        and not torch._C._len_torch_dispatch_stack()
-        and not in_functorch()
-    )
-
-
-def over(block: Block, tensor: torch.Tensor) -> torch.Tensor:
-    """A placeholder over the memory of a tensor; of one on meta, over none."""
-    if tensor.is_meta:
-        return create(block, tuple(tensor.shape), tensor.dtype, block.device, None)
-    storage = tensor.untyped_storage()
-    shape = (storage.nbytes() // tensor.element_size(),)
-    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    memory = empty.set_(storage, 0, shape)  # type: ignore[call-overload]
-    record = Record(block, shape, tensor.dtype, tensor.device, memory=memory)
-    return stand_for(record, Region(int(tensor.storage_offset()), tuple(tensor.size()), tensor.stride()))
-
-
-def fill_now(block: Block, tensor: Any, kind: int, parameters: tuple[Any, ...]) -> Any:
-    """Fill a tensor that has memory by the next stream; NotImplemented if it is torch's to fill."""
-    if not is_fillable(block, tensor) or (torch.is_grad_enabled() and tensor.requires_grad):
-        return NotImplemented
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in parameters[:2]):
-        return NotImplemented
-    if (kind == UNIFORM and parameters[1] < parameters[0]) or (kind != UNIFORM and parameters[1] < 0):
-        return NotImplemented
-    stream, key = block.generator.next_stream()
-    sizes, strides = tuple(tensor.size()), tensor.stride()
-    if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides, strict=True)):
-        return NotImplemented  # elements share memory: torch's to refuse
-    if tensor.numel() == 0 or tensor.is_meta:
-        return tensor
-    fills = Fills(block.seed, tensor.device)
-    write = Write(kind, tuple(map(float, parameters)), stream, (), None, key)
-    fills.write(tensor, (write,))
-    block.keep_order((write,), None)
-    block.run(fills)
-    torch.autograd.graph.increment_version(tensor)
-    block.keep_history(tensor, (write,))
-    return tensor

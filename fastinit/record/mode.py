@@ -21,7 +21,7 @@ from ..native import NORMAL, TRUNCATED_NORMAL, UNIFORM
 from . import existing
 from .block import Block, current
 from .dispatch import wrap
-from .factories import FACTORIES, fill_now, in_functorch, is_fillable, over, with_torchs_dtype
+from .factories import FACTORIES, in_functorch, with_torchs_dtype
 from .precision import SINGLE, WHOLE, in_doubles, of_default
 from .recorded import fill
 from .records import HALVES, modes_off
@@ -178,11 +178,11 @@ class Mode(native.Mode, TorchFunctionMode):
             existing.initialise(self.block, tensor, record)
             self.block.initialised(tensor)
             return tensor
-        if type(tensor) is Placeholder or not is_fillable(self.block, tensor):
+        if type(tensor) is Placeholder or not existing.is_fillable(self.block, tensor):
             return func(*args, **kwargs)
         self.block.initialised(tensor)
         with modes_off():
-            alias = over(self.block, tensor)
+            alias = existing.over(self.block, tensor)
             alias.__dict__.update(tensor.__dict__)
         result = func(alias, *args[1:], **kwargs) if args else func(**{**kwargs, "tensor": alias})
         torch.autograd.graph.increment_version(tensor)
@@ -281,7 +281,7 @@ def _fill(block: Block, tensor: Any, kind: int, parameters: tuple[Any, Any]) -> 
         existing.initialise(block, tensor, lambda whole: _METHODS[kind](whole, *parameters))
         block.initialised(tensor)
         return tensor
-    return fill_now(block, tensor, kind, parameters)
+    return existing.fill_now(block, tensor, kind, parameters)
 
 
 def _pair(args: Any, kwargs: Any, names: tuple[str, str], defaults: tuple[float, float]) -> Any:
@@ -323,4 +323,4 @@ def _truncated(block: Block, tensor: torch.Tensor, mean: Any, std: Any, a: Any, 
         existing.initialise(block, tensor, lambda whole: _truncated(block, whole, *parameters))
         block.initialised(tensor)
         return tensor
-    return fill_now(block, tensor, TRUNCATED_NORMAL, parameters)
+    return existing.fill_now(block, tensor, TRUNCATED_NORMAL, parameters)
