@@ -55,7 +55,8 @@ sanitize() {
 }
 
 bench() {
-    python3 -m pytest benchmarks -q -rfE -p no:cacheprovider --time-limit 430 \
+    # An interrupt, not the end of the process: what was measured by then is written.
+    timeout --signal=INT 540 python3 -m pytest benchmarks -q -rfE -p no:cacheprovider --time-limit 430 \
         --benchmark-json "$out/benchmarks.json" --benchmark-quiet
     local status=$?
     python3 benchmarks/report.py "$out/benchmarks.json"

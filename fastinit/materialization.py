@@ -19,7 +19,8 @@ from torch import nn
 
 from .distributed import from_rank_0, is_distributed
 from .execution import Timing, allocate, refuse_capture, reserve
-from .layout import Box, Window, numel
+from .layout import Box, contiguous_strides, numel
+from .recipe import Region
 from .record.block import warn_never_initialised
 from .record.records import lock, modes_off, view_of
 from .record.tensors import concrete, swap_in
@@ -299,13 +300,14 @@ def _give_values(
         refuse_capture(target)
         with timing.allocating():
             reserve([_size(each, part) for each, where, part in work if where == target], target)
-    # One memory for each storage, however many tensors of the model show it.
+    # One memory for each storage, however many tensors of the model show it, and one for each window.
     memories: dict[int, torch.Tensor] = {}
     pieces: list[Piece] = []
     partly = []
     for each, target, part in work:
         rest, origin = each.rest, each.origin
-        if id(rest) in memories:
+        key = id(rest) if part is None else id(each.unwritten)
+        if key in memories:
             continue
         shape = rest.shape if part is None else _extent(part)
         memory = rest.memory
@@ -314,7 +316,7 @@ def _give_values(
                 memory = allocate(shape, rest.dtype, target, name_of=partial(getattr, origin, "name"))
         else:
             partly.append(rest)
-        memories[id(rest)] = memory
+        memories[key] = memory
         boxes: list[Box] | None
         if is_dtensor(each.tensor):
             view = view_of(memory, region_of(each.unwritten))
@@ -322,7 +324,7 @@ def _give_values(
                 memory.zero_()  # FSDP2's padding
             boxes = local_boxes(each.tensor)
         elif part is not None:
-            view, boxes = memory, [Window(origin.shape, _start(part)).box(shape, memory.stride())]
+            view, boxes = memory, [_box(each, part, memory.stride())]
         else:
             view, boxes = view_of(memory, rest.place), None
         if view.numel():
@@ -340,7 +342,7 @@ def _give_values(
     for each, rest, part in zip(named, rests, windows, strict=True):
         if part is not None:
             if type(each.unwritten) is Unwritten:
-                swap_in(each.unwritten, memories[id(rest)], Unwritten)
+                swap_in(each.unwritten, memories[id(each.unwritten)], Unwritten)
             continue
         if rest.memory is None:
             rest.memory = memories[id(rest)]
@@ -374,7 +376,7 @@ def _device_of(each: Named, device: str | torch.device | None) -> torch.device:
 
 
 def _checked_window(window: Callable[..., Any], each: Named) -> Slices | None:
-    name, shape = each.name, each.origin.shape
+    name, shape = each.name, tuple(each.tensor.shape)
     slices = window(name, shape)
     if slices is None:
         return None
@@ -382,6 +384,11 @@ def _checked_window(window: Callable[..., Any], each: Named) -> Slices | None:
         raise ValueError(f"fastinit.materialize: window= was given, but {name!r} is sharded already, as a DTensor")
     if each.rest.memory is not None:
         raise ValueError(f"fastinit.materialize: window= was given, but {name!r} is written in part already")
+    if each.rest.place is not None:
+        raise ValueError(
+            f"fastinit.materialize: window= was given, but {name!r} has been laid out anew since the block; "
+            "return None for it, or materialize the model before"
+        )
     fits = isinstance(slices, tuple) and len(slices) == len(shape) and all(isinstance(cut, slice) for cut in slices)
     if not fits or any(cut.step not in (None, 1) for cut in slices):
         raise ValueError(
@@ -392,8 +399,12 @@ def _checked_window(window: Callable[..., Any], each: Named) -> Slices | None:
     return tuple(slice(first, max(first, last)) for first, last, _ in ranges)
 
 
-def _start(part: Slices) -> tuple[int, ...]:
-    return tuple(each.start for each in part)
+def _box(each: Named, part: Slices, memory_strides: tuple[int, ...]) -> Box:
+    """Where the elements of a window are in the tensor's recipe, which counts them as the storage has them."""
+    shape = each.rest.shape
+    region = region_of(each.unwritten) or Region(0, shape, contiguous_strides(shape))
+    first = region.offset + sum(cut.start * stride for cut, stride in zip(part, region.strides, strict=True))
+    return Box(first, _extent(part), region.strides, 0, memory_strides)
 
 
 def _extent(part: Slices) -> tuple[int, ...]:

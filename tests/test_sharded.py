@@ -346,6 +346,32 @@ def test_any_window_holds_its_part(data, shape, init, dtype):
 
 
 @HALF_AND_FULL
+def test_windows_of_transposed_parameters_and_of_some_that_share_storage_hold_their_parts(dtype):
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.transposed = nn.Parameter(torch.empty(5, 9).T.normal_())
+            self.left, self.right = map(nn.Parameter, torch.empty(6, 8).normal_().detach().chunk(2, dim=1))
+
+    parts = {
+        "transposed": (slice(3, 8), slice(1, 4)),
+        "left": (slice(1, 3), slice(0, 3)),
+        "right": (slice(2, 6), slice(1, 4)),
+    }
+    shapes = {}
+
+    def window(name, shape):
+        shapes[name] = shape
+        return parts[name]
+
+    model, whole = deferred(Views, dtype), unsharded(Views, dtype)
+    fastinit.materialize(model, window=window)
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in whole.named_parameters()}
+    for name, tensor in whole.named_parameters():
+        assert same_bits(model.get_parameter(name), tensor[parts[name]]), name
+
+
+@HALF_AND_FULL
 @pytest.mark.parametrize("width", [11, 12])
 def test_hsdp_over_tensor_parallelism_on_a_mesh_of_three_axes_has_the_bits_of_the_unsharded_model(width, dtype):
     def check(rank):
