@@ -42,8 +42,8 @@ void set_aside(Record* record) {
 namespace {
 
 // The fields of each type that refer to objects.
-constexpr PyObject* Record::* record_fields[] = {&Record::block,  &Record::shape,   &Record::dtype,    &Record::device,
-                                                 &Record::recipe, &Record::values,  &Record::memory,   &Record::owner,
+constexpr PyObject* Record::* record_fields[] = {&Record::block,   &Record::shape,    &Record::dtype,   &Record::device,
+                                                 &Record::recipe,  &Record::values,   &Record::memory,  &Record::owner,
                                                  &Record::tensors, &Record::executed, &Record::replaced};
 constexpr PyObject* Block::* block_fields[] = {&Block::device,    &Block::default_dtype, &Block::records,
                                                &Block::generator, &Block::modules,       &Block::last_seen};
@@ -102,8 +102,7 @@ PyMemberDef record_members[] = {{"block", T_OBJECT, offsetof(Record, block), 0, 
                                 {nullptr, 0, 0, 0, nullptr}};
 PyGetSetDef record_getters[] = {{"nbytes", get_nbytes, nullptr, nullptr, nullptr},
                                 {nullptr, nullptr, nullptr, nullptr, nullptr}};
-PyMethodDef record_methods[] = {{"set_aside", set_record_aside, METH_NOARGS, nullptr},
-                                {nullptr, nullptr, 0, nullptr}};
+PyMethodDef record_methods[] = {{"set_aside", set_record_aside, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
 PyMemberDef block_members[] = {{"device", T_OBJECT, offsetof(Block, device), 0, nullptr},
                                {"default_dtype", T_OBJECT, offsetof(Block, default_dtype), 0, nullptr},
                                {"records", T_OBJECT, offsetof(Block, records), 0, nullptr},
@@ -120,11 +119,10 @@ PyMemberDef mode_members[] = {{"block", T_OBJECT, offsetof(Mode, block), 0, null
     {Py_tp_members, members}, {Py_tp_traverse, (void*)(traverse<T, fields>)},   \
         {Py_tp_clear, (void*)(clear<T, fields>)}, {Py_tp_dealloc, (void*)(deallocate<T, fields>)}
 
-PyType_Slot record_slots[] = {
-    FASTINIT_SLOTS(Record, record_fields, record_members),
-    {Py_tp_getset, record_getters},
-    {Py_tp_methods, record_methods},
-    {0, nullptr}};
+PyType_Slot record_slots[] = {FASTINIT_SLOTS(Record, record_fields, record_members),
+                              {Py_tp_getset, record_getters},
+                              {Py_tp_methods, record_methods},
+                              {0, nullptr}};
 PyType_Slot block_slots[] = {FASTINIT_SLOTS(Block, block_fields, block_members), {0, nullptr}};
 PyType_Slot mode_slots[] = {FASTINIT_SLOTS(Mode, mode_fields, mode_members), {0, nullptr}};
 PyType_Slot generator_slots[] = {{Py_tp_members, generator_members}, {0, nullptr}};
