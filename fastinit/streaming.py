@@ -1,9 +1,9 @@
 """Tensors streamed from files into memory: several threads read, copy and convert, each a chunk at a time.
 
 What agrees in dtype with a tensor on the CPU is read straight into it. All else passes through a buffer that each
-thread has. For a GPU that is pinned memory, from which the thread copies on a stream of its own; the GPU converts.
-While one thread waits for its copy the others read, and hardly any of it holds Python's lock. No file is mapped, so
-that one which shrinks is an error and not a crash.
+thread has. For a GPU that is pinned memory, from which the thread copies on a stream of its own, in one native call;
+the GPU converts. While one thread waits for its copy the others read, and hardly any of it holds Python's lock. No
+file is mapped, so that one which shrinks is an error and not a crash.
 
 Private: it may change with any version.
 """
@@ -24,13 +24,13 @@ import torch
 
 from . import native
 
-# Whether reading for a GPU is a single call without Python's lock, for which sixteen threads wait otherwise.
+# Whether reading for a GPU is a single call without Python's lock, for which sixteen threads wait otherwise. It is not
+# where the module was built without CUDA, while torch has GPUs, also AMD's.
 _NATIVE = native.build_info()["cuda"]
 
 # Copying from the page cache keeps several cores busy before memory is the limit; a disk wants reads in flight.
 _READERS = 16
-# What Python does for a chunk takes a few hundred microseconds of a reader; reading this much takes it several times
-# as long. The pinned buffers together are 128 MiB.
+# What a reader does in Python for a chunk is small beside the milliseconds that reading this much takes. The pinned buffers together are 128 MiB.
 _CHUNK_BYTES = 8 << 20
 # What the CPU converts is best still in its cache. These buffers are 32 MiB.
 _CONVERTED_BYTES = 2 << 20

@@ -34,9 +34,9 @@ def built(constructor, dtype="fp32", device="cpu", seed=SEED):
 WAYS = {"at once": {}, "empty": {"empty": True}, "sharded": {"shard": True}}
 
 
-def made(constructor, way, dtype="fp32", device="cpu"):
-    """Return `constructor()` with all its values, as made in one of the WAYS that fastinit has."""
-    with fastinit.on(device, dtype, seed=SEED, **WAYS[way]):
+def made(constructor, way, dtype="fp32", device="cpu", seed=SEED, **options):
+    """Return `constructor()` with all its values, as made in one of the WAYS that fastinit has, with options of `on`."""
+    with fastinit.on(device, dtype, seed=seed, **WAYS[way], **options):
         model = constructor()
     if way == "empty":
         fastinit.initialize(model)

@@ -23,6 +23,7 @@ from models import (
     assert_same_bits,
     built,
     default_dtype,
+    made,
     module_cases,
     registered,
     same_bits,
@@ -45,15 +46,9 @@ over_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 over_ways = pytest.mark.parametrize("way", WAYS)
 
 
-def named(constructor, way="at once", dtype="fp32", streams="name", seed=SEED, device="cpu"):
+def named(constructor, way="at once", dtype="fp32", streams="name", **options):
     """Return `constructor()` with all its values, made in one of the WAYS with its streams by name."""
-    with fastinit.on(device, dtype, seed=seed, streams=streams, **WAYS[way]):
-        model = constructor()
-    if way == "empty":
-        fastinit.initialize(model)
-    elif way == "sharded":
-        fastinit.materialize(model)
-    return model
+    return made(constructor, way, dtype, streams=streams, **options)
 
 
 def stream(name, place=0, number=0):
