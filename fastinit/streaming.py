@@ -30,7 +30,8 @@ _NATIVE = native.build_info()["cuda"]
 
 # Copying from the page cache keeps several cores busy before memory is the limit; a disk wants reads in flight.
 _READERS = 16
-# What a reader does in Python for a chunk is small beside the milliseconds that reading this much takes. The pinned buffers together are 128 MiB.
+# What a reader does in Python for a chunk is small beside the milliseconds that reading this much takes.
+# The pinned buffers together are 128 MiB.
 _CHUNK_BYTES = 8 << 20
 # What the CPU converts is best still in its cache. These buffers are 32 MiB.
 _CONVERTED_BYTES = 2 << 20

@@ -35,7 +35,7 @@ WAYS = {"at once": {}, "empty": {"empty": True}, "sharded": {"shard": True}}
 
 
 def made(constructor, way, dtype="fp32", device="cpu", seed=SEED, **options):
-    """Return `constructor()` with all its values, as made in one of the WAYS that fastinit has, with options of `on`."""
+    """Return `constructor()` with all its values, as made in one of the WAYS, with options of `on`."""
     with fastinit.on(device, dtype, seed=seed, **WAYS[way], **options):
         model = constructor()
     if way == "empty":
