@@ -37,7 +37,7 @@ test-slow: $(INSTALLED)
 # The libraries in an environment of their own. One asks for versions that the others cannot have.
 LIBRARIES := build/libraries
 test-libraries: $(LIBRARIES)/.installed
-	$(LIBRARIES)/bin/python -m pytest -m libraries --junit-xml=$(LIBRARIES)/results.xml tests/test_libraries.py $(ARGS)
+	$(LIBRARIES)/bin/python -m pytest -m libraries --junit-xml=$(LIBRARIES)/results.xml tests/zoo/test_libraries.py $(ARGS)
 	$(if $(ARGS),,$(LIBRARIES)/bin/python tests/zoo/libraries/page.py $(LIBRARIES)/results.xml)
 
 $(LIBRARIES)/.installed: $(BUILD_INPUTS) tests/zoo/libraries/requirements.txt tests/zoo/libraries/requirements-alone.txt | $(PY)
@@ -50,7 +50,7 @@ $(LIBRARIES)/.installed: $(BUILD_INPUTS) tests/zoo/libraries/requirements.txt te
 	touch $@
 
 fuzz: $(INSTALLED)
-	$(PY) tests/fuzz.py $(ARGS)
+	$(PY) tests/support/fuzz.py $(ARGS)
 
 zoo: $(INSTALLED)
 	$(PY) tests/zoo $(ARGS)
@@ -62,7 +62,7 @@ sanitize: $(INSTALLED) $(BUILD_TOOLS)
 	    $(PY) setup.py -q build --debug --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	LD_PRELOAD="$$(for each in asan ubsan stdc++; do printf '%s ' "$$($(CXX) -print-file-name=lib$$each.so)"; done)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib $(VENV)/bin/pytest -p no:cacheprovider \
-	    tests/test_native.py tests/test_windows.py tests/test_fast_path.py tests/test_programs.py $(ARGS)
+	    tests/native/test_native.py tests/dist/test_windows.py tests/record/test_fast_path.py tests/record/test_programs.py $(ARGS)
 
 coverage: $(INSTALLED)
 	$(PY) -m pip install --quiet -e ".[coverage]"

@@ -1,6 +1,6 @@
 """Writes docs/api.md, the reference of all public names, from their docstrings: `python docs/build_api.py`.
 
-The docstrings are the source. tests/test_docs.py fails if the page is not what they give.
+The docstrings are the source. tests/cli/test_docs.py fails if the page is not what they give.
 """
 
 from __future__ import annotations

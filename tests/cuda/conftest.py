@@ -1,15 +1,12 @@
 """Tests that need a GPU: skipped as a whole where there is none, or where the native module was built without CUDA."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastinit import native
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `reference`
 
 
 def pytest_collection_modifyitems(items):

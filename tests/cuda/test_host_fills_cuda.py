@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import SEED, WAYS, assert_same_bits, made, module_cases, random_names, same_bits
-from test_other_devices import Net
+from other_device import Net
 
 import fastinit
 from fastinit import execution

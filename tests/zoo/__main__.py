@@ -17,7 +17,7 @@ import warnings
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import torch
 import transformers

@@ -35,7 +35,7 @@ import torch.distributed as dist
 
 import fastinit
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(
     path

@@ -38,7 +38,7 @@ from torch.nn.utils import parametrizations
 import fastinit
 from fastinit import CheckpointError, LoadReport, checkpoint_files, load
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 X = torch.arange(6).reshape(2, 3)
 
 
@@ -1104,7 +1104,7 @@ def test_a_converting_load_takes_the_model_and_its_largest_tensor(tmp_path, name
         [sys.executable, "-c", MEASURE, tmp_path / "small" / name, tmp_path / "large" / name],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         check=True,
     )
     created, passed, size = map(int, done.stdout.split())

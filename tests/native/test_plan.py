@@ -12,7 +12,7 @@ import pytest
 
 from fastinit import native
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 FLAGS = "-std=c++17 -O1 -ffp-contract=off -Wall -Wextra -Werror".split()
 
@@ -73,7 +73,7 @@ class Launch(NamedTuple):
 def plan(tmp_path_factory):
     """plan(fills): the launches."""
     program = tmp_path_factory.mktemp("plan") / "plans"
-    sources = [ROOT / "csrc" / "cuda" / "plan.cpp", ROOT / "tests" / "plans.cpp"]
+    sources = [ROOT / "csrc" / "cuda" / "plan.cpp", ROOT / "tests" / "native" / "plans.cpp"]
     subprocess.run([*shlex.split(COMPILER), *FLAGS, "-I", ROOT / "csrc", *sources, "-o", program], check=True)
 
     def plan(*fills):

@@ -1,7 +1,7 @@
 """Some forty whole models, and digests of all their tensors: what a release writes today it has to write tomorrow.
 
-    python tests/golden.py            # says which tensors are not as in tests/golden.json
-    python tests/golden.py --write    # writes tests/golden.json
+    python tests/support/golden.py            # says which tensors are not as in tests/support/golden.json
+    python tests/support/golden.py --write    # writes tests/support/golden.json
 
 The known answers (known_answers.json) fix what a single fill writes. These fix what a model gets: also which call of
 its constructor takes which stream, which arithmetic is part of a fill, and what the modes `empty=True` and `shard=True`
@@ -209,8 +209,8 @@ def _write() -> None:
     if transformers is None:
         raise SystemExit("golden.py: --write needs transformers, whose models are a part of the file: install it")
     head = {
-        "about": "Digests of whole models, written by tests/golden.py, which says what they are. A tensor has one in "
-        f"{' and one in '.join(DTYPES)}; null: a mode that cannot make the model, or not twice the same.",
+        "about": "Digests of whole models, written by tests/support/golden.py, which explains them. A tensor has one "
+        f"in {' and one in '.join(DTYPES)}; null: a mode that cannot make the model, or not twice the same.",
         "machine": machine(),
         "transformers": transformers_version(),
     }
@@ -827,6 +827,6 @@ def convnext() -> nn.Module:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Compares whole models with tests/golden.json.")
+    parser = argparse.ArgumentParser(description="Compares whole models with tests/support/golden.json.")
     parser.add_argument("--write", action="store_true", help="write the file instead")
     _write() if parser.parse_args().write else _compare()

@@ -1,4 +1,4 @@
-"""Whole models have the bits that tests/golden.json says they have: see golden.py."""
+"""Whole models have the bits that tests/support/golden.json says they have: see golden.py."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 REMEDY = (
     "A seed no longer gives the model that it gave. If that is meant, say why in the commit that changes the file: "
-    "python tests/golden.py --write"
+    "python tests/support/golden.py --write"
 )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("torch_geometric", reason="the libraries are not installed: make test-libraries")
 
-sys.path.insert(0, str(Path(__file__).parent / "zoo"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import compare
 import torch

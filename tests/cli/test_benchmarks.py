@@ -15,7 +15,7 @@ from ranks import on_every_rank
 import fastinit
 from fastinit.cli import results
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))  # its modules find each other there, as under pytest
 
 import bench_sharded as sharded  # noqa: E402

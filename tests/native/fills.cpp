@@ -1,5 +1,5 @@
 // Fills by the CPU kernels in a program of its own, for processors that Python is not here for. Compiled and run by
-// tests/test_aarch64.py.
+// tests/native/test_aarch64.py.
 //
 // Each line of standard input is a fill: dtype, kind, the number of parameters and these, seed, stream, the number of
 // steps and these (op, a, b), the first index, the number of elements. Its elements go to standard output as they are

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "examples"
+FOLDER = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "inspect_models"))
 # Those with a before and an after: the framework that they need.
 FRAMEWORKS = {"fabric": "lightning", "lightning_trainer": "lightning", "transformers_finetune": "transformers"}

@@ -8,10 +8,31 @@ from pathlib import Path
 
 import torch
 from models import SEED, same_bits
-from test_other_devices import Net
+from torch import nn
 from torch.utils import cpp_extension
 
 import fastinit
+
+
+class Net(nn.Module):
+    """Regions, steps, chains that are computed of fills, computed values, another dtype, ties, other strides."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(19, 8, padding_idx=3)
+        self.head = nn.Linear(8, 19)
+        self.head.weight = self.embedding.weight
+        self.conv = nn.Conv2d(2, 3, 3)
+        nn.init.orthogonal_(self.conv.weight)
+        self.fused = nn.Parameter(torch.empty(12, 7))
+        for part in self.fused.data.chunk(3):
+            nn.init.trunc_normal_(part, std=0.02)
+        self.moved = nn.Parameter(torch.randn(6, 5).mul_(0.1).add_(3))
+        self.across = nn.Parameter(torch.empty(5, 9).T.normal_())
+        self.fine = nn.Parameter(torch.rand(7, dtype=torch.float64))
+        self.never = nn.Parameter(torch.ones(4, 3))
+        self.register_buffer("angles", torch.outer(torch.arange(6.0), torch.linspace(0, 1, 5)).cos())
+        self.register_buffer("count", torch.full((3,), 7))
 
 
 class Device:

@@ -10,10 +10,10 @@ import pytest
 import reference
 from reference import DTYPES, STORAGE
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 FLAGS = "-std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror".split()
-SOURCES = ("csrc/cpu/fill.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/kernel_portable.cpp", "tests/fills.cpp")
+SOURCES = ("csrc/cpu/fill.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/kernel_portable.cpp", "tests/native/fills.cpp")
 
 pytestmark = [
     pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER} (Debian: g++-aarch64-linux-gnu)"),

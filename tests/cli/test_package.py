@@ -15,7 +15,7 @@ import torch
 import fastinit
 from fastinit import native
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def python(*arguments, **options):

@@ -15,7 +15,7 @@ import pytest
 
 from fastinit import native
 
-HERE = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 FLAGS = {  # as in CMakeLists.txt
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
@@ -30,8 +30,8 @@ def test_transforms_and_roundings_equal_the_scalar_ones_for_every_input(isa, tmp
     program = tmp_path / "transforms"
     subprocess.run(
         [*shlex.split(COMPILER), "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-         "-w", *FLAGS[isa], f"-I{HERE.parent / 'csrc'}", f'-DSIMD_HEADER="cpu/simd_{isa}.h"',
-         f"-DSIMD={isa.capitalize()}", str(HERE / "transforms.cpp"), "-pthread", "-o", str(program)],
+         "-w", *FLAGS[isa], f"-I{TESTS.parent / 'csrc'}", f'-DSIMD_HEADER="cpu/simd_{isa}.h"',
+         f"-DSIMD={isa.capitalize()}", str(TESTS / "native" / "transforms.cpp"), "-pthread", "-o", str(program)],
         check=True,
     )  # fmt: skip
     result = subprocess.run([str(program)], capture_output=True, text=True)

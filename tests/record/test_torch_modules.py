@@ -32,7 +32,7 @@ def over(cases):
 
 def test_the_table_has_every_public_module_class():
     missing = sorted(set(module_classes()) - set(MODULES))
-    assert not missing, f"torch.nn has classes that tests/models.py has no constructor for: {missing}"
+    assert not missing, f"torch.nn has classes that tests/support/models.py has no constructor for: {missing}"
 
 
 def test_most_of_the_table_is_random_where_torch_is():

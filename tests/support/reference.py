@@ -1,6 +1,6 @@
 """Stream v1 in plain NumPy: the slow, obvious twin of csrc/philox.h and csrc/distributions.h, for tests alone.
 
-    python tests/reference.py          # writes tests/known_answers.json
+    python tests/support/reference.py          # writes tests/support/known_answers.json
 
 Everything takes and returns arrays; nothing depends on the compiled module. The coefficients are read from
 csrc/normal_table.h, which is their norm.
@@ -65,7 +65,7 @@ def fma(a, b, c):
 
 
 def _read_table():
-    source = (HERE.parent / "csrc" / "normal_table.h").read_text()
+    source = (HERE.parents[1] / "csrc" / "normal_table.h").read_text()
     rows = re.findall(r"^ *\{(.*)\},$", source, re.MULTILINE)
     return np.array([[float.fromhex(x.rstrip("f")) for x in row.split(", ")] for row in rows], np.float32)
 
@@ -275,7 +275,7 @@ def _case(name, kind, parameters, seed, stream, steps):
 
 def known_answers():
     return {
-        "about": "Known answers of stream v1, read by the tests of every backend and written by tests/reference.py. "
+        "about": "Known answers of stream v1, read by the tests of every backend, by tests/support/reference.py. "
         "Words and bit patterns are hexadecimal, in order of element index, 'index' being the first; sha256 is over "
         "the little-endian elements [index, index + count). A step is an op and two operands, numbered "
         "as in csrc/fill.h.",

@@ -22,7 +22,7 @@ from fastinit.cli import bench, demo, doctor, inspect, machine, measure, results
 from fastinit.cli.models import LLAMA_7B, LLAMA_70B, Decoder, DecoderConfig, training_step
 from fastinit.cli.workloads import FILLS, WAYS, linears, timed_creation
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Devices without native fills: values are computed on the host, piece by piece, and copied; the bits are the same.
 
 Most tests switch native fills off for the CPU, whose memory then is filled as that of another device is. The last ones
-have a real one: tests/other_device.cpp, whose memory the host cannot touch. It takes a compiler, and a minute.
+have a real one: tests/support/other_device.cpp, whose memory the host cannot touch. It takes a compiler, and a minute.
 """
 
 import shutil
@@ -9,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import other_device
 import pytest
 import torch
 from models import SEED, WAYS, assert_same_bits, made, module_cases, random_names, same_bits
+from other_device import Net
 from ranks import on_every_rank
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -33,27 +35,6 @@ def elsewhere(request, monkeypatch):
         monkeypatch.setattr(execution, "_PIECE_BYTES", request.param)
 
     return switch_off
-
-
-class Net(nn.Module):
-    """Regions, steps, chains that are computed of fills, computed values, another dtype, ties, other strides."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(19, 8, padding_idx=3)
-        self.head = nn.Linear(8, 19)
-        self.head.weight = self.embedding.weight
-        self.conv = nn.Conv2d(2, 3, 3)
-        nn.init.orthogonal_(self.conv.weight)
-        self.fused = nn.Parameter(torch.empty(12, 7))
-        for part in self.fused.data.chunk(3):
-            nn.init.trunc_normal_(part, std=0.02)
-        self.moved = nn.Parameter(torch.randn(6, 5).mul_(0.1).add_(3))
-        self.across = nn.Parameter(torch.empty(5, 9).T.normal_())
-        self.fine = nn.Parameter(torch.rand(7, dtype=torch.float64))
-        self.never = nn.Parameter(torch.ones(4, 3))
-        self.register_buffer("angles", torch.outer(torch.arange(6.0), torch.linspace(0, 1, 5)).cos())
-        self.register_buffer("count", torch.full((3,), 7))
 
 
 @pytest.mark.parametrize("constructor", RANDOM)
@@ -186,7 +167,7 @@ def test_a_device_that_torch_cannot_use_is_refused_in_one_sentence():
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None or shutil.which("ninja") is None, reason="no C++ compiler, or no ninja")
 def test_a_device_whose_memory_the_host_cannot_touch_gets_the_bits_of_the_cpu(tmp_path):
-    script = Path(__file__).with_name("other_device.py")
+    script = Path(other_device.__file__)
     result = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.splitlines()[-1] == "all the same"

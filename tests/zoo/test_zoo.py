@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent / "zoo"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import architectures
 import compare

@@ -618,7 +618,7 @@ def test_versions_that_were_not_tested_are_refused(monkeypatch, version):
 def test_the_range_of_versions_is_that_of_the_optional_dependency():
     first, end = (".".join(map(str, version)) for version in fastinit.deepspeed._VERSIONS)
     requirement = f'deepspeed = ["deepspeed>={first},<{end}"]'
-    assert requirement in (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert requirement in (Path(__file__).parents[2] / "pyproject.toml").read_text()
 
 
 def test_without_a_launcher_the_error_says_how_to_start():
