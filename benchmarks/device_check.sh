@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Builds, tests, sanitizes and measures the CUDA half on a machine with a GPU:
 #
-#     bash benchmarks/device_check.sh [--out DIRECTORY] [STEP...]
+#     bash benchmarks/device_check.sh [--out DIRECTORY] [--suites "first fills ..."] [--limit SECONDS] [STEP...]
 #
 # STEP is any of build, test, slow, sanitize, bench, profile; without one: build test sanitize bench. All steps run even
 # if one fails; the exit status is 1 then. Uses the python3 that is first on PATH, which needs torch with CUDA, pytest,
 # hypothesis, pybind11, cmake and ninja; bench also pytest-benchmark, and rich for its tables; sanitize and profile
-# NVIDIA's compute-sanitizer and ncu. bench ends after eight minutes at most: what it had no time for is listed in its
-# benchmarks.json.
+# NVIDIA's compute-sanitizer and ncu. bench writes SUITE.json for each suite, and gives each so many seconds (90): what it
+# had no time for is listed there.
 # Environment: FASTINIT_CUDA_ARCHS, the architecture to build for (default: that of GPU 0); FASTINIT_COMMIT, the commit
 # that the results name where there is no history of git.
 set -uo pipefail
@@ -16,10 +16,14 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 out=bench-out
+suites="first contexts creation fills layouts growth frameworks sharded loading readers statistics"
+limit=90
 steps=()
 while [ $# -gt 0 ]; do
     case $1 in
         --out) out=$2; shift 2 ;;
+        --suites) suites=$2; shift 2 ;;
+        --limit) limit=$2; shift 2 ;;
         build | test | slow | sanitize | bench | profile) steps+=("$1"); shift ;;
         *) echo "device_check.sh: unknown step '$1': choose from build test slow sanitize bench profile" >&2; exit 2 ;;
     esac
@@ -55,11 +59,13 @@ sanitize() {
 }
 
 bench() {
-    # An interrupt, not the end of the process: what was measured by then is written.
-    timeout --signal=INT 540 python3 -m pytest benchmarks -q -rfE -p no:cacheprovider --time-limit 430 \
-        --benchmark-json "$out/benchmarks.json" --benchmark-quiet
-    local status=$?
-    python3 benchmarks/report.py "$out/benchmarks.json"
+    local status=0 suite
+    for suite in $suites; do
+        # An interrupt, not the end of the process: what was measured by then is written.
+        timeout --signal=INT --kill-after=20 $((limit + 60)) python3 -m pytest "benchmarks/bench_$suite.py" -q -rfE \
+            -p no:cacheprovider --time-limit "$limit" --benchmark-json "$out/$suite.json" --benchmark-quiet || status=1
+    done
+    python3 benchmarks/report.py "$out"/*.json
     return $status
 }
 
