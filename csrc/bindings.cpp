@@ -21,6 +21,7 @@
 #include "cuda/fill.h"
 #include "cuda/read.h"
 #endif
+#include "read.h"
 #include "recorder/recorder.h"
 
 namespace py = pybind11;
@@ -103,22 +104,41 @@ void run_cuda([[maybe_unused]] Batch& batch, [[maybe_unused]] int device, [[mayb
 #endif
 }
 
-uint64_t read_to_gpu([[maybe_unused]] int file, [[maybe_unused]] const py::int_& offset,
-                     [[maybe_unused]] const py::int_& nbytes, [[maybe_unused]] const py::int_& buffer,
-                     [[maybe_unused]] const py::int_& target, [[maybe_unused]] int device,
-                     [[maybe_unused]] const py::int_& stream) {
-#if defined(FASTINIT_WITH_CUDA)
-    const uint64_t begin = unsigned64("offset", offset), count = unsigned64("nbytes", nbytes);
-    void *const from = pointer("buffer", buffer), *const to = pointer("target", target);
-    void* const handle = pointer("stream", stream);
+// A file's error as Python's own, which says which one by its class.
+template <typename Read>
+uint64_t read_unlocked(const Read& read) {
     try {
         const py::gil_scoped_release release;
-        return read_cuda(file, begin, count, from, to, device, handle);
+        return read();
     } catch (const std::system_error& error) {
         errno = error.code().value();
         PyErr_SetFromErrno(PyExc_OSError);
         throw py::error_already_set();
     }
+}
+
+Rows make_rows(const py::int_& offset, const py::int_& nbytes, const py::int_& count, const py::int_& stride) {
+    return {unsigned64("offset", offset), unsigned64("nbytes", nbytes), unsigned64("count", count),
+            unsigned64("stride", stride)};
+}
+
+uint64_t read_to_cpu(int file, const py::int_& offset, const py::int_& nbytes, const py::int_& count,
+                     const py::int_& stride, const py::int_& target) {
+    const Rows rows = make_rows(offset, nbytes, count, stride);
+    void* const to = pointer("target", target);
+    return read_unlocked([&] { return read_rows(file, rows, 0, rows.size(), to); });
+}
+
+uint64_t read_to_gpu([[maybe_unused]] int file, [[maybe_unused]] const py::int_& offset,
+                     [[maybe_unused]] const py::int_& nbytes, [[maybe_unused]] const py::int_& count,
+                     [[maybe_unused]] const py::int_& stride, [[maybe_unused]] const py::int_& buffer,
+                     [[maybe_unused]] const py::int_& target, [[maybe_unused]] int device,
+                     [[maybe_unused]] const py::int_& stream) {
+#if defined(FASTINIT_WITH_CUDA)
+    const Rows rows = make_rows(offset, nbytes, count, stride);
+    void *const from = pointer("buffer", buffer), *const to = pointer("target", target);
+    void* const handle = pointer("stream", stream);
+    return read_unlocked([&] { return read_cuda(file, rows, from, to, device, handle); });
 #else
     refuse_cuda();
 #endif
@@ -199,8 +219,10 @@ PYBIND11_MODULE(_native, m) {
     m.def("apply_steps", &apply_steps_to, py::arg("value"), py::arg("steps"));
     m.def("erfinv", &erfinv_in_place, py::arg("data_ptr"), py::arg("numel"));
     m.def("advise_huge_pages", &advise_huge_pages, py::arg("data_ptr"), py::arg("nbytes"));
-    m.def("read_cuda", &read_to_gpu, py::arg("file"), py::arg("offset"), py::arg("nbytes"), py::arg("buffer"),
-          py::arg("target"), py::arg("device"), py::arg("stream"));
+    m.def("read", &read_to_cpu, py::arg("file"), py::arg("offset"), py::arg("nbytes"), py::arg("count"),
+          py::arg("stride"), py::arg("target"));
+    m.def("read_cuda", &read_to_gpu, py::arg("file"), py::arg("offset"), py::arg("nbytes"), py::arg("count"),
+          py::arg("stride"), py::arg("buffer"), py::arg("target"), py::arg("device"), py::arg("stream"));
     m.def("cpu_isa", [] { return std::string(default_kernel().isa); });
     m.def("cpu_isas", &cpu_isas);
     m.def("build_info", &build_info);

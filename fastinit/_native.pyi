@@ -71,10 +71,16 @@ class Batch:
         Raises ``RuntimeError`` naming the CUDA error, or saying that CUDA was not built.
         """
 
-def read_cuda(file: int, offset: int, nbytes: int, buffer: int, target: int, device: int, stream: int) -> int:
-    """Read a range of the open file into GPU memory at address ``target``, through pinned memory of as many bytes at
-    ``buffer``, behind what is queued on the ``cudaStream_t`` handle ``stream``, without the GIL. It returns when all is
-    there, with the number of bytes, which is less than ``nbytes`` where the file ends.
+def read(file: int, offset: int, nbytes: int, count: int, stride: int, target: int) -> int:
+    """Read ``count`` ranges of ``nbytes`` of the open file, whose beginnings are ``stride`` bytes apart, one behind the
+    other into host memory at address ``target``, without the GIL. Returns how many bytes there were: fewer than that
+    where the file ends. Raises ``OSError`` from the file."""
+
+def read_cuda(
+    file: int, offset: int, nbytes: int, count: int, stride: int, buffer: int, target: int, device: int, stream: int
+) -> int:
+    """The same into GPU memory at address ``target``, through pinned memory of as many bytes at ``buffer``, behind what
+    is queued on the ``cudaStream_t`` handle ``stream``. It returns when all is there.
 
     Raises ``RuntimeError`` naming the CUDA error, or saying that CUDA was not built; ``OSError`` from the file.
     """

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from torch.utils._pytree import tree_map
 from .checkpoint_files import Checkpoint, CheckpointError
 from .context import on
 from .execution import reserve
-from .layout import compose, flat_box, numel
+from .layout import compose, flat_box
 from .materialization import initialize
 from .record.records import modes_off
 from .record.tensors import Placeholder, new_memory, take_memory
@@ -46,6 +47,9 @@ from .streaming import Transfer, stream
 
 # Elements that are compared or searched at a time.
 _CHUNK = 1 << 18
+
+# Shorter rows of a file are cut from a mapping: each would be read by a call of its own.
+_ROW_BYTES = 512
 
 _NAMES_IN_WARNINGS = 10
 
@@ -205,21 +209,26 @@ class _Stored(torch.Tensor):
         return self._checkpoint.read(self.key, target)
 
     def streamed_to(self, target: torch.Tensor) -> _Streamed | None:
-        """The same as ranges of a file; None if that is not what it is, or files cannot be streamed into the target."""
+        """The same as rows of a file; None if that is not what it is, or files cannot be streamed into the target."""
         local = _local(target)
         boxes = local_boxes(target) if is_dtensor(target) else [flat_box(0, self.numel())]
-        parts = self._checkpoint.parts(self.key)
-        runs = [(part, run) for part in parts for box in boxes for run in compose(part.box, box)]
-        if not all(run.is_run for _, run in runs) or sum(numel(run.sizes) for _, run in runs) != local.numel():
-            return None
-        memory = _memory(local)
+        itemsize = self.dtype.itemsize
+        found = []
+        for part, place in product(self._checkpoint.parts(self.key), boxes):
+            for box in compose(part.box, place):
+                rows = box.rows
+                if rows is None or (rows.count > 1 and rows.length * itemsize < _ROW_BYTES):
+                    return None
+                found.append((part, box, rows))
+        complete = sum(rows.count * rows.length for *_, rows in found) == local.numel()
+        memory = _memory(local) if complete else None
         if memory is None:
             return None
         transfers = []
-        for part, run in runs:
-            begin, offset = run.memory_offset, part.offset + run.index_offset * self.dtype.itemsize
-            elements = memory.view(-1)[begin : begin + numel(run.sizes)]
-            transfers.append(Transfer(part.file, offset, self.dtype, elements))
+        for part, box, (count, length, stride) in found:
+            elements = memory.view(-1)[box.memory_offset : box.memory_offset + count * length]
+            offset = part.offset + box.index_offset * itemsize
+            transfers.append(Transfer(part.file, offset, self.dtype, elements, count, stride * itemsize))
         return _Streamed(memory, transfers)
 
     @classmethod

@@ -15,6 +15,14 @@ from math import prod
 from typing import NamedTuple
 
 
+class Rows(NamedTuple):
+    """Runs of a sequence: how many, of how many elements each, and how far from one's first element to the next's."""
+
+    count: int
+    length: int
+    stride: int
+
+
 class Box(NamedTuple):
     """A rectangle of elements of a row-major sequence, and their places in a memory; all numbers are in elements.
 
@@ -33,9 +41,19 @@ class Box(NamedTuple):
     memory_strides: tuple[int, ...]
 
     @property
-    def is_run(self) -> bool:
-        """Whether its elements follow one another, both in the sequence and in memory."""
-        return all(dim[1:] == (1, 1) for dim in _ordered(self.sizes, self.index_strides, self.memory_strides))
+    def rows(self) -> Rows | None:
+        """What of the sequence lies in memory without gaps, if that is rows of equal length and distance.
+
+        Example:
+            >>> Window((8, 6), start=(2, 4)).box(sizes=(3, 2), strides=(2, 1)).rows
+            Rows(count=3, length=2, stride=6)
+        """
+        dims = _ordered(self.sizes, self.index_strides, self.memory_strides)
+        length = dims.pop()[0] if dims and dims[-1][1:] == (1, 1) else 1
+        if not dims:
+            return Rows(1, length, 0)
+        (count, stride, step), *others = dims
+        return Rows(count, length, stride) if step == length and not others else None
 
 
 def flat_box(begin: int, end: int) -> Box:

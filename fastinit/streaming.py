@@ -10,7 +10,6 @@ Private: it may change with any version.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,9 +23,10 @@ import torch
 
 from . import native
 
-# Whether reading for a GPU is a single call without Python's lock, for which sixteen threads wait otherwise. It is not
-# where the module was built without CUDA, while torch has GPUs, also AMD's.
-_NATIVE = native.build_info()["cuda"]
+# Whether reading for a GPU and the copy there are a single call without Python's lock, for which sixteen threads wait
+# otherwise. They are not where the module was built without CUDA, while torch has GPUs, also AMD's; nor with
+# FASTINIT_FAST=0 in the environment.
+_NATIVE = native.build_info()["cuda"] and os.environ.get("FASTINIT_FAST", "1") != "0"
 
 # Copying from the page cache keeps several cores busy before memory is the limit; a disk wants reads in flight.
 _READERS = 16
@@ -78,12 +78,32 @@ class Transfer(NamedTuple):
         offset: of the first one, in bytes. The others follow in row-major order, in the byte order of this machine.
         dtype: theirs.
         target: a contiguous tensor of as many elements, on the CPU or a CUDA device, of any dtype.
+        rows: into how many parts of equal length the values are divided in the file.
+        stride: from the beginning of a row to that of the next one, in bytes.
     """
 
     file: StoredFile
     offset: int
     dtype: torch.dtype
     target: torch.Tensor
+    rows: int = 1
+    stride: int = 0
+
+    def split(self, nbytes: int) -> Iterator[Transfer]:
+        """Parts of so many bytes at most, each of whole rows or of a part of one, if there is anything to read."""
+        elements, itemsize = self.target.detach().view(-1), self.dtype.itemsize
+        length, most = elements.numel() // self.rows, nbytes // itemsize
+        if length <= most:
+            step = most // length
+            for row, part in zip(range(0, self.rows, step), elements.split(step * length), strict=True):
+                rows = part.numel() // length
+                yield self._replace(offset=self.offset + row * self.stride, target=part, rows=rows)
+            return
+        for row, whole in enumerate(elements.view(self.rows, length)):
+            offset = self.offset + row * self.stride
+            for part in whole.split(most):
+                yield Transfer(self.file, offset, self.dtype, part)
+                offset += part.numel() * itemsize
 
 
 class _Piece(NamedTuple):
@@ -103,13 +123,24 @@ class _Piece(NamedTuple):
 
 @dataclass(slots=True)
 class _Chunk:
-    """What is read at a time: a range of a file, with the pieces that lie in it, all for one device."""
+    """What is read at a time: a range of a file, with the pieces that lie in it, all for one device; or rows."""
 
     file: StoredFile
     offset: int
-    nbytes: int
+    row_nbytes: int
     device: torch.device
     pieces: list[_Piece]
+    rows: int = 1
+    stride: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.row_nbytes * self.rows
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """Where it is in the file, as the native reads take it."""
+        return self.offset, self.row_nbytes, self.rows, self.stride
 
     @property
     def is_direct(self) -> bool:
@@ -119,27 +150,27 @@ class _Chunk:
 
 def _chunks(transfers: Iterable[Transfer]) -> Iterator[_Chunk]:
     chunk: _Chunk | None = None
-    for file, offset, dtype, target in transfers:
-        elements = target.detach().view(-1)
+    for transfer in transfers:
+        file, offset, dtype, target, rows, _ = transfer
         nbytes = target.numel() * dtype.itemsize
         buffered = _CHUNK_BYTES if target.is_cuda else _CONVERTED_BYTES
         if (
             chunk is not None
             and (chunk.file, chunk.device) == (file, target.device)
+            and chunk.rows == rows == 1
             and nbytes < _SMALL_BYTES
             and 0 <= offset - (chunk.offset + chunk.nbytes) <= _GAP_BYTES
             and offset + nbytes - chunk.offset <= buffered
             and (offset - chunk.offset) % dtype.itemsize == 0
         ):
-            chunk.pieces.append(_Piece(offset - chunk.offset, dtype, elements))
-            chunk.nbytes = offset + nbytes - chunk.offset
+            chunk.pieces.append(_Piece(offset - chunk.offset, dtype, target.detach().view(-1)))
+            chunk.row_nbytes = offset + nbytes - chunk.offset
             continue
-        most = _CHUNK_BYTES if target.dtype == dtype else buffered
-        for part in elements.split(most // dtype.itemsize) if nbytes else ():
+        for part in transfer.split(_CHUNK_BYTES if target.dtype == dtype else buffered) if nbytes else ():
             if chunk is not None:
                 yield chunk
-            chunk = _Chunk(file, offset, part.numel() * dtype.itemsize, target.device, [_Piece(0, dtype, part)])
-            offset += chunk.nbytes
+            piece = _Piece(0, dtype, part.target)
+            chunk = _Chunk(file, part.offset, piece.nbytes // part.rows, target.device, [piece], part.rows, part.stride)
     if chunk is not None:
         yield chunk
 
@@ -193,14 +224,7 @@ class _Reader:
     def _read(self, chunk: _Chunk, memory: torch.Tensor) -> None:
         """Read a chunk into memory of the CPU."""
         self._open(chunk)
-        view = memoryview((ctypes.c_ubyte * chunk.nbytes).from_address(memory.data_ptr()))
-        self._file.seek(chunk.offset)
-        done = 0
-        while done < len(view):
-            count = self._file.readinto(view[done:])
-            if not count:
-                raise _ended(chunk, done)
-            done += count
+        _check_read(chunk, native.read(self._file.fileno(), *chunk.place, memory.data_ptr()))
 
     def _read_to_gpu(self, chunk: _Chunk, memory: torch.Tensor, stream: torch.cuda.Stream) -> None:
         """Read a chunk into memory of a GPU, by way of a pinned buffer."""
@@ -212,9 +236,7 @@ class _Reader:
             return
         self._open(chunk)
         addresses = self._pinned.data_ptr(), memory.data_ptr(), chunk.device.index, stream.cuda_stream
-        done = native.read_cuda(self._file.fileno(), chunk.offset, chunk.nbytes, *addresses)
-        if done < chunk.nbytes:
-            raise _ended(chunk, done)
+        _check_read(chunk, native.read_cuda(self._file.fileno(), *chunk.place, *addresses))
 
     def _carry_to_gpu(self, chunk: _Chunk) -> None:
         stream, staging = self._lanes[chunk.device]
@@ -232,8 +254,12 @@ class _Reader:
                 staging.put(staged)
 
 
-def _ended(chunk: _Chunk, done: int) -> OSError:
-    return OSError(f"{str(chunk.file.path)!r} ends at byte {chunk.offset + done} while it is being read")
+def _check_read(chunk: _Chunk, nbytes: int) -> None:
+    """Raise OSError unless all bytes of a chunk have been read."""
+    if nbytes < chunk.nbytes:
+        row, behind = divmod(nbytes, chunk.row_nbytes)
+        end = chunk.offset + row * chunk.stride + behind
+        raise OSError(f"{str(chunk.file.path)!r} ends at byte {end} while it is being read")
 
 
 def _next(chunks: deque[_Chunk]) -> _Chunk | None:

@@ -14,7 +14,6 @@ from torch import nn
 import fastinit
 from fastinit import checkpoint, load, streaming
 from fastinit.checkpoint_files import Checkpoint
-from fastinit.layout import numel
 from fastinit.streaming import StoredFile, Transfer, stream
 
 CHUNK = streaming._CHUNK_BYTES
@@ -72,9 +71,37 @@ def test_tensors_of_all_dtypes_that_lie_side_by_side_are_read_together_or_not(fi
     assert len(transfers) > 50
     advanced = []
     stream(transfers, advanced.append)
-    for _, at, dtype, target in transfers:
-        assert_same_bits(target, expected(file, at, dtype, target.numel()))
-    assert sum(advanced) == sum(target.numel() * dtype.itemsize for _, _, dtype, target in transfers)
+    for each in transfers:
+        assert_same_bits(each.target, expected(file, each.offset, each.dtype, each.target.numel()))
+    assert sum(advanced) == sum(each.target.numel() * each.dtype.itemsize for each in transfers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "length", "stride"),
+    [(1000, 300, 2000), (3, 1, 4), (1, 7, 28), (700, 4096, 20_000), (2, CHUNK // 4 + 5, CHUNK + 80), (5, 0, 100)],
+)
+def test_rows_of_a_file_lie_side_by_side_in_memory(file, dtype, rows, length, stride):
+    """Of fewer and of more bytes than a chunk, within others that are read whole."""
+    target, before, after = torch.empty(rows, length, dtype=dtype), torch.empty(5), torch.empty(7)
+    last = 1000 + rows * stride
+    stream(
+        [
+            Transfer(StoredFile.at(file), 980, torch.float32, before),
+            Transfer(StoredFile.at(file), 1000, torch.float32, target, rows, stride),
+            Transfer(StoredFile.at(file), last, torch.float32, after),
+        ]
+    )
+    in_the_file = expected(file, 1000, torch.uint8, rows * stride).view(rows, stride)[:, : length * 4]
+    assert_same_bits(target, in_the_file.contiguous().view(torch.float32))
+    assert_same_bits(before, expected(file, 980, torch.float32, 5))
+    assert_same_bits(after, expected(file, last, torch.float32, 7))
+
+
+def test_a_file_that_ends_within_rows_is_an_error(file):
+    os.truncate(file, 100_050)
+    with pytest.raises(OSError, match="ends at byte 100050 while it is being read"):
+        stream([Transfer(StoredFile.at(file), 0, torch.float32, torch.empty(101, 25), 101, 1000)])
 
 
 def test_one_stored_tensor_may_go_to_two_places(file):
@@ -210,7 +237,7 @@ def assert_in_place(path, expected, streamed):
     assert {name for name in parts if parts[name]} == streamed
     for name in streamed:
         ((file, offset, box),) = parts[name]
-        assert box.is_run and numel(box.sizes) == expected[name].numel()
+        assert box.rows == (1, expected[name].numel(), 0)
         content = file.path.read_bytes()[offset : offset + expected[name].nbytes]
         assert content == bytes(expected[name].contiguous().flatten().view(torch.uint8).tolist())
 

@@ -22,7 +22,7 @@ from fastinit.checkpoint_files import Checkpoint
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    ranks = Ranks(2, tmp_path_factory)
+    ranks = Ranks(4, tmp_path_factory)
     yield ranks
     ranks.end()
 
@@ -53,16 +53,48 @@ def test_every_placement_gets_its_values_rounded_once(folder, distribution):
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, width=1001):
         super().__init__()
-        self.up = nn.Linear(256, 1001)
-        self.down = nn.Linear(1001, 256)
+        self.up = nn.Linear(256, width)
+        self.down = nn.Linear(width, 256)
         self.norm = nn.BatchNorm1d(256)
 
 
-def made(seed):
+def made(seed, width=1001):
     with fastinit.on("cpu", "fp32", seed=seed):
-        return nn.Sequential(*(Block() for _ in range(4)))
+        return nn.Sequential(*(Block(width) for _ in range(4)))
+
+
+def by_fsdp2(model, mesh):
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def by_tensor_parallelism(model, mesh):
+    """Rows of one matrix, columns of the other."""
+    for block in model:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+def by_both(model, mesh):
+    by_tensor_parallelism(model, mesh["tensor"])
+    by_fsdp2(model, mesh["data"])
+
+
+# The width that each has: what FSDP2 cuts unevenly of tensor parallelism's shards, torch cannot put together again.
+SHARDINGS = {by_fsdp2: 1001, by_tensor_parallelism: 1001, by_both: 1000}
+
+
+def mesh_of(shard, world):
+    if shard is by_both:
+        return init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+    return init_device_mesh("cpu", (world,))
+
+
+def assert_loaded(model, state):
+    for name, tensor in model.state_dict().items():
+        assert same_bits(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor, state[name]), name
 
 
 def read_bytes():
@@ -70,63 +102,52 @@ def read_bytes():
     return int(counters["rchar"])
 
 
-def load_with_fsdp2(path):
+def load_and_count(path, shard, world):
     """The number of bytes that this rank reads."""
-    mesh = init_device_mesh("cpu", (2,))
-    model = made(1)
-    for block in model:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    model = made(1, SHARDINGS[shard])
+    shard(model, mesh_of(shard, world))
     fastinit.load(model, path, progress=False)  # imports
-    for parameter in model.parameters():
-        parameter.detach().zero_()
+    for tensor in model.state_dict().values():
+        tensor.detach().zero_()
     before = read_bytes()
     report = fastinit.LoadReport()
     fastinit.load(model, path, progress=False, report=report)
     read = read_bytes() - before
-    state = made(2).state_dict()
-    for name, tensor in model.state_dict().items():
-        assert same_bits(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor, state[name]), name
+    state = made(2, SHARDINGS[shard]).state_dict()
+    assert_loaded(model, state)
     assert report.bytes == sum(tensor.nbytes for tensor in state.values()) and not report.missing
     return read
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's /proc")
-def test_two_ranks_of_fsdp2_read_a_file_about_once(ranks, folder):
-    state = made(2).state_dict()
-    save_file(state, folder / "fsdp2.safetensors")
-    size = (folder / "fsdp2.safetensors").stat().st_size
-    read = ranks.run(load_with_fsdp2, folder / "fsdp2.safetensors", world=2)
-    assert 0.9 * size < sum(read) <= 1.1 * size and max(read) <= 0.6 * size
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("shard", SHARDINGS)
+def test_ranks_together_read_a_file_about_once(ranks, folder, shard, world):
+    path = folder / f"{shard.__name__}.safetensors"
+    save_file(made(2, SHARDINGS[shard]).state_dict(), path)
+    size = path.stat().st_size
+    read = ranks.run(load_and_count, path, shard, world, world=world)
+    assert 0.9 * size < sum(read) <= 1.1 * size and max(read) <= 1.2 * size / world
 
 
-def load_with_tensor_parallelism(path):
-    mesh = init_device_mesh("cpu", (2,))
+def load_what_is_too_large(path):
     model = made(1)
-    for block in model:
-        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    fastinit.load(model, path, progress=False)
-    state = made(2).state_dict()
-    for name, tensor in model.state_dict().items():
-        assert same_bits(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor, state[name]), name
+    by_tensor_parallelism(model, init_device_mesh("cpu", (2,)))
     with pytest.raises(CheckpointError, match=r"2\.down\.weight has the value 1e\+06"):
-        fastinit.load(model.half(), path.with_name("large.safetensors"), progress=False)
+        fastinit.load(model.half(), path, progress=False)
 
 
-def test_tensor_parallelism_is_loaded_and_what_does_not_fit_is_refused_on_the_rank_that_has_it(ranks, folder):
+def test_what_does_not_fit_is_refused_on_the_rank_that_has_it(ranks, folder):
     state = made(2).state_dict()
-    save_file(state, folder / "tp.safetensors")
     state["2.down.weight"][:, 3] = 1e6
     state["2.down.weight"][:, 900] = 1e6
     save_file(state, folder / "large.safetensors")
-    ranks.run(load_with_tensor_parallelism, folder / "tp.safetensors", world=2)
+    ranks.run(load_what_is_too_large, folder / "large.safetensors", world=2)
 
 
 def save_from_fsdp2(path):
-    mesh = init_device_mesh("cpu", (2,))
     model = made(2)
-    for block in model:
-        fully_shard(block, mesh=mesh)
+    by_fsdp2(model, init_device_mesh("cpu", (2,)))
     dcp.save(model.state_dict(), checkpoint_id=path)
 
 
@@ -134,14 +155,11 @@ def load_on_another_mesh(path):
     mesh = init_device_mesh("cpu", (2,))
     models = [made(1), made(1)]
     fully_shard(models[0], mesh=mesh)
-    for block in models[1]:
-        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    by_tensor_parallelism(models[1], mesh)
     state = made(2).bfloat16().state_dict()
     for model in models:
         fastinit.load(model.bfloat16(), path, progress=False)
-        for name, tensor in model.state_dict().items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            assert same_bits(whole, state[name].to(tensor.dtype)), name
+        assert_loaded(model, state)
 
 
 def test_a_distributed_checkpoint_is_streamed_chunk_by_chunk_onto_any_mesh(ranks, folder):
