@@ -8,6 +8,10 @@ values are all there:
 
 Beside them stand two bounds: threads that read the files into pinned buffers and copy those to the device, with no
 model and no names; and one copy from pinned memory, the link.
+
+Ranks, one for each GPU (nccl) or two on the CPU (gloo), read one file at the same time: each its own part of a model
+under FSDP2, or each the whole model; beside rank 0 as the only one that reads, whose tensors the others are sent. The
+figure is of the slowest rank.
 """
 
 import json
@@ -17,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 import peers
 import pytest
 import torch
+import torch.distributed as dist
 
 import fastinit
 from fastinit.cli import measure, text
@@ -196,6 +201,124 @@ def test_link(record, main_device, quick, way):
         return measure.seconds_of(lambda: target.copy_(source, non_blocking=True), main_device)[0]
 
     record(f"link, {main_device}", way, run, rounds=3, bytes=source.nbytes)
+
+
+# Ranks
+
+
+@pytest.fixture(scope="module")
+def decoder_file(tmp_path_factory, main_device, quick):
+    """A configuration, and a file with a model of it in bf16."""
+    from safetensors.torch import save_file
+
+    small = DecoderConfig.of_size(1_000_000 if quick else 100_000_000)
+    config = LLAMA_7B if main_device.type == "cuda" and not quick else small
+    with fastinit.on(main_device, "bf16", seed=1):
+        model = Decoder(config)
+    path = tmp_path_factory.mktemp("ranks") / "model.safetensors"
+    save_file({name: tensor.cpu() for name, tensor in model.state_dict().items()}, path, {"format": "pt"})
+    yield config, path
+    path.unlink()
+
+
+def sharded(config, device):
+    """A model under FSDP2 that has memory and no values."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    with fastinit.on(device, "bf16", shard=True, seed=2):
+        model = Decoder(config)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    fastinit.materialize(model, empty=True)
+    return model
+
+
+def each_reads_its_part(config, path, device):
+    return fastinit.load(sharded(config, device), path, progress=False)
+
+
+def each_reads_the_whole(config, path, device):
+    return by_fastinit(lambda: Decoder(config), path, device)
+
+
+def rank_0_broadcasts(config, path, device):
+    if dist.get_rank() == 0:
+        model = each_reads_the_whole(config, path, device)
+    else:
+        with fastinit.on(device, "bf16", empty="unchecked"):
+            model = Decoder(config)
+    for tensor in model.state_dict().values():
+        dist.broadcast(tensor, 0)
+    return model
+
+
+@torch.no_grad()
+def rank_0_scatters(config, path, device):
+    """Each tensor whole to every rank, which keeps its rows: what torch's own loading from rank 0 does."""
+    model = sharded(config, device)
+    state = each_reads_the_whole(config, path, device).state_dict() if dist.get_rank() == 0 else {}
+    for name, tensor in model.state_dict().items():
+        whole = state[name] if name in state else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        dist.broadcast(whole, 0)
+        rows = whole.chunk(dist.get_world_size())
+        if dist.get_rank() < len(rows):
+            tensor.to_local().copy_(rows[dist.get_rank()])
+    return model
+
+
+RANK_WAYS = {
+    "FSDP2": {"fastinit": each_reads_its_part, "rank 0 reads, broadcast": rank_0_scatters},
+    "whole": {"fastinit": each_reads_the_whole, "rank 0 reads, broadcast": rank_0_broadcasts},
+}
+
+
+@pytest.mark.parametrize(("kind", "way"), [(kind, way) for kind, ways in RANK_WAYS.items() for way in ways])
+def test_ranks(record, absent, main_device, quick, decoder_file, tmp_path, kind, way):
+    config, path = decoder_file
+    ranks = torch.cuda.device_count() if main_device.type == "cuda" else 2
+    case = f"{kind}, {text.count(config.parameters)}, {ranks} ranks, {main_device.type}"
+    if ranks == 1:
+        absent(case, way, "unsupported: 1 rank is too few")
+    job = (RANK_WAYS[kind][way], config, path, main_device.type, f"file://{tmp_path}/store", ranks, 1 if quick else 3)
+    of_ranks = measure.in_new_processes(run_rank, [(*job, rank) for rank in range(ranks)])
+    record(case, way, [max(each) for each in zip(*of_ranks, strict=True)][1:], bytes=path.stat().st_size)
+
+
+def run_rank(way, config, path, device_type, store, ranks, rounds, rank):
+    """Seconds of each round on a rank, the first of which imports."""
+    device = torch.device(device_type, rank if device_type == "cuda" else None)
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
+    dist.init_process_group("gloo" if device_type == "cpu" else "nccl", init_method=store, rank=rank, world_size=ranks)
+    seconds = []
+    for _ in range(1 + rounds):
+        measure.clean_up(device)
+        dist.barrier()
+        taken, model = measure.seconds_of(lambda: way(config, path, device), device)
+        seconds.append(taken)
+        check_corners(model, path)
+        del model
+    dist.destroy_process_group()
+    return seconds
+
+
+def check_corners(model, path):
+    """Raise RuntimeError unless the first value that this rank has of each tensor is what the file says."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        for name, tensor in model.state_dict().items():
+            row, local = 0, tensor
+            if hasattr(tensor, "to_local"):
+                local = tensor.to_local()
+                row = dist.get_rank() * -(-len(tensor) // dist.get_world_size())
+            if len(local) and not torch.equal(local[0].cpu(), file.get_slice(name)[row : row + 1][0]):
+                raise RuntimeError(f"{name} has been read wrong")
 
 
 EMPTY_WAYS = {"empty=True": True, 'empty="unchecked"': "unchecked", "fastinit": False, "meta": None}

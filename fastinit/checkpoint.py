@@ -217,18 +217,18 @@ class _Stored(torch.Tensor):
         for part, place in product(self._checkpoint.parts(self.key), boxes):
             for box in compose(part.box, place):
                 rows = box.rows
-                if rows is None or (rows.count > 1 and rows.length * itemsize < _ROW_BYTES):
+                if rows is None or (rows.number > 1 and rows.length * itemsize < _ROW_BYTES):
                     return None
                 found.append((part, box, rows))
-        complete = sum(rows.count * rows.length for *_, rows in found) == local.numel()
+        complete = sum(rows.number * rows.length for *_, rows in found) == local.numel()
         memory = _memory(local) if complete else None
         if memory is None:
             return None
         transfers = []
-        for part, box, (count, length, stride) in found:
-            elements = memory.view(-1)[box.memory_offset : box.memory_offset + count * length]
+        for part, box, (number, length, stride) in found:
+            elements = memory.view(-1)[box.memory_offset : box.memory_offset + number * length]
             offset = part.offset + box.index_offset * itemsize
-            transfers.append(Transfer(part.file, offset, self.dtype, elements, count, stride * itemsize))
+            transfers.append(Transfer(part.file, offset, self.dtype, elements, number, stride * itemsize))
         return _Streamed(memory, transfers)
 
     @classmethod

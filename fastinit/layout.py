@@ -18,7 +18,7 @@ from typing import NamedTuple
 class Rows(NamedTuple):
     """Runs of a sequence: how many, of how many elements each, and how far from one's first element to the next's."""
 
-    count: int
+    number: int
     length: int
     stride: int
 
@@ -46,14 +46,14 @@ class Box(NamedTuple):
 
         Example:
             >>> Window((8, 6), start=(2, 4)).box(sizes=(3, 2), strides=(2, 1)).rows
-            Rows(count=3, length=2, stride=6)
+            Rows(number=3, length=2, stride=6)
         """
         dims = _ordered(self.sizes, self.index_strides, self.memory_strides)
         length = dims.pop()[0] if dims and dims[-1][1:] == (1, 1) else 1
         if not dims:
             return Rows(1, length, 0)
-        (count, stride, step), *others = dims
-        return Rows(count, length, stride) if step == length and not others else None
+        (number, stride, step), *others = dims
+        return Rows(number, length, stride) if step == length and not others else None
 
 
 def flat_box(begin: int, end: int) -> Box:
