@@ -1,7 +1,7 @@
 // The kernels: which elements a thread makes, and where they go.
 //
 //   fill_run      whole 16-byte-aligned runs that begin on a Philox block, without steps: nearly everything in a model.
-//   fill_rows     rows so aligned, that is boxes of two dimensions, and runs with steps that are an Affine.
+//   fill_rows     rows so aligned, that is boxes of two or three dimensions, and runs with steps that are an Affine.
 //   fill_any      the same in more dimensions and with any steps.
 //   fill_general  any alignment, any start, any box, values that may be NaN, short tails.
 //
@@ -117,12 +117,26 @@ template <Form kForm, Dtype kDtype, Path kPath>
 __device__ __forceinline__ void fill_aligned(const Launch& launch) {
     begin_launch();
     using S = Slot<kDtype>;
-    constexpr bool kRows = kPath == Path::rows || kPath == Path::affine_rows;
+    constexpr bool kPlanes = kPath == Path::planes || kPath == Path::affine_planes;
+    constexpr bool kRows = kPlanes || kPath == Path::rows || kPath == Path::affine_rows;
+    constexpr bool kAffine = kPath == Path::affine_rows || kPath == Path::affine_planes;
     constexpr bool kAny = kPath == Path::any || kPath == Path::any_erfinv;
     __shared__ float4 table[kTabulated<kForm> ? kTableRows * kCopies : 1];
     const float4* const rows = kTabulated<kForm> ? load_rows<kForm>(table) : table;
     const Shared& shared = launch.shared;
     const Geometry& g = shared.geometry;
+    Distribution d = shared.distribution;
+    // By way of shared memory: operands that a predicate chooses would otherwise be loaded for every element.
+    if constexpr (kForm == Form::lopsided) {
+        __shared__ volatile float kept[6];
+        float* const operands[] = {&d.negative.scale, &d.negative.offset, &d.negative.high,
+                                   &d.positive.scale, &d.positive.offset, &d.positive.high};
+#pragma unroll
+        for (int i = 0; i < 6; ++i) kept[i] = *operands[i];
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 6; ++i) *operands[i] = kept[i];
+    }
     S out;
     if constexpr (kForm == Form::constant) out.set_constant(shared);
 
@@ -131,20 +145,31 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
         const Work work = find_work(launch, tile, section);
         PhiloxRun run = philox_run(shared, work.stream);
         // Keeps the compiler from doing it again for every slot, to save registers that only the truncated form lacks.
-        if constexpr (kPath != Path::run && kForm != Form::truncated)
+        if constexpr ((kPath != Path::run && kForm != Form::truncated) || kForm == Form::lopsided)
             asm volatile("" : "+r"(run.x), "+r"(run.z), "+r"(run.w), "+r"(run.z_first));
         const Tile t = kPath == Path::run ? tile_of_run(launch, work) : tile_of_rows(launch, work);
         uint32_t slot = t.begin + threadIdx.x, stride = t.stride, end = t.end, block = work.block;
         // These, too, would be computed anew for every slot.
         if constexpr (kPath == Path::run) asm volatile("" : "+r"(stride), "+r"(end), "+r"(block));
-        uint32_t row = 0, at = slot;
+        uint32_t plane = 0, row = 0, at = slot;
         if constexpr (kRows) {
             row = divide(slot, g.slots_per_run);
             at = slot - row * g.slots_per_run.divisor;
         }
+        if constexpr (kPlanes) {
+            plane = divide(row, g.size[1]);
+            row -= plane * g.size[1].divisor;
+        }
         for (; slot < end; slot += stride) {
             Spot spot{slot * S::kBlocks, slot};
-            if constexpr (kRows) spot = Spot{at * S::kBlocks + row * g.block_stride[0], at + row * g.slot_stride[0]};
+            if constexpr (kRows) {
+                constexpr int kRow = kPlanes ? 1 : 0;  // the dimension
+                spot = Spot{at * S::kBlocks + row * g.block_stride[kRow], at + row * g.slot_stride[kRow]};
+            }
+            if constexpr (kPlanes) {
+                spot.block += plane * g.block_stride[0];
+                spot.slot += plane * g.slot_stride[0];
+            }
             if constexpr (kAny) spot = spot_in_box(g, slot, S::kBlocks);
             if constexpr (kForm != Form::constant) {
                 float x[S::kLanes];
@@ -153,9 +178,9 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
                     uint32_t w[4];
                     philox_block(shared, run, block + spot.block + b, w);
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) x[4 * b + i] = value<kForm, true>(shared, w[i], rows);
+                    for (int i = 0; i < 4; ++i) x[4 * b + i] = value<kForm, true>(d, shared.centre, w[i], rows);
                 }
-                if constexpr (kPath == Path::affine_rows) apply_affine(shared.affine, x);
+                if constexpr (kAffine) apply_affine(shared.affine, x);
                 if constexpr (kAny) apply_steps<kPath == Path::any_erfinv>(shared.steps, x);
                 out.set(x);
             }
@@ -168,19 +193,28 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
                     ++row;
                 }
             }
+            if constexpr (kPlanes) {
+                plane += launch.step.planes;
+                if (row >= g.size[1].divisor) {
+                    row -= g.size[1].divisor;
+                    ++plane;
+                }
+            }
         }
     }
     end_launch();
 }
 
+// The lopsided form needs the registers that 40 are.
 template <Form kForm, Dtype kDtype>
-__global__ void __launch_bounds__(kRunThreads, kRunBlocks) fill_run(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kForm == Form::lopsided ? kThreads : kRunThreads,
+                                  kForm == Form::lopsided ? kRowsBlocks : kRunBlocks) fill_run(const __grid_constant__ Launch launch) {
     fill_aligned<kForm, kDtype, Path::run>(launch);
 }
 
-template <Form kForm, Dtype kDtype, bool kAffine>
+template <Form kForm, Dtype kDtype, Path kPath>
 __global__ void __launch_bounds__(kThreads, kRowsBlocks) fill_rows(const __grid_constant__ Launch launch) {
-    fill_aligned<kForm, kDtype, kAffine ? Path::affine_rows : Path::rows>(launch);
+    fill_aligned<kForm, kDtype, kPath>(launch);
 }
 
 template <Form kForm, Dtype kDtype, bool kErfinv>
@@ -277,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, kPlain ? kPlainBlocks : kGeneralBloc
                         philox_rounds(shared, 0, w);
                     }
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) x[4 * b + i] = value<kForm, kPlain>(shared, w[i], rows);
+                    for (int i = 0; i < 4; ++i) x[4 * b + i] = value<kForm, kPlain>(shared.distribution, shared.centre, w[i], rows);
                 }
                 if constexpr (kPlain) {
                     apply_affine(shared.affine, x);
@@ -304,12 +338,12 @@ using Kernel = void (*)(Launch);
 template <Form kForm, Dtype kDtype>
 Kernel kernel_for(Path path) {
     switch (path) {
-        case Path::run: return fill_run<kForm, kDtype>;
-        case Path::rows: return fill_rows<kForm, kDtype, false>;
-        case Path::affine_rows: return fill_rows<kForm, kDtype, true>;
+        case Path::rows: return fill_rows<kForm, kDtype, Path::rows>;
+        case Path::affine_rows: return fill_rows<kForm, kDtype, Path::affine_rows>;
+        case Path::planes: return fill_rows<kForm, kDtype, Path::planes>;
+        case Path::affine_planes: return fill_rows<kForm, kDtype, Path::affine_planes>;
         case Path::any: return fill_any<kForm, kDtype, false>;
         case Path::any_erfinv: return fill_any<kForm, kDtype, true>;
-        case Path::plain: return fill_general<kForm, kDtype, true, false>;
         case Path::general_erfinv: return fill_general<kForm, kDtype, false, true>;
         default: return fill_general<kForm, kDtype, false, false>;
     }
@@ -322,16 +356,17 @@ Kernel kernel_for(Form form, Path path) {
         case Form::constant:
             if (path == Path::run) return fill_run<Form::constant, kDtype>;
             return fill_general<Form::constant, kDtype, false, false>;
-        case Form::uniform: return kernel_for<Form::uniform, kDtype>(path);
-        case Form::normal: return kernel_for<Form::normal, kDtype>(path);
+        case Form::uniform:
+            if (path == Path::run) return fill_run<Form::uniform, kDtype>;
+            if (path == Path::plain) return fill_general<Form::uniform, kDtype, true, false>;
+            return kernel_for<Form::uniform, kDtype>(path);
+        case Form::normal:
+            if (path == Path::run) return fill_run<Form::normal, kDtype>;
+            if (path == Path::plain) return fill_general<Form::normal, kDtype, true, false>;
+            return kernel_for<Form::normal, kDtype>(path);
         case Form::symmetric: return fill_run<Form::symmetric, kDtype>;
-        default:
-            if (path == Path::rows) return fill_rows<Form::truncated, kDtype, false>;
-            if (path == Path::affine_rows) return fill_rows<Form::truncated, kDtype, true>;
-            if (path == Path::any) return fill_any<Form::truncated, kDtype, false>;
-            if (path == Path::any_erfinv) return fill_any<Form::truncated, kDtype, true>;
-            if (path == Path::general_erfinv) return fill_general<Form::truncated, kDtype, false, true>;
-            return fill_general<Form::truncated, kDtype, false, false>;
+        case Form::lopsided: return fill_run<Form::lopsided, kDtype>;
+        default: return kernel_for<Form::truncated, kDtype>(path);
     }
 }
 

@@ -36,10 +36,10 @@ constexpr uint32_t kEntries = 1024;
 constexpr uint32_t kSections = 32;
 #endif
 
-// The kernels (see kernels.cuh), and how their values are made. Truncated normals come in two forms: with equal sides
-// that meet at 0 and no lower limit, as nearly all are, and any.
-enum class Path { run, rows, affine_rows, any, any_erfinv, plain, general, general_erfinv };
-enum class Form { constant, uniform, normal, symmetric, truncated };
+// The kernels (see kernels.cuh), and how their values are made. Truncated normals come in three forms: with equal sides
+// that meet at 0 and no lower limit, as nearly all are; with other sides and no lower limit; and any.
+enum class Path { run, rows, affine_rows, planes, affine_planes, any, any_erfinv, plain, general, general_erfinv };
+enum class Form { constant, uniform, normal, symmetric, lopsided, truncated };
 
 // The forms whose |f| is in [2, 2^32) or an integer below, so that one logic operation makes the centre of f's cell of
 // it: see icdf. kCentre is what the bits of all centres have in common: biased exponents from 128 on, half a cell.
@@ -92,10 +92,11 @@ struct Shared {
     Geometry geometry;
 };
 
-// From one pass over rows to the next: so many slots, which are so many rows and so far in a row. The same for all
-// entries of a launch, so that constants serve.
+// From one pass over rows to the next: so many slots, which are so many planes of rows (in boxes of three dimensions),
+// so many rows and so far in a row. The same for all entries of a launch, so that constants serve.
 struct RowStep {
     uint32_t stride;
+    uint32_t planes;
     uint32_t rows;
     uint32_t at;
 };
@@ -119,7 +120,7 @@ struct Launch {
     Shared shared;
     uint32_t tile_slots;
     uint32_t tiles;
-    uint32_t group_log2;  // fill_rows and fill_any: the tiles that take turns
+    uint32_t group_log2;  // all aligned kernels but fill_run: the tiles that take turns
     RowStep step;
     Section sections[kSections + 1];  // the one behind the last says where the last one's tiles end
     char* data[kEntries];

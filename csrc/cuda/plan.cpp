@@ -149,6 +149,16 @@ void split(const Piece& piece, Dtype dtype, std::vector<Piece>& pieces) {
     pieces.push_back(low);
 }
 
+// Whether both sides are without a lower limit, and their f in [2, 2^32), for icdf's centred form.
+bool is_lopsided(const Distribution& d) {
+    const double below = 0x1p31 + d.threshold, above = 0x1p31 - d.threshold;  // the largest g of each side, or more
+    for (const auto& [tail, most] : {std::pair{d.negative, below}, {d.positive, above}}) {
+        if (!std::isinf(tail.low) || tail.low > 0 || tail.high <= 0) return false;
+        if (tail.offset < 2.0f || tail.scale < 0.0f || tail.scale * most + tail.offset > 0x1.8p31) return false;
+    }
+    return true;
+}
+
 Form form_of(const Distribution& d) {
     switch (d.kind) {
         case Kind::constant: return Form::constant;
@@ -157,7 +167,8 @@ Form form_of(const Distribution& d) {
         default: break;
     }
     const TailMap& tail = d.positive;
-    if (!d.symmetric || !std::isinf(tail.low) || tail.low > 0) return Form::truncated;
+    if (!d.symmetric) return is_lopsided(d) ? Form::lopsided : Form::truncated;
+    if (!std::isinf(tail.low) || tail.low > 0) return Form::truncated;
     // f has to be in [2, 2^32) for icdf's centred form, but in a normal.
     if (tail.offset < 2.0f || tail.scale < 0.0f || tail.scale * 0x1p31f + tail.offset > 0x1.8p31f) {
         // Bounds that no z reaches: the same words give a normal's bits.
@@ -246,7 +257,7 @@ Style style_of(const Values& fill) {
     Style style{form_of(fill.distribution), true, make_affine(fill.steps, affine), erfinv, fill.distribution};
     if (style.form == Form::constant) return style;
     style.plain = stays_finite(fill);
-    if (style.form == Form::truncated)
+    if (style.form == Form::truncated || style.form == Form::lopsided)
         style.plain = style.plain && fill.distribution.negative.high != 0 && fill.distribution.positive.high != 0;
     if (style.form == Form::uniform) {
         // The scale times 2^-24, exact unless it is tiny; in integers, since the caller may flush subnormals.
@@ -396,13 +407,15 @@ private:
             push(group, fill, piece.data, extent_in(group, index, slots, box.run()));
             return;
         }
-        // Only fill_run knows the symmetric form, and only it does not know the general truncated one.
+        // Only fill_run knows the symmetric and the lopsided form, and only it does not know the general truncated one.
         const bool bare =
             box.dims == 1 && (values.steps.count == 0 || style.form == Form::constant) && style.form != Form::truncated;
+        const bool stepless = values.steps.count == 0;
         const Path path = bare                            ? Path::run
                           : style.erfinv                  ? Path::any_erfinv
-                          : box.dims > 2 || !style.affine ? Path::any
-                          : values.steps.count == 0       ? Path::rows
+                          : box.dims > 3 || !style.affine ? Path::any
+                          : box.dims == 3                 ? (stepless ? Path::planes : Path::affine_planes)
+                          : stepless                      ? Path::rows
                                                           : Path::affine_rows;
         const uint64_t body = box.dims == 1 ? box.run() / lanes * lanes : box.run();
         KeyedGroup& group = group_for(fill, style, path, shape, index);
@@ -421,7 +434,7 @@ private:
 
     KeyedGroup& group_for(const Fill& fill, const Style& style, Path path, const Shape& shape, uint64_t index) {
         const Values& values = *fill.values;
-        const bool truncated = style.form == Form::symmetric && path != Path::run;
+        const bool truncated = path != Path::run && (style.form == Form::symmetric || style.form == Form::lopsided);
         key_.form = truncated ? Form::truncated : style.form;
         key_.dtype = values.dtype;
         key_.path = path;
@@ -487,8 +500,7 @@ private:
         const uint64_t passes = slots / (uint64_t{8} * resident) / pass;
         launch.tile_slots = pass * static_cast<uint32_t>(std::min<uint64_t>(std::max<uint64_t>(passes, 1), kMaxTile));
         launch.group_log2 = 0;
-        if (key.path == Path::rows || key.path == Path::affine_rows || key.path == Path::any ||
-            key.path == Path::any_erfinv)
+        if (key.path != Path::run && !is_unaligned(key.path))
             set_row_step(key.geometry, slots / entries.size(), threads);
         const uint32_t group_slots = launch.tile_slots << launch.group_log2;
         launch.tiles = 0;
@@ -530,6 +542,11 @@ private:
         RowStep& step = launch_.step;
         step.stride = threads << launch_.group_log2;
         step.rows = step.stride / g.slots_per_run.divisor;
+        step.planes = 0;
+        if (g.outer_dims == 2) {
+            step.planes = step.rows / g.size[1].divisor;
+            step.rows %= g.size[1].divisor;
+        }
         step.at = step.stride % g.slots_per_run.divisor;
     }
 

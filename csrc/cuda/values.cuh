@@ -21,7 +21,7 @@ constexpr uint32_t kCopies = 8;
 
 // See kCentre.
 template <Form kForm>
-constexpr bool kCentred = kForm == Form::normal || kForm == Form::symmetric;
+constexpr bool kCentred = kForm == Form::normal || kForm == Form::symmetric || kForm == Form::lopsided;
 
 // A row for the variable 2^e t, where 2^e is f's octave: exactly the same polynomial. The row of |f| = 1 and that of
 // 2 <= |f| < 2.25 become constants for a normal, whose f is an integer and which meets them nowhere but at their left
@@ -123,8 +123,7 @@ __device__ __forceinline__ float with_sign_of(float x, uint32_t sign) {
 // exactly. A truncated normal meets no NaN, and zeros of unlike sign nowhere: no z is -0 and no bound `high` is a
 // zero. So fmaxf is at_least and fminf is at_most.
 template <Form kForm, bool kPlain>
-__device__ __forceinline__ float value(const Shared& shared, uint32_t w, const float4* rows) {
-    const Distribution& d = shared.distribution;
+__device__ __forceinline__ float value(const Distribution& d, uint32_t centre, uint32_t w, const float4* rows) {
     if constexpr (kForm == Form::constant) {
         return d.location;
     } else if constexpr (kForm == Form::uniform) {
@@ -132,19 +131,27 @@ __device__ __forceinline__ float value(const Shared& shared, uint32_t w, const f
         return uniform_value(d, w);
     } else if constexpr (kForm == Form::normal) {
         const float f = __int2float_rn(static_cast<int32_t>(w));
-        return __fmaf_rn(with_sign_of(icdf<kForm>(f, rows, shared.centre), __float_as_uint(f)), d.scale, d.location);
+        return __fmaf_rn(with_sign_of(icdf<kForm>(f, rows, centre), __float_as_uint(f)), d.scale, d.location);
     } else if constexpr (kForm == Form::symmetric) {
         const float g = __int2float_rn(static_cast<int32_t>(w));
         const float f = __fmaf_rn(fabsf(g), d.positive.scale, d.positive.offset);
-        const float z = fminf(icdf<kForm>(f, rows, shared.centre), d.positive.high);
+        const float z = fminf(icdf<kForm>(f, rows, centre), d.positive.high);
         return __fmaf_rn(with_sign_of(z, __float_as_uint(g)), d.scale, d.location);
+    } else if constexpr (kForm == Form::lopsided) {
+        // Either side's operation under a predicate: a choice of operands takes an instruction for each operand.
+        const bool negative = static_cast<int32_t>(w) < d.threshold;
+        const float g = __uint2float_rn(__sad(static_cast<int32_t>(w), d.threshold, 0u));
+        const float f = negative ? __fmaf_rn(g, d.negative.scale, d.negative.offset)
+                                 : __fmaf_rn(g, d.positive.scale, d.positive.offset);
+        const float z = icdf<kForm>(f, rows, centre);
+        return __fmaf_rn(negative ? fmaxf(-z, -d.negative.high) : fminf(z, d.positive.high), d.scale, d.location);
     } else {
         const bool negative = static_cast<int32_t>(w) < d.threshold;
         const uint32_t k = w - static_cast<uint32_t>(d.threshold);
         const float g = __uint2float_rn(negative ? 0u - k : k);
         const float f = __fmaf_rn(g, negative ? d.negative.scale : d.positive.scale,
                                   negative ? d.negative.offset : d.positive.offset);
-        float z = icdf<kForm>(f, rows, shared.centre);
+        float z = icdf<kForm>(f, rows, centre);
         const float low = negative ? d.negative.low : d.positive.low;
         const float high = negative ? d.negative.high : d.positive.high;
         z = kPlain ? fminf(fmaxf(z, low), high) : at_most(at_least(z, low), high);

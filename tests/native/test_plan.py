@@ -18,8 +18,19 @@ FLAGS = "-std=c++17 -O1 -ffp-contract=off -Wall -Wextra -Werror".split()
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
-FORMS = ("constant", "uniform", "normal", "symmetric", "truncated")
-PATHS = ("run", "rows", "affine_rows", "any", "any_erfinv", "plain", "general", "general_erfinv")
+FORMS = ("constant", "uniform", "normal", "symmetric", "lopsided", "truncated")
+PATHS = (
+    "run",
+    "rows",
+    "affine_rows",
+    "planes",
+    "affine_planes",
+    "any",
+    "any_erfinv",
+    "plain",
+    "general",
+    "general_erfinv",
+)
 # Slots in an entry, entries and sections in a launch, at most: csrc/cuda/launch.h.
 SLOTS, ENTRIES, SECTIONS = 1 << 27, 1024, 32
 BASE = 1 << 40  # an address that nothing reads
@@ -34,6 +45,7 @@ LOPSIDED = (
     native.TRUNCATED_NORMAL,
     (0.25, 0.5, -356530598, 681419136.0, 0.8185946345329285, -INF, 1.0, 97711072.0, 0.8185946345329285, -INF, 2.0),
 )
+ONE_SIDED = (native.TRUNCATED_NORMAL, (0.0, 1.0, -(2**31), *(97711072.0, 0.13590511679649353, 1.0, 2.0) * 2))
 
 
 class Fill(NamedTuple):
@@ -93,6 +105,11 @@ def plan(tmp_path_factory):
 
 ROWS = {"sizes": (64, 256), "index_strides": (1024, 1), "memory_strides": (256, 1)}
 BOX = {"sizes": (8, 16, 256), "index_strides": (65536, 1024, 1), "memory_strides": (4096, 256, 1)}
+DEEP = {
+    "sizes": (2, 8, 16, 256),
+    "index_strides": (1 << 20, 65536, 1024, 1),
+    "memory_strides": (65536, 4096, 256, 1),
+}
 HALVE = (native.MULTIPLY, 0.5, 0.0)
 ERFINV = (native.ERFINV, 0.0, 0.0)
 CLAMP = (native.CLAMP, -1.0, 1.0)
@@ -105,14 +122,19 @@ CLAMP = (native.CLAMP, -1.0, 1.0)
         ({"values": UNIFORM}, ("uniform", "run")),
         ({"values": CONSTANT}, ("constant", "run")),
         ({"values": TWO_SIGMA}, ("symmetric", "run")),
-        ({"values": LOPSIDED}, ("truncated", "rows")),
+        ({"values": LOPSIDED}, ("lopsided", "run")),
+        ({"values": ONE_SIDED}, ("truncated", "rows")),
+        ({**ROWS, "values": LOPSIDED}, ("truncated", "rows")),
         ({"steps": (HALVE,)}, ("normal", "affine_rows")),
         ({"steps": (CLAMP,)}, ("normal", "any")),
         ({"values": UNIFORM, "steps": ((native.MULTIPLY, 0.5, 0.0), ERFINV)}, ("uniform", "any_erfinv")),
         (ROWS, ("normal", "rows")),
         ({**ROWS, "values": TWO_SIGMA}, ("truncated", "rows")),
         ({**ROWS, "steps": (HALVE,)}, ("normal", "affine_rows")),
-        (BOX, ("normal", "any")),
+        (BOX, ("normal", "planes")),
+        ({**BOX, "steps": (HALVE,)}, ("normal", "affine_planes")),
+        ({**BOX, "steps": (CLAMP,)}, ("normal", "any")),
+        (DEEP, ("normal", "any")),
         ({"address": BASE + 4}, ("normal", "plain")),
         ({"index": 3}, ("normal", "plain")),
         ({"index": 3, "values": TWO_SIGMA}, ("truncated", "general")),  # the symmetric form is fill_run's alone
