@@ -208,7 +208,8 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
 // The lopsided form needs the registers that 40 are.
 template <Form kForm, Dtype kDtype>
 __global__ void __launch_bounds__(kForm == Form::lopsided ? kThreads : kRunThreads,
-                                  kForm == Form::lopsided ? kRowsBlocks : kRunBlocks) fill_run(const __grid_constant__ Launch launch) {
+                                  kForm == Form::lopsided ? kRowsBlocks : kRunBlocks)
+    fill_run(const __grid_constant__ Launch launch) {
     fill_aligned<kForm, kDtype, Path::run>(launch);
 }
 
@@ -311,7 +312,8 @@ __global__ void __launch_bounds__(kThreads, kPlain ? kPlainBlocks : kGeneralBloc
                         philox_rounds(shared, 0, w);
                     }
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) x[4 * b + i] = value<kForm, kPlain>(shared.distribution, shared.centre, w[i], rows);
+                    for (int i = 0; i < 4; ++i)
+                        x[4 * b + i] = value<kForm, kPlain>(shared.distribution, shared.centre, w[i], rows);
                 }
                 if constexpr (kPlain) {
                     apply_affine(shared.affine, x);
