@@ -3,11 +3,12 @@
 #
 #     bash benchmarks/device_check.sh [--out DIRECTORY] [--suites "first fills ..."] [--limit SECONDS] [STEP...]
 #
-# STEP is any of build, test, slow, sanitize, bench, profile; without one: build test sanitize bench. All steps run even
-# if one fails; the exit status is 1 then. Uses the python3 that is first on PATH, which needs torch with CUDA, pytest,
+# STEP is any of build, test, slow, sanitize, frameworks, bench, profile; without one: build test sanitize bench. All steps
+# run even if one fails; the exit status is 1 then. Uses the python3 that is first on PATH, which needs torch with CUDA, pytest,
 # hypothesis, pybind11, cmake and ninja; bench also pytest-benchmark, and rich for its tables; sanitize and profile
-# NVIDIA's compute-sanitizer and ncu. bench writes SUITE.json for each suite, and gives each so many seconds (90): what it
-# had no time for is listed there.
+# NVIDIA's compute-sanitizer and ncu. frameworks needs two GPUs, Lightning, Transformers and Accelerate, and has DeepSpeed
+# if it is there; it writes frameworks.json after each check, and ends after six minutes at most. bench writes SUITE.json for
+# each suite, and gives each so many seconds (90): what it had no time for is listed there.
 # Environment: FASTINIT_CUDA_ARCHS, the architecture to build for (default: that of GPU 0); FASTINIT_COMMIT, the commit
 # that the results name where there is no history of git.
 set -uo pipefail
@@ -24,8 +25,8 @@ while [ $# -gt 0 ]; do
         --out) out=$2; shift 2 ;;
         --suites) suites=$2; shift 2 ;;
         --limit) limit=$2; shift 2 ;;
-        build | test | slow | sanitize | bench | profile) steps+=("$1"); shift ;;
-        *) echo "device_check.sh: unknown step '$1': choose from build test slow sanitize bench profile" >&2; exit 2 ;;
+        build | test | slow | sanitize | frameworks | bench | profile) steps+=("$1"); shift ;;
+        *) echo "device_check.sh: unknown step '$1': choose from build test slow sanitize frameworks bench profile" >&2; exit 2 ;;
     esac
 done
 [ ${#steps[@]} -gt 0 ] || steps=(build test sanitize bench)
@@ -56,6 +57,12 @@ sanitize() {
     sanitizer racecheck $fills -k 'whole_tensors and float16 and 4095' || failed=1
     sanitizer initcheck $fills -k 'whole_tensors and float16 and 4095' || failed=1
     return $failed
+}
+
+# NVLink multicast is not available in every virtual machine.
+frameworks() {
+    NCCL_NVLS_ENABLE=0 timeout --signal=INT --kill-after=20 360 python3 -m pytest -q -p no:cacheprovider \
+        --results "$out/frameworks.json" tests/cuda/test_{sharded,frameworks}_cuda.py
 }
 
 bench() {

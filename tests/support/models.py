@@ -8,6 +8,7 @@ A model is built by a *constructor*, a function without arguments, and compared 
 """
 
 import contextlib
+import hashlib
 import math
 import warnings
 
@@ -146,6 +147,15 @@ def bits(tensor):
 def same_bits(left, right):
     """Return whether two tensors have one shape, one dtype and one bit pattern each element."""
     return left.shape == right.shape and left.dtype == right.dtype and torch.equal(bits(left), bits(right))
+
+
+def digest(tensors):
+    """Return a number for the names, dtypes, shapes and bits of tensors by name."""
+    whole = hashlib.sha256()
+    for name, tensor in tensors.items():
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(bits(tensor).numpy().tobytes())
+    return whole.hexdigest()[:16]
 
 
 def assert_rounded_once(stored, exact):

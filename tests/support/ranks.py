@@ -1,8 +1,8 @@
 """Ranks for the tests of sharded models: processes on this machine, or threads whose collectives do nothing.
 
-`Ranks` are processes with gloo. They stay for many tests, because importing torch takes seconds, and form a new process
-group for each function that they are given, of as many ranks as it asks for. They cannot hang a test: what takes too
-long is killed, and fails it.
+`Ranks` are processes with gloo, or with NCCL and a GPU each. They stay for many tests, because importing torch takes
+seconds, and form a new process group for each function that they are given, of as many ranks as it asks for. They
+cannot hang a test: what takes too long is killed, and fails it.
 
 `on_every_rank` runs the ranks of a mesh one after the other in this process, on a process group that communicates
 nothing: a hundred meshes take a second.
@@ -24,14 +24,14 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 SECONDS = 120  # for a function to run in all ranks
-TIMEOUT = datetime.timedelta(seconds=10)  # of a collective
+TIMEOUT = 10  # seconds of a collective
 
 
 class Ranks:
     """Processes that wait for functions to run; started when they are needed, and anew after some were killed."""
 
-    def __init__(self, most, directories):
-        self._most, self._directories = most, directories
+    def __init__(self, most, directories, backend="gloo", timeout=TIMEOUT):
+        self._most, self._directories, self._backend, self._timeout = most, directories, backend, timeout
         self._processes, self._pipes, self._stores = [], [], 0
 
     def run(self, function, *args, world, joined=True):
@@ -51,6 +51,7 @@ class Ranks:
         self._stores += 1
         for rank in range(world):
             group = {"init_method": f"file://{self._directory}/{self._stores}", "rank": rank, "world_size": world}
+            group |= {"backend": self._backend, "timeout": datetime.timedelta(seconds=self._timeout)}
             self._pipes[rank].send((function, args, group, joined))
         deadline = time.monotonic() + SECONDS
         outcomes = []
@@ -65,13 +66,16 @@ class Ranks:
         return outcomes
 
     def _start(self):
-        # Its server imports torch once and is forked for each rank, before any of it computes.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel"])
+        if self._backend == "nccl":
+            context = multiprocessing.get_context("spawn")  # no process can use CUDA that was forked from one that has
+        else:
+            # Its server imports torch once and is forked for each rank, before any of it computes.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel"])
         self._directory = self._directories.mktemp("ranks")
-        for _ in range(self._most):
+        for rank in range(self._most):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there,), daemon=True)
+            process = context.Process(target=_serve, args=(there, rank, self._backend), daemon=True)
             process.start()
             there.close()
             self._pipes.append(here)
@@ -87,14 +91,15 @@ class Ranks:
         self._processes, self._pipes = [], []
 
 
-def _serve(pipe):
+def _serve(pipe, rank, backend):
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     while True:
         try:
             function, args, group, joined = pipe.recv()
         except EOFError:
             return
-        group |= {"backend": "gloo", "timeout": TIMEOUT}
         try:
             if joined:
                 dist.init_process_group(**group)
