@@ -8,6 +8,7 @@ wanted.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,32 @@ _HOST = torch.device("cpu")
 # Calls that wait for one another: what they compute is held until the last one is evaluated, and Python's stack is
 # limited. One more is computed at once, and what waits for it with it.
 _DEEPEST = 32
+
+
+# Memory alone: large, and the same with any number of threads.
+_COPIES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}
+
+
+@functools.cache
+def is_elementwise(func: Any) -> bool:
+    """Whether the number of threads cannot decide how an operator rounds."""
+    return torch.Tag.pointwise in func.tags or func.is_view or func in _COPIES
+
+
+def evaluate(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator gives, with the same bits whatever number of threads torch has.
+
+    Sums, products of matrices and decompositions are cut up by the number of threads and round accordingly; ranks that
+    a launcher has started often have one thread, a process that was not has all. So these have one everywhere.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or is_elementwise(func):
+        return func(*args, **kwargs)
+    torch.set_num_threads(1)
+    try:
+        return func(*args, **kwargs)
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Operand(NamedTuple):
@@ -72,7 +99,7 @@ class Call:
 
             args, kwargs = tree_map_only(_Operand, value, (self.args, self.kwargs), is_leaf=_is_operand)
             base, _, overload = self.name.partition("::")[2].partition(".")
-            results = getattr(getattr(torch.ops.aten, base), overload)(*args, **kwargs)
+            results = evaluate(getattr(getattr(torch.ops.aten, base), overload), args, kwargs)
             memo[id(self)] = (
                 written[:1] if self.in_place else [each for each in tree_flatten(results)[0] if torch.is_tensor(each)]
             )

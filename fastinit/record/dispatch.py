@@ -19,7 +19,7 @@ import torch
 from ..layout import contiguous_strides, numel
 from ..recipe import COMPUTED, Region, Write
 from .block import Block
-from .calls import record_call
+from .calls import evaluate, is_elementwise, record_call
 from .precision import SINGLE, WHOLE, in_doubles, result_dtypes
 from .records import HALVES, Record, is_in_order, modes_off, view_of
 from .tensors import Placeholder, concrete, has_master, map_tensors, stand_for, tensors_in
@@ -113,13 +113,18 @@ def create(
     return stand_for(Record(block, (numel(shape),), dtype, device, recipe), region)
 
 
-def wrap(block: Block, values: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor whose values torch has just computed on the host; in fp32, if it is in half precision."""
+def wrap(
+    block: Block, values: torch.Tensor, dtype: torch.dtype, device: torch.device, followed: bool = False
+) -> torch.Tensor:
+    """A tensor whose values torch has just computed on the host; in fp32, if it is in half precision.
+
+    Values that need no other memory are given as they are, unless what is computed of them is to be `followed`.
+    """
     if values.layout != torch.strided or values.is_nested or values.is_quantized or values.is_conj() or values.is_neg():
         # Rounded where it is: such a tensor has no master values.
         return values.to(dtype).to(device)
-    if device.type == "cpu" and dtype not in HALVES:
-        return values.to(dtype)  # it needs no other values
+    if device.type == "cpu" and dtype not in HALVES and not followed:
+        return values.to(dtype)
     if values.numel() == 0:
         return values.to(device=device, dtype=dtype)
     if dtype not in HALVES:
@@ -273,8 +278,10 @@ def _run_on_masters(
             if of is not None:
                 region = Region(int(result.storage_offset()), tuple(result.shape), result.stride())
                 return stand_for(of._record, region)
-        return wrap(block, result, dtype, device)
+        return wrap(block, result, dtype, device, followed)
 
+    # What a decomposition gives goes into the next function of it, which has to run as `evaluate` lets it.
+    followed = not is_elementwise(func)
     return map_tensors(finish, results)
 
 
@@ -302,8 +309,8 @@ def _call(func: Any, args: Any, kwargs: Any, values: dict[int, torch.Tensor]) ->
     args, kwargs = _on_values(args, kwargs, values)
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            return func(*args, **kwargs)
-    return func(*args, **kwargs)
+            return evaluate(func, args, kwargs)
+    return evaluate(func, args, kwargs)
 
 
 def _on_values(args: Any, kwargs: Any, values: dict[int, torch.Tensor]) -> tuple[Any, Any]:
