@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,16 +32,16 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, _IncompatibleKeys
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from .checkpoint_files import Checkpoint, CheckpointError
+from .checkpoint_files import Checkpoint, CheckpointError, Part
 from .context import on
 from .execution import reserve
-from .layout import compose, flat_box
+from .layout import Box, Slices, Window, compose, contiguous_strides, slices_of
 from .materialization import initialize
 from .record.records import modes_off
 from .record.tensors import Placeholder, new_memory, take_memory
 from .record.unwritten import Unwritten, memory_to_write, wrote
 from .report import readable
-from .sharding import is_dtensor, local_boxes, local_tensor
+from .sharding import Held, cut, held, is_dtensor, why_not_written, with_whole_shapes
 from .streaming import Transfer, stream
 
 # Elements that are compared or searched at a time.
@@ -93,6 +92,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     *,
     seed: int | None = None,
+    window: Callable[[str, tuple[int, ...]], Slices | None] | None = None,
     strict: bool = True,
     progress: bool = True,
     report: LoadReport | None = None,
@@ -107,8 +107,9 @@ def load(
     (torch.distributed.checkpoint reads a tensor into memory and copies it there, which takes up to three times that.
     Files of torch before 1.6 are read whole.) torch keeps the pinned buffers for the next load.
 
-    Of a DTensor this process has its own part, from safetensors files or from a distributed checkpoint, and waits for
-    no other one. From safetensors files it reads no more than that where its part is rows of the tensor.
+    Of a DTensor, of a parameter under DeepSpeed's ZeRO-3 before ``deepspeed.initialize``, and with ``window``, this
+    process has its own part, and waits for no other one. It reads no more than that, unless what lies side by side in a
+    file is less than 512 bytes of it, or nothing is streamed.
 
     What a state dict means to ``load_state_dict`` it means here: hooks, versions and extra state included. Loading
     code that the model's own classes bring runs as it would there. Such a model may be left with part of a checkpoint
@@ -122,6 +123,8 @@ def load(
             torch files are unpickled with ``weights_only=True``, and so are the objects of a distributed checkpoint,
             whose metadata may hold what torch writes there and nothing else. No file outside of its directory is read.
         device, dtype, seed: as for `fastinit.on`, for a model that is created here; device None means "cuda".
+        window: for a model with parallelism of your own, the one that `materialize` was given: called with the name of
+            each parameter and its shape in the checkpoint, it returns the slices that the model has, or None for all.
         strict: raise if names are missing or unexpected, or if one memory would get two different tensors. False: what
             is missing gets its recorded initialisation, with the bits that it would have without the checkpoint, or
             keeps its value if it has one; what is unexpected is left out; and without a report there is a warning.
@@ -136,7 +139,8 @@ def load(
             strict), shapes and kinds of dtype that do not fit, all of them in one message; for a finite value that the
             model's dtype cannot hold. A model that was passed has its old values then, except that a file which fails
             after its metadata has been read and found right leaves the model with a part of it.
-        ValueError: a path that is none of the above; device, dtype or seed together with a module.
+        ValueError: a path that is none of the above; device, dtype or seed together with a module; a window that is no
+            such tuple of slices.
         FileNotFoundError: a path that does not exist.
         ImportError: a .safetensors file without the safetensors package.
 
@@ -160,7 +164,7 @@ def load(
         checkpoint, made, new = Checkpoint(Path(path)), _created(model, context), True
     else:
         raise TypeError(f"fastinit.load: model={model!r} must be a module, or a function that returns one")
-    loading = _Loading(made, checkpoint, strict, new)
+    loading = _Loading(made, checkpoint, strict, new, window)
     with _bar(loading.bytes, progress, checkpoint.path) as bar:
         loading.run(bar.update if bar is not None else lambda count: None)
     initialize(made)  # what the checkpoint has not
@@ -198,38 +202,52 @@ class _Stored(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
+    _slices: Slices | None
+
     @staticmethod
-    def of(checkpoint: Checkpoint, name: str) -> _Stored:
+    def of(checkpoint: Checkpoint, name: str, slices: Slices | None = None) -> _Stored:
         shape, dtype, _ = checkpoint.tensors[name]
+        if slices is not None:
+            shape = tuple(each.stop - each.start for each in slices)
         stored: _Stored = torch.Tensor._make_wrapper_subclass(_Stored, shape, dtype=dtype, device=torch.device("cpu"))
-        stored._checkpoint, stored.key = checkpoint, name
+        stored._checkpoint, stored.key, stored._slices = checkpoint, name, slices
         return stored
 
-    def read(self, target: torch.Tensor | None = None) -> torch.Tensor:
-        return self._checkpoint.read(self.key, target)
+    def read(self) -> torch.Tensor:
+        whole = self._checkpoint.read(self.key)
+        return whole if self._slices is None else whole[self._slices]
 
-    def streamed_to(self, target: torch.Tensor) -> _Streamed | None:
-        """The same as rows of a file; None if that is not what it is, or files cannot be streamed into the target."""
-        local = _local(target)
-        boxes = local_boxes(target) if is_dtensor(target) else [flat_box(0, self.numel())]
-        itemsize = self.dtype.itemsize
+    def streamed_to(self, part: Held) -> _Streamed | None:
+        """The same as rows of a file; None if that is not what it is, or files cannot be streamed to where it goes."""
         found = []
-        for part, place in product(self._checkpoint.parts(self.key), boxes):
-            for box in compose(part.box, place):
-                rows = box.rows
-                if rows is None or (rows.number > 1 and rows.length * itemsize < _ROW_BYTES):
-                    return None
-                found.append((part, box, rows))
-        complete = sum(rows.number * rows.length for *_, rows in found) == local.numel()
-        memory = _memory(local) if complete else None
+        for stored, box in self._ranges(part):
+            rows = box.rows
+            short = rows is not None and rows.stride > rows.length and rows.length * self.dtype.itemsize < _ROW_BYTES
+            if rows is None or short:
+                return None
+            found.append((stored, box, rows))
+        complete = sum(rows.number * rows.length for *_, rows in found) == part.memory.numel()
+        memory = _memory(part.memory) if complete else None
         if memory is None:
             return None
         transfers = []
-        for part, box, (number, length, stride) in found:
-            elements = memory.view(-1)[box.memory_offset : box.memory_offset + number * length]
-            offset = part.offset + box.index_offset * itemsize
-            transfers.append(Transfer(part.file, offset, self.dtype, elements, number, stride * itemsize))
+        for stored, box, (number, length, stride, memory_stride) in found:
+            place = memory.storage_offset() + box.memory_offset
+            target = memory.as_strided((number, length), (memory_stride, 1), place)
+            offset = stored.offset + box.index_offset * self.dtype.itemsize
+            gaps = stride * self.dtype.itemsize if stride > length else 0
+            transfers.append(Transfer(stored.file, offset, self.dtype, target, gaps))
         return _Streamed(memory, transfers)
+
+    def _ranges(self, part: Held) -> Iterator[tuple[Part, Box]]:
+        """Where in each part of a file, and where in memory, what is held of this tensor lies."""
+        for stored in self._checkpoint.parts(self.key):
+            boxes = [stored.box]
+            if self._slices is not None:
+                window = Window(self._checkpoint.tensors[self.key].shape, tuple(each.start for each in self._slices))
+                boxes = compose(stored.box, window.box(self.shape, contiguous_strides(self.shape)))
+            for box, place in product(boxes, part.boxes):
+                yield from ((stored, each) for each in compose(box, place))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -244,6 +262,18 @@ class _Stored(torch.Tensor):
 class _Copy(NamedTuple):
     target: torch.Tensor
     source: torch.Tensor
+    part: Held
+
+    @staticmethod
+    def to(target: torch.Tensor, source: torch.Tensor) -> _Copy:
+        return _Copy(target, source, held(target))
+
+    def values(self, whole: torch.Tensor) -> torch.Tensor:
+        """What this process holds of the source's values."""
+        return whole if self.part.is_whole or is_dtensor(whole) else cut(whole, self.part)
+
+    def read(self) -> torch.Tensor:
+        return self.values(self.source.read() if isinstance(self.source, _Stored) else self.source)
 
 
 class _Streamed(NamedTuple):
@@ -272,7 +302,14 @@ class _Copies(TorchFunctionMode):
 class _Loading:
     """One load of a checkpoint into a model: what is to be copied where, and what does not fit."""
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, strict: bool, new: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        strict: bool,
+        new: bool,
+        window: Callable[..., Any] | None,
+    ) -> None:
         self.model = model
         self.checkpoint = checkpoint
         self.strict = strict
@@ -285,6 +322,7 @@ class _Loading:
         self._state = dict(_tensors(model, persistent_only=True))
         self._own_code = _own_loading_code(model)
         self._check_targets()
+        self._slices = {} if window is None else self._checked_windows(window)
         if self._own_code is None:
             self._plan()
             self._refuse_problems()
@@ -325,30 +363,36 @@ class _Loading:
                 f"on the meta device: {', '.join(on_meta)}. Pass the function that creates the model, or give it "
                 "memory first: model.to_empty(device=...)"
             )
-        sharded = [name for name, tensor in self._state.items() if is_dtensor(tensor)]
-        if sharded and not self.checkpoint.has_shards:
-            self._problems.append(
-                f"DTensors: {', '.join(sharded)}. They are loaded from safetensors files, or from a "
-                "torch.distributed.checkpoint directory; torch.distributed.checkpoint.format_utils.torch_save_to_dcp "
-                "makes one of a torch file"
-            )
+        reasons = {why_not_written(tensor, self._own_code) for tensor in self._state.values()}
+        self._problems.extend(sorted(reason for reason in reasons if reason is not None))
         self._refuse_problems()
+
+    def _checked_windows(self, window: Callable[..., Any]) -> dict[str, Slices]:
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        found = {
+            name: slices_of(window, name, info.shape, "fastinit.load")
+            for name, info in self.checkpoint.tensors.items()
+            if name in parameters
+        }
+        return {name: slices for name, slices in found.items() if slices is not None}
 
     def _plan(self) -> None:
         """Let torch's own code say what goes where, for a model without loading code of its own."""
-        values: dict[str, Any] = {name: _Stored.of(self.checkpoint, name) for name in self.checkpoint.tensors}
+        values: dict[str, Any] = {
+            name: _Stored.of(self.checkpoint, name, self._slices.get(name)) for name in self.checkpoint.tensors
+        }
         values.update(dict.fromkeys(self.checkpoint.objects))
         targets = {id(tensor) for _, tensor in _tensors(self.model)}
 
         def copy(target: torch.Tensor, source: torch.Tensor) -> None:
             if id(target) in targets:
-                self.copies.append(_Copy(target, source))
+                self.copies.append(_Copy.to(target, source))
             else:
                 target.copy_(source)
 
         missing: list[str] = []
         unexpected: list[str] = []
-        with _Copies(copy):
+        with _Copies(copy), with_whole_shapes(self._state.values()):
             self._visit(self.model, values, "", missing, unexpected)
         for each in self.copies:
             self._check_dtype(each)
@@ -452,9 +496,9 @@ class _Loading:
         for copy in self.copies:
             narrows = _narrows(copy)
             if id(copy) in streamed:
-                _give(_local(copy.target), streamed[id(copy)].memory)
+                _give(copy.part.memory, streamed[id(copy)].memory)
                 if check and narrows:
-                    self._refuse_lost(copy, partial(copy.source.read, copy.target), copy.target)  # type: ignore[attr-defined]
+                    self._refuse_lost(copy, copy.read, copy.part.memory)
             elif write or narrows:
                 # In a call of its own, at the end of which nothing holds on to what was read.
                 self._carry_out(copy, check and narrows, write)
@@ -463,24 +507,23 @@ class _Loading:
     def _streamed(self) -> dict[int, _Streamed]:
         """What can be streamed, by the copy's id. What shares memory with anything else is copied in its order."""
         users = Counter(_extent(copy.target)[0] for copy in self.copies)
-        _reserve([_local(copy.target) for copy in self.copies])
+        _reserve([copy.part.memory for copy in self.copies])
         streamed = {}
         for copy in self.copies:
             if isinstance(copy.source, _Stored) and users[_extent(copy.target)[0]] == 1:
-                each = copy.source.streamed_to(copy.target)
+                each = copy.source.streamed_to(copy.part)
                 if each is not None:
                     streamed[id(copy)] = each
         return streamed
 
     def _carry_out(self, copy: _Copy, check: bool, write: bool) -> None:
-        target, source = copy
-        tensor = source.read(target) if isinstance(source, _Stored) else source
+        tensor, memory = copy.read(), copy.part.memory
         if write:
             with torch.no_grad():
-                (local_tensor(target) if is_dtensor(target) and not is_dtensor(tensor) else target).copy_(tensor)
+                (copy.target if is_dtensor(tensor) else memory).copy_(tensor)
         if check:
             # A GPU looks faster at what was written than the CPU at what was read.
-            self._refuse_lost(copy, lambda: tensor, target if write and not target.is_cpu else tensor)
+            self._refuse_lost(copy, lambda: tensor, memory if write and not memory.is_cpu else tensor)
 
     def _refuse_lost(self, copy: _Copy, read: Callable[[], torch.Tensor], same: torch.Tensor) -> None:
         value = _first_lost(read, copy.target, same)
@@ -491,25 +534,30 @@ class _Loading:
         state = self.checkpoint.read_all()
         if self.checkpoint.versions is not None:
             state._metadata = self.checkpoint.versions  # type: ignore[attr-defined]
+        for name, slices in self._slices.items():
+            state[name] = state[name][slices]
         names = {id(value): name for name, value in state.items()}
 
-        def copy(target: torch.Tensor, source: torch.Tensor) -> None:
+        def carry_out(target: torch.Tensor, source: torch.Tensor) -> None:
             name = names.get(id(source))
-            if name is not None:
-                if _kind(source.dtype) != _kind(target.dtype):
-                    raise TypeError(f"{source.dtype} in the checkpoint, {target.dtype} in the model")
-                if _narrows(_Copy(target, source)):
-                    value = _first_lost(lambda: source, target, source)
-                    if value is not None:
-                        raise ValueError(_lost_message(name, value, source.dtype, target.dtype))
-                stand_in = _Stored.of(self.checkpoint, name)
-                self.copies.append(_Copy(target, stand_in))
-                self._check_dtype(self.copies[-1])
-                advance(source.nbytes)
-            target.copy_(source)
+            if name is None:
+                target.copy_(source)
+                return
+            if _kind(source.dtype) != _kind(target.dtype):
+                raise TypeError(f"{source.dtype} in the checkpoint, {target.dtype} in the model")
+            copy = _Copy.to(target, _Stored.of(self.checkpoint, name, self._slices.get(name)))
+            values = copy.values(source)
+            if _narrows(copy):
+                value = _first_lost(lambda: values, target, values)
+                if value is not None:
+                    raise ValueError(_lost_message(name, value, source.dtype, target.dtype))
+            self.copies.append(copy)
+            self._check_dtype(copy)
+            copy.part.memory.copy_(values)
+            advance(source.nbytes)
 
         try:
-            with _Copies(copy):
+            with _Copies(carry_out):
                 result = self.model.load_state_dict(state, strict=False)
         except CheckpointError:
             raise
@@ -599,14 +647,9 @@ def _reserve(tensors: list[torch.Tensor]) -> None:
         reserve(each, device)
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return local_tensor(tensor) if is_dtensor(tensor) else tensor
-
-
 def _read_bytes(copy: _Copy) -> int:
     """What this process reads for a copy."""
-    elements = _local(copy.target).numel() if is_dtensor(copy.target) else copy.source.numel()
-    return elements * copy.source.dtype.itemsize
+    return copy.part.memory.numel() * copy.source.dtype.itemsize
 
 
 def _extent(tensor: torch.Tensor) -> tuple[Any, int, int]:

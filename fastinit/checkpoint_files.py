@@ -22,17 +22,13 @@ from copy import deepcopy
 from enum import EnumMeta
 from functools import partial
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from .layout import Box, Window, contiguous_strides, flat_box
-from .sharding import is_dtensor, local_boxes, local_tensor
 from .streaming import StoredFile
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 # Below every mode: a device context or a recorder around the caller has no say in how files are read.
 _modes_off = torch._C.DisableTorchFunction
@@ -111,9 +107,9 @@ class _Safetensors:
             self._file = safe_open(self._path, framework="pt", device="cpu")
         return self._file
 
-    def read(self, name: str, target: torch.Tensor | None) -> torch.Tensor:
+    def read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._opened().get_tensor(name)
-        return tensor if target is None or not is_dtensor(target) else _shard(tensor, target)
+        return tensor
 
     def close(self) -> None:
         self._file = None
@@ -172,7 +168,7 @@ class _TorchFile:
         starts = [start for start in starts if all(address - start in offsets for address in others)]
         return starts[0] if len(starts) == 1 else None
 
-    def read(self, name: str, target: torch.Tensor | None) -> torch.Tensor:
+    def read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._opened()[name].detach()
         return tensor
 
@@ -184,7 +180,7 @@ class _TorchFile:
 
 
 class _Distributed:
-    """The tensors of a torch.distributed.checkpoint directory, read one by one, and of a DTensor the local part.
+    """The tensors of a torch.distributed.checkpoint directory, read one by one.
 
     Every process reads for itself: nothing here waits for another one.
     """
@@ -230,7 +226,7 @@ class _Distributed:
             if file.stat().st_size < end:
                 raise ValueError(f"its file {name!r} has {file.stat().st_size} bytes of at least {end}")
 
-    def _load(self, stored: str, target: torch.Tensor | None) -> Any:
+    def _load(self, stored: str) -> Any:
         from torch.distributed.checkpoint import DefaultLoadPlanner
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -242,11 +238,7 @@ class _Distributed:
         info = self._metadata.state_dict_metadata[stored]
         state: dict[str, Any] = {stored: None}
         if isinstance(info, TensorStorageMetadata):
-            dtype = info.properties.dtype
-            if target is not None and is_dtensor(target):
-                state[stored] = torch.empty_like(target, dtype=dtype)
-            else:
-                state[stored] = torch.empty(info.size, dtype=dtype, device="cpu")
+            state[stored] = torch.empty(info.size, dtype=info.properties.dtype, device="cpu")
         planner.set_up_planner(state, self._metadata, True)
         plan = planner.finish_plan(planner.create_local_plan())
         self._reader.read_data(plan, planner).wait()
@@ -276,15 +268,15 @@ class _Distributed:
             parts.append(Part(self._stored[where.relative_path], where.offset + offset, box))
         return parts
 
-    def read(self, name: str, target: torch.Tensor | None) -> torch.Tensor:
+    def read(self, name: str) -> torch.Tensor:
         (stored,) = self._parts[name]
-        tensor: torch.Tensor = self._load(stored, target)
+        tensor: torch.Tensor = self._load(stored)
         return tensor
 
     def read_object(self, name: str) -> Any:
         from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 
-        values = {stored: self._load(stored, None) for stored in self._parts[name]}
+        values = {stored: self._load(stored) for stored in self._parts[name]}
         return unflatten_state_dict(values, self._parts[name])[name]
 
     def close(self) -> None:
@@ -361,17 +353,6 @@ def _offset_within(view: Any, sizes: tuple[int, ...], dtype: torch.dtype) -> int
     return offset
 
 
-def _shard(mapped: torch.Tensor, target: DTensor) -> torch.Tensor:
-    """This rank's part of a tensor; of the mapped file only that is touched."""
-    local = local_tensor(target)
-    part = torch.empty_strided(local.shape, local.stride(), dtype=mapped.dtype, device="cpu")
-    whole = mapped.reshape(target.shape)
-    for index_offset, sizes, index_strides, memory_offset, memory_strides in local_boxes(target):
-        place = part.as_strided(sizes, memory_strides, memory_offset)
-        place.copy_(whole.as_strided(sizes, index_strides, whole.storage_offset() + index_offset))
-    return part
-
-
 def _offset(mapped: torch.Tensor, start: int | None) -> int | None:
     """Where in the file that is mapped from `start` on the values of a tensor lie, if they lie there in order."""
     in_order = mapped.numel() and mapped.is_contiguous() and not mapped.is_conj() and not mapped.is_neg()
@@ -408,8 +389,6 @@ class Checkpoint:
                 f"fastinit.load: the index {str(path)!r} names tensors that their files do not have: {', '.join(lost)}"
             )
         self._file_of.update((name, files[file]) for name, file in indexed.items())
-        # Of a torch file's tensors no rank could read its part alone where they are not stored in row-major order.
-        self.has_shards = all(isinstance(file, (_Distributed, _Safetensors)) for file in files.values())
         self.tensors: dict[str, _Info] = {
             name: info for file in files.values() for name, info in file.tensors.items() if self._file_of[name] is file
         }
@@ -471,15 +450,13 @@ class Checkpoint:
             return found
         return [] if info.offset is None else [Part(file.stored, info.offset, flat_box(0, math.prod(info.shape)))]
 
-    def read(self, name: str, target: torch.Tensor | None = None) -> torch.Tensor:
-        """One tensor, on the CPU, and this rank's shard of it if the target is a DTensor.
-
-        A distributed checkpoint gives that as a DTensor like the target.
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU.
 
         Mapped tensors have to be dropped before the next call: the file cannot be unmapped before.
         """
         self._use(self._file_of[name], self.tensors[name].nbytes)
-        tensor: torch.Tensor = self._guarded(lambda: self._file_of[name].read(name, target), name)
+        tensor: torch.Tensor = self._guarded(lambda: self._file_of[name].read(name), name)
         return tensor
 
     def read_object(self, name: str) -> Any:
@@ -492,7 +469,7 @@ class Checkpoint:
         state: OrderedDict[str, Any] = OrderedDict()
         for name, file in self._file_of.items():
             if name in self.tensors:
-                state[name] = self._guarded(partial(file.read, name, None), name)
+                state[name] = self._guarded(partial(file.read, name), name)
             else:
                 state[name] = self.read_object(name) if name.endswith(_EXTRA_STATE_KEY_SUFFIX) else None
         return state

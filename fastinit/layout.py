@@ -9,18 +9,26 @@ Private: it may change with any version.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Rows(NamedTuple):
-    """Runs of a sequence: how many, of how many elements each, and how far from one's first element to the next's."""
+    """Elements that lie in rows, both in a sequence and in memory.
+
+    Attributes:
+        number: of rows.
+        length: of each, in elements.
+        stride: from one row's first element to the next one's in the sequence.
+        memory_stride: the same in memory.
+    """
 
     number: int
     length: int
     stride: int
+    memory_stride: int
 
 
 class Box(NamedTuple):
@@ -42,18 +50,18 @@ class Box(NamedTuple):
 
     @property
     def rows(self) -> Rows | None:
-        """What of the sequence lies in memory without gaps, if that is rows of equal length and distance.
+        """The same as rows, if that is what it is.
 
         Example:
             >>> Window((8, 6), start=(2, 4)).box(sizes=(3, 2), strides=(2, 1)).rows
-            Rows(number=3, length=2, stride=6)
+            Rows(number=3, length=2, stride=6, memory_stride=2)
         """
         dims = _ordered(self.sizes, self.index_strides, self.memory_strides)
         length = dims.pop()[0] if dims and dims[-1][1:] == (1, 1) else 1
         if not dims:
-            return Rows(1, length, 0)
-        (number, stride, step), *others = dims
-        return Rows(number, length, stride) if step == length and not others else None
+            return Rows(1, length, length, length)
+        (number, stride, memory_stride), *others = dims
+        return None if others else Rows(number, length, stride, memory_stride)
 
 
 def flat_box(begin: int, end: int) -> Box:
@@ -122,6 +130,28 @@ class Window:
         """
         self.check(sizes)
         return Box(self.index_offset, tuple(sizes), self.index_strides, memory_offset, tuple(strides))
+
+
+Slices = tuple[slice, ...]
+
+
+def slices_of(window: Callable[..., Any], name: str, shape: tuple[int, ...], caller: str) -> Slices | None:
+    """What a user's ``window(name, shape)`` returned: slices with a start and a stop, or None for the whole.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    slices = window(name, shape)
+    if slices is None:
+        return None
+    fits = isinstance(slices, tuple) and len(slices) == len(shape) and all(isinstance(cut, slice) for cut in slices)
+    if not fits or any(cut.step not in (None, 1) for cut in slices):
+        raise ValueError(
+            f"{caller}: window({name!r}, {shape}) returned {slices!r}; return a tuple of {len(shape)} slices with a "
+            "step of 1, or None for the whole"
+        )
+    ranges = [cut.indices(size) for cut, size in zip(slices, shape, strict=True)]
+    return tuple(slice(first, max(first, last)) for first, last, _ in ranges)
 
 
 def whole_box(sizes: Sequence[int], strides: Sequence[int]) -> Box:

@@ -19,7 +19,7 @@ from torch import nn
 
 from .distributed import from_rank_0, is_distributed
 from .execution import Timing, allocate, refuse_capture, reserve
-from .layout import Box, contiguous_strides, numel
+from .layout import Box, Slices, contiguous_strides, numel, slices_of
 from .recipe import Region
 from .record.block import warn_never_initialised
 from .record.records import lock, modes_off, view_of
@@ -41,8 +41,6 @@ from .record.unwritten import (
 )
 from .report import Report, adding_to
 from .sharding import is_dtensor, is_on_meta, local_boxes, local_tensor
-
-Slices = tuple[slice, ...]
 
 
 class Named(NamedTuple):
@@ -211,7 +209,10 @@ def materialize(
     """
     _require_module("materialize", model)
     if empty and window is not None:
-        raise ValueError("fastinit.materialize: empty=True and window= exclude each other; load the windows yourself")
+        raise ValueError(
+            "fastinit.materialize: empty=True and window= exclude each other; leave empty= out, and pass the same "
+            "window= to fastinit.load"
+        )
     with adding_to(report) as timing, lock, modes_off(), torch.no_grad():
         named = unwritten_tensors(model)
         _refuse_unrecorded(_tensors(model), named)
@@ -377,7 +378,7 @@ def _device_of(each: Named, device: str | torch.device | None) -> torch.device:
 
 def _checked_window(window: Callable[..., Any], each: Named) -> Slices | None:
     name, shape = each.name, tuple(each.tensor.shape)
-    slices = window(name, shape)
+    slices = slices_of(window, name, shape, "fastinit.materialize")
     if slices is None:
         return None
     if is_dtensor(each.tensor):
@@ -389,14 +390,7 @@ def _checked_window(window: Callable[..., Any], each: Named) -> Slices | None:
             f"fastinit.materialize: window= was given, but {name!r} has been laid out anew since the block; "
             "return None for it, or materialize the model before"
         )
-    fits = isinstance(slices, tuple) and len(slices) == len(shape) and all(isinstance(cut, slice) for cut in slices)
-    if not fits or any(cut.step not in (None, 1) for cut in slices):
-        raise ValueError(
-            f"fastinit.materialize: window({name!r}, {shape}) returned {slices!r}; return a tuple of {len(shape)} "
-            "slices with a step of 1, or None for the whole"
-        )
-    ranges = [cut.indices(size) for cut, size in zip(slices, shape, strict=True)]
-    return tuple(slice(first, max(first, last)) for first, last, _ in ranges)
+    return slices
 
 
 def _box(each: Named, part: Slices, memory_strides: tuple[int, ...]) -> Box:

@@ -10,15 +10,16 @@ Private: it may change with any version.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 
-from .layout import Box, Window
+from .layout import Box, Window, flat_box
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
@@ -37,6 +38,91 @@ def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is distributed. A model can only have such tensors if somebody has imported them."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+class Held(NamedTuple):
+    """What this process has of a tensor.
+
+    Attributes:
+        memory: its elements, without what is padding.
+        shape: of the whole.
+        boxes: where they lie in the whole and in memory, as `local_boxes` gives it; of a tensor that is not distributed
+            one for all of it, as if it were contiguous.
+    """
+
+    memory: torch.Tensor
+    shape: tuple[int, ...]
+    boxes: list[Box]
+
+    @property
+    def is_whole(self) -> bool:
+        return self.memory.shape == self.shape
+
+
+def held(tensor: torch.Tensor) -> Held:
+    """What this process has of a tensor, which may be a DTensor or a partition of DeepSpeed's ZeRO-3.
+
+    Raises:
+        ValueError: as `local_boxes`.
+    """
+    if is_dtensor(tensor):
+        return Held(local_tensor(tensor), tuple(tensor.shape), local_boxes(tensor))
+    if is_partition(tensor):
+        described: Any = tensor
+        part, total = described.ds_tensor, int(described.ds_numel)
+        begin = min(torch.distributed.get_rank(described.ds_process_group) * int(part.ds_numel), total)
+        end = min(begin + int(part.ds_numel), total)
+        return Held(part.detach()[: end - begin], tuple(described.ds_shape), [flat_box(begin, end)])
+    return Held(tensor, tuple(tensor.shape), [flat_box(0, tensor.numel())])
+
+
+def is_partition(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a parameter that ZeRO-3 has divided, of which this process has a slice and nothing else."""
+    described: Any = tensor
+    return getattr(tensor, "ds_tensor", None) is not None and described.ds_status.name == "NOT_AVAILABLE"
+
+
+@contextmanager
+def with_whole_shapes(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Let partitions of ZeRO-3 have the shape of the whole meanwhile, which takes no memory and holds no values."""
+    with torch._C.DisableTorchFunction():  # a block around it must not record this
+        freed = [(tensor, tensor.data) for tensor in tensors if is_partition(tensor)]
+        for tensor, data in freed:
+            described: Any = tensor
+            tensor.data = data.new_zeros(()).expand(described.ds_shape)
+    try:
+        yield
+    finally:
+        with torch._C.DisableTorchFunction():
+            for tensor, data in freed:
+                tensor.data = data
+
+
+def why_not_written(tensor: torch.Tensor, own_code: str | None) -> str | None:
+    """Why values that are written to what is `held` of a tensor would be lost; None if they are not."""
+    if not is_partition(tensor):
+        return None
+    described: Any = tensor
+    gather = "use load_state_dict inside of deepspeed.zero.GatheredParameters(..., modifier_rank=0)"
+    if hasattr(tensor, "_z3_optimizer"):
+        return "parameters under ZeRO-3, of which an optimizer has copies; load them before deepspeed.initialize"
+    if described.ds_secondary_tensor is not None:
+        return f"parameters under ZeRO-3 with hpZ, whose secondary partitions are not loaded; {gather}"
+    if described.ds_tensor.final_location == "nvme":
+        return f"parameters under ZeRO-3 that lie on NVMe, where nothing is loaded; {gather}"
+    if own_code is not None:
+        return f"parameters under ZeRO-3, while {own_code} is loading code of its own, for whole tensors; {gather}"
+    return None
+
+
+def cut(whole: torch.Tensor, part: Held) -> torch.Tensor:
+    """What a process holds of the values of a whole tensor on the CPU; of a mapped one only that is touched."""
+    values = torch.empty_strided(part.memory.shape, part.memory.stride(), dtype=whole.dtype, device="cpu")
+    whole = whole.reshape(part.shape).contiguous()
+    for index_offset, sizes, index_strides, memory_offset, memory_strides in part.boxes:
+        place = values.as_strided(sizes, memory_strides, memory_offset)
+        place.copy_(whole.as_strided(sizes, index_strides, whole.storage_offset() + index_offset))
+    return values
 
 
 def local_boxes(tensor: DTensor) -> list[Box]:

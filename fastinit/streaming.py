@@ -77,33 +77,30 @@ class Transfer(NamedTuple):
         file: where they are.
         offset: of the first one, in bytes. The others follow in row-major order, in the byte order of this machine.
         dtype: theirs.
-        target: a contiguous tensor of as many elements, on the CPU or a CUDA device, of any dtype.
-        rows: into how many parts of equal length the values are divided in the file.
-        stride: from the beginning of a row to that of the next one, in bytes.
+        target: what gets them, on the CPU or a CUDA device, of any dtype: contiguous, or a matrix of contiguous rows.
+        stride: from one row of the matrix to the next one in the file, in bytes; 0 if there is nothing between them.
     """
 
     file: StoredFile
     offset: int
     dtype: torch.dtype
     target: torch.Tensor
-    rows: int = 1
     stride: int = 0
 
     def split(self, nbytes: int) -> Iterator[Transfer]:
-        """Parts of so many bytes at most, each of whole rows or of a part of one, if there is anything to read."""
-        elements, itemsize = self.target.detach().view(-1), self.dtype.itemsize
-        length, most = elements.numel() // self.rows, nbytes // itemsize
+        """Parts of so many bytes at most, each of whole rows or of a part of one."""
+        target, itemsize = self.target.detach(), self.dtype.itemsize
+        matrix = target if self.stride or not target.is_contiguous() else target.view(1, -1)
+        length, most = matrix.shape[1], nbytes // itemsize
+        stride = self.stride or length * itemsize
         if length <= most:
             step = most // length
-            for row, part in zip(range(0, self.rows, step), elements.split(step * length), strict=True):
-                rows = part.numel() // length
-                yield self._replace(offset=self.offset + row * self.stride, target=part, rows=rows)
+            for row, part in zip(range(0, len(matrix), step), matrix.split(step), strict=True):
+                yield self._replace(offset=self.offset + row * stride, target=part)
             return
-        for row, whole in enumerate(elements.view(self.rows, length)):
-            offset = self.offset + row * self.stride
-            for part in whole.split(most):
-                yield Transfer(self.file, offset, self.dtype, part)
-                offset += part.numel() * itemsize
+        for row, whole in enumerate(matrix):
+            for place, part in zip(range(0, length, most), whole.split(most), strict=True):
+                yield Transfer(self.file, self.offset + row * stride + place * itemsize, self.dtype, part)
 
 
 class _Piece(NamedTuple):
@@ -118,20 +115,28 @@ class _Piece(NamedTuple):
         return self.target.numel() * self.dtype.itemsize
 
     def values_in(self, buffer: torch.Tensor) -> torch.Tensor:
-        return buffer[self.position : self.position + self.nbytes].view(self.dtype)
+        return buffer[self.position : self.position + self.nbytes].view(self.dtype).view(self.target.shape)
+
+    def copy_on_this_thread(self, buffer: torch.Tensor) -> None:
+        """Give the target its values, both on the CPU."""
+        target, values = self.target, self.values_in(buffer)
+        if target.is_contiguous():
+            target, values = target.view(-1), values.view(-1)
+        step = max(_SERIAL // target[0].numel(), 1)
+        torch._foreach_copy_(target.split(step), values.split(step))
 
 
 @dataclass(slots=True)
 class _Chunk:
-    """What is read at a time: a range of a file, with the pieces that lie in it, all for one device; or rows."""
+    """What is read at a time: a range of a file with the pieces that lie in it, all for one device; or rows."""
 
     file: StoredFile
     offset: int
     row_nbytes: int
+    rows: int
+    stride: int
     device: torch.device
     pieces: list[_Piece]
-    rows: int = 1
-    stride: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -145,32 +150,37 @@ class _Chunk:
     @property
     def is_direct(self) -> bool:
         """Whether the file has the very bytes of the target, and nothing else between them."""
-        return len(self.pieces) == 1 and self.pieces[0].dtype == self.pieces[0].target.dtype
+        piece, *others = self.pieces
+        return not others and piece.dtype == piece.target.dtype and piece.target.is_contiguous()
 
 
 def _chunks(transfers: Iterable[Transfer]) -> Iterator[_Chunk]:
     chunk: _Chunk | None = None
     for transfer in transfers:
-        file, offset, dtype, target, rows, _ = transfer
+        file, offset, dtype, target, stride = transfer
         nbytes = target.numel() * dtype.itemsize
+        if not nbytes:
+            continue
         buffered = _CHUNK_BYTES if target.is_cuda else _CONVERTED_BYTES
         if (
             chunk is not None
             and (chunk.file, chunk.device) == (file, target.device)
-            and chunk.rows == rows == 1
+            and chunk.stride == stride == 0
             and nbytes < _SMALL_BYTES
             and 0 <= offset - (chunk.offset + chunk.nbytes) <= _GAP_BYTES
             and offset + nbytes - chunk.offset <= buffered
             and (offset - chunk.offset) % dtype.itemsize == 0
         ):
-            chunk.pieces.append(_Piece(offset - chunk.offset, dtype, target.detach().view(-1)))
+            chunk.pieces.append(_Piece(offset - chunk.offset, dtype, target.detach()))
             chunk.row_nbytes = offset + nbytes - chunk.offset
             continue
-        for part in transfer.split(_CHUNK_BYTES if target.dtype == dtype else buffered) if nbytes else ():
+        most = _CHUNK_BYTES if target.dtype == dtype and target.is_contiguous() else buffered
+        for part in transfer.split(most):
             if chunk is not None:
                 yield chunk
             piece = _Piece(0, dtype, part.target)
-            chunk = _Chunk(file, part.offset, piece.nbytes // part.rows, target.device, [piece], part.rows, part.stride)
+            rows = len(part.target) if part.stride else 1
+            chunk = _Chunk(file, part.offset, piece.nbytes // rows, rows, part.stride, target.device, [piece])
     if chunk is not None:
         yield chunk
 
@@ -207,7 +217,7 @@ class _Reader:
                     buffer = self._pageable
                     self._read(chunk, buffer)
                     for piece in chunk.pieces:
-                        torch._foreach_copy_(piece.target.split(_SERIAL), piece.values_in(buffer).split(_SERIAL))
+                        piece.copy_on_this_thread(buffer)
                 self.done += sum(piece.nbytes for piece in chunk.pieces)
         finally:
             if self._file is not None:
@@ -232,7 +242,7 @@ class _Reader:
             self._pinned = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
         if not _NATIVE:
             self._read(chunk, self._pinned)
-            memory.view(torch.uint8)[: chunk.nbytes].copy_(self._pinned[: chunk.nbytes], non_blocking=True)
+            memory.view(-1).view(torch.uint8)[: chunk.nbytes].copy_(self._pinned[: chunk.nbytes], non_blocking=True)
             return
         self._open(chunk)
         addresses = self._pinned.data_ptr(), memory.data_ptr(), chunk.device.index, stream.cuda_stream

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -135,6 +137,49 @@ def test_a_file_that_shrinks_meanwhile_is_an_error_and_the_gpu_works_on(large_fi
         with pytest.raises(CheckpointError, match="has changed since it was opened"):
             loaded(model, path)
     assert_loaded(loaded(model, large_file[0]), state)
+
+
+def columns(name, shape):
+    """Of what is in `large`: the middle columns of matrices, of which a row is less than the whole."""
+    return (slice(None), slice(512, 1536 if shape[1] == 2048 else 1000)) if len(shape) == 2 else None
+
+
+def cut():
+    """`large` with those columns."""
+    return nn.Sequential(*(nn.Linear(1024, 2048) for _ in range(20)), nn.Embedding(20_000, 488), nn.LayerNorm(77))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_are_read_row_by_row(large_file, dtype):
+    path, state = large_file
+    model = loaded(cut, path, dtype=dtype, window=columns)
+    parts = {name: tensor[columns(name, tensor.shape) or ...] for name, tensor in state.items()}
+    assert_loaded(model, parts)
+
+
+_WITHOUT_NATIVE_READS = """
+import sys
+import torch
+from safetensors.torch import load_file
+import fastinit
+from fastinit import native
+from test_load_cuda import columns, cut, large
+
+native.read_cuda = None  # whoever calls it fails
+state = load_file(sys.argv[1])
+parts = {name: tensor[columns(name, tensor.shape) or ...] for name, tensor in state.items()}
+for dtype in ("fp32", "bf16"):
+    for build, expected, window in ((large, state, None), (cut, parts, columns)):
+        model = fastinit.load(build, sys.argv[1], "cuda", dtype, window=window, progress=False)
+        for name, tensor in model.state_dict().items():
+            assert tensor.is_cuda and torch.equal(tensor.cpu(), expected[name].to(tensor.dtype)), (dtype, name)
+"""
+
+
+def test_without_native_reads_the_values_are_the_same(large_file):
+    """As where fastinit was built without CUDA, and torch with it; FASTINIT_FAST=0 says so here."""
+    environment = {**os.environ, "FASTINIT_FAST": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", _WITHOUT_NATIVE_READS, str(large_file[0])], check=True, env=environment)
 
 
 def test_pinned_memory_inside_the_context_is_torchs_own():

@@ -931,24 +931,86 @@ def load_shards(rank, world, folder):
     model = built(uneven, "bf16", seed=rank)
     fully_shard(model[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
-    quiet_load(model, folder / "dcp")
     source = torch.load(folder / "model.pt")
-    for name, tensor in model.state_dict().items():
-        assert same_bits(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor, source[name].to(tensor.dtype))
-    with pytest.raises(CheckpointError, match=r"DTensors: 0\.weight.*torch_save_to_dcp"):
-        quiet_load(model, folder / "model.pt")
+    for path in ("dcp", "model.pt", "legacy.pt"):
+        quiet_load(model, folder / path)
+        for name, tensor in model.state_dict().items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            assert same_bits(whole, source[name].to(tensor.dtype)), (path, name)
+            tensor.detach().zero_()
     with pytest.raises(CheckpointError, match=r"0\.weight has the value 1e\+38"):
         quiet_load(model.half(), folder / "large")
     torch.distributed.destroy_process_group()
 
 
-def test_each_process_reads_its_own_shards_of_a_distributed_checkpoint(tmp_path):
+def test_each_process_reads_its_own_shards_of_files_that_are_not_safetensors(tmp_path):
     source = built(uneven, seed=1)
     save_torch(source, tmp_path / "model.pt")
+    torch.save(source.state_dict(), tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
     save_dcp(source.state_dict(), tmp_path / "dcp")
     source[0].weight.data.fill_(1e38)
     save_dcp(source.state_dict(), tmp_path / "large")
     torch.multiprocessing.spawn(load_shards, (2, tmp_path), 2)
+
+
+class Parallel(nn.Module):
+    """A part of a larger model: rows of one matrix, columns of the other, and what every part has."""
+
+    def __init__(self, first, last, norm=nn.BatchNorm1d):
+        super().__init__()
+        self.up = nn.Linear(200, last - first)
+        self.down = nn.Linear(last - first, 200)
+        self.norm = norm(200)
+
+    def window(self, first, last):
+        cuts = {
+            "up.weight": (slice(first, last), slice(None)),
+            "up.bias": (slice(first, last),),
+            "down.weight": (slice(None), slice(first, last)),
+        }
+        return lambda name, shape: cuts.get(name)
+
+
+class OwnNorm(nn.BatchNorm1d):
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+
+
+@over_formats
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, OwnNorm])
+def test_a_window_of_each_parameter_is_loaded(tmp_path, name, norm):
+    source = built(lambda: Parallel(0, 501), seed=1)
+    path = written(tmp_path, name, source)
+    for first, last in ((0, 200), (200, 500), (500, 501), (300, 300)):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            model = built(lambda: Parallel(first, last, norm), "bf16")  # noqa: B023
+        window = model.window(first, last)
+        quiet_load(model, path, window=window)
+        for key, tensor in model.state_dict().items():
+            whole, slices = source.state_dict()[key], window(key, None)
+            part = whole if slices is None else whole[slices]
+            assert same_bits(tensor, part.contiguous().to(tensor.dtype)), key
+
+
+def test_windows_and_shapes_that_do_not_fit_are_refused(tmp_path):
+    path = written(tmp_path, "model.safetensors", built(lambda: Parallel(0, 100), seed=1))
+    model = built(lambda: Parallel(0, 50))
+    with pytest.raises(ValueError, match=r"window\('norm\.bias', \(200,\)\) returned 'all'; return a tuple"):
+        quiet_load(model, path, window=lambda name, shape: "all" if name == "norm.bias" else None)
+    with pytest.raises(CheckpointError, match=r"size mismatch for up\.weight: .*\[60, 200\].*\[50, 200\]"):
+        quiet_load(model, path, window=model.window(40, 100))
+
+
+def test_of_a_window_no_more_is_read(tmp_path, monkeypatch):
+    source = built(lambda: Parallel(0, 600), seed=1)
+    path = written(tmp_path, "model.safetensors", source)
+    transfers = []
+    monkeypatch.setattr(fastinit.checkpoint, "stream", lambda each, advance: transfers.extend(each))
+    model = built(lambda: Parallel(200, 500))
+    quiet_load(model, path, window=model.window(200, 500))
+    read = sum(each.target.numel() * each.dtype.itemsize for each in transfers)
+    assert read == sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 # A model without values, reports, bars --------------------------------------------------------------------------------

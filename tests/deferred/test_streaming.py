@@ -88,7 +88,7 @@ def test_rows_of_a_file_lie_side_by_side_in_memory(file, dtype, rows, length, st
     stream(
         [
             Transfer(StoredFile.at(file), 980, torch.float32, before),
-            Transfer(StoredFile.at(file), 1000, torch.float32, target, rows, stride),
+            Transfer(StoredFile.at(file), 1000, torch.float32, target, stride),
             Transfer(StoredFile.at(file), last, torch.float32, after),
         ]
     )
@@ -98,10 +98,31 @@ def test_rows_of_a_file_lie_side_by_side_in_memory(file, dtype, rows, length, st
     assert_same_bits(after, expected(file, last, torch.float32, 7))
 
 
+@pytest.mark.parametrize("stride", [0, 1300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "length", "width"), [(1000, 300, 700), (3, 1, 4), (2, CHUNK // 4 + 5, CHUNK)])
+def test_rows_need_not_lie_side_by_side_in_memory(file, dtype, rows, length, width, stride):
+    stride = stride and max(stride, length * 4)
+    memory = torch.full((rows, width), -1.0, dtype=dtype)
+    target, beside = memory[:, :length], torch.empty(9)
+    bytes_between = stride or length * 4
+    after = 8 + rows * bytes_between
+    stream(
+        [
+            Transfer(StoredFile.at(file), 8, torch.float32, target, stride),
+            Transfer(StoredFile.at(file), after, torch.float32, beside),
+        ]
+    )
+    in_the_file = expected(file, 8, torch.uint8, rows * bytes_between).view(rows, -1)[:, : length * 4]
+    assert_same_bits(target, in_the_file.contiguous().view(torch.float32))
+    assert_same_bits(beside, expected(file, after, torch.float32, 9))
+    assert (memory[:, length:] == -1).all()
+
+
 def test_a_file_that_ends_within_rows_is_an_error(file):
     os.truncate(file, 100_050)
     with pytest.raises(OSError, match="ends at byte 100050 while it is being read"):
-        stream([Transfer(StoredFile.at(file), 0, torch.float32, torch.empty(101, 25), 101, 1000)])
+        stream([Transfer(StoredFile.at(file), 0, torch.float32, torch.empty(101, 25), 1000)])
 
 
 def test_one_stored_tensor_may_go_to_two_places(file):
@@ -237,7 +258,7 @@ def assert_in_place(path, expected, streamed):
     assert {name for name in parts if parts[name]} == streamed
     for name in streamed:
         ((file, offset, box),) = parts[name]
-        assert box.rows == (1, expected[name].numel(), 0)
+        assert box.rows == (1, *[expected[name].numel()] * 3)
         content = file.path.read_bytes()[offset : offset + expected[name].nbytes]
         assert content == bytes(expected[name].contiguous().flatten().view(torch.uint8).tolist())
 

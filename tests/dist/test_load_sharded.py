@@ -1,5 +1,6 @@
-"""Sharded models loaded from safetensors files: each rank has its part of the values, and reads no more than that."""
+"""Sharded models loaded from files: each rank has its part of the values, and reads no more than that."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from models import same_bits
-from ranks import Ranks, cases, distributions, on_every_rank
+from ranks import Ranks, cases, distributions, on_every_rank, read_bytes
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fastinit
@@ -37,19 +38,49 @@ def folder(tmp_path_factory):
 def test_every_placement_gets_its_values_rounded_once(folder, distribution):
     shape, mesh_shape, placements = distribution
     whole = torch.randn(shape)
-    save_file({"0": whole, "1": torch.ones(3)}, folder / "whole.safetensors")
+    state = {"0": whole, "1": torch.ones(3)}
+    save_file(state, folder / "whole.safetensors")
+    torch.save({**state, "0": whole.mT.contiguous().mT if whole.dim() > 1 else whole}, folder / "transposed.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # no process group; what is there is overwritten
+        dcp.save(state, checkpoint_id=folder / "dcp")
 
     def check(rank):
         mesh = init_device_mesh("cpu", mesh_shape)
         model = nn.ParameterList([torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(3)])
         model[0] = nn.Parameter(distribute_tensor(model[0].data, mesh, placements, src_data_rank=None))
         local, place = model[0].to_local(), model[0]._local_tensor.data_ptr()
-        fastinit.load(model, folder / "whole.safetensors", progress=False)
         expected = distribute_tensor(whole.bfloat16(), mesh, placements, src_data_rank=None).to_local()
-        assert same_bits(local.contiguous(), expected.contiguous())
-        assert model[0]._local_tensor.data_ptr() == place and torch.equal(model[1], torch.ones(3))
+        for name in ("whole.safetensors", "transposed.pt", "dcp"):
+            fastinit.load(model, folder / name, progress=False)
+            assert same_bits(local.contiguous(), expected.contiguous()), name
+            assert model[0]._local_tensor.data_ptr() == place and torch.equal(model[1], torch.ones(3))
+            for parameter in model:
+                parameter.detach().zero_()
 
     on_every_rank(torch.Size(mesh_shape).numel(), check)
+
+
+class OwnCode(nn.Linear):
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_loading_code_of_a_models_own_sees_whole_tensors_and_fills_shards(folder, dim):
+    source = nn.Linear(5, 7)
+    torch.save(source.state_dict(), folder / "linear.pt")
+
+    def check(rank):
+        mesh = init_device_mesh("cpu", (3,))
+        model = OwnCode(5, 7, dtype=torch.bfloat16)
+        shard = distribute_tensor(model.weight.data, mesh, [Shard(dim)], src_data_rank=None)
+        model.weight = nn.Parameter(shard)
+        fastinit.load(model, folder / "linear.pt", progress=False)
+        expected = distribute_tensor(source.weight.data.bfloat16(), mesh, [Shard(dim)], src_data_rank=None).to_local()
+        assert same_bits(model.weight.to_local(), expected) and same_bits(model.bias, source.bias.bfloat16())
+
+    on_every_rank(3, check)
 
 
 class Block(nn.Module):
@@ -95,11 +126,6 @@ def mesh_of(shard, world):
 def assert_loaded(model, state):
     for name, tensor in model.state_dict().items():
         assert same_bits(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor, state[name]), name
-
-
-def read_bytes():
-    counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(counters["rchar"])
 
 
 def load_and_count(path, shard, world):

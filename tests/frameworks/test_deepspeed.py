@@ -16,8 +16,10 @@ from multiprocessing import connection
 from pathlib import Path
 
 import pytest
+import safetensors.torch as safetensors_torch
 import torch
 import torch.distributed as dist
+from ranks import read_bytes
 from torch import nn
 from torch.nn import functional
 
@@ -383,6 +385,80 @@ def _check_memory():
     local = sum(parameter.ds_tensor.nbytes for parameter in model.parameters())
     assert local > 128 << 20
     assert grown < local + (64 << 20)
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_each_rank_loads_its_slices_and_reads_no_more(four_ranks, tmp_path, dtype):
+    whole = unsharded(lambda: Model(333), seed=7)
+    safetensors_torch.save_model(whole, tmp_path / "model.safetensors")
+    read = four_ranks.run(_check_load, dtype, tmp_path / "model.safetensors")
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert 0.9 * size < sum(read) <= 1.1 * size and max(read) <= 0.3 * size
+
+
+def _check_load(dtype, path):
+    model, whole = created(lambda: Model(333), config(dtype), dtype), unsharded(lambda: Model(333), seed=7)
+    fastinit.load(model, path, progress=False)  # imports
+    model = created(lambda: Model(333), config(dtype), dtype)
+    before = read_bytes()
+    fastinit.load(model, path, progress=False)
+    read = read_bytes() - before
+    assert_slices_of(model, whole, ranks=4, index=dist.get_rank())
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+    assert model.head.weight is model.embedding.weight
+    assert torch.equal(model.rotation, whole.rotation.to(model.rotation.dtype))
+    return read
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_every_kind_of_parameter_is_loaded_into_slices(two_ranks, tmp_path, name):
+    state = {key: value.contiguous() for key, value in unsharded(Unusual, seed=7).state_dict().items()}
+    {"model.safetensors": safetensors_torch.save_file, "model.pt": torch.save}[name](state, tmp_path / name)
+    two_ranks.run(_check_load_of_unusual, tmp_path / name)
+
+
+def _check_load_of_unusual(path):
+    model = created(Unusual, config())
+    fastinit.load(model, path, progress=False)
+    assert_gathers_to(model, unsharded(Unusual, seed=7), torch.float32)
+
+
+def test_what_does_not_fit_slices_is_refused_and_they_stay(two_ranks, tmp_path):
+    for name, width in (("other", 34), ("model", 33)):
+        safetensors_torch.save_model(unsharded(lambda: Model(width)), tmp_path / f"{name}.safetensors")  # noqa: B023
+    two_ranks.run(_check_refused_loads, tmp_path)
+
+
+def _check_refused_loads(folder):
+    model, whole = created(Model, config()), unsharded(Model)
+    with pytest.raises(fastinit.CheckpointError, match=r"size mismatch for up\.weight: .*\[68, 34\].*\[66, 33\]"):
+        fastinit.load(model, folder / "other.safetensors", progress=False)
+    assert_slices_of(model, whole, ranks=2, index=dist.get_rank())
+    trained = engine(model, config())
+    with pytest.raises(fastinit.CheckpointError, match=r"load them before deepspeed\.initialize"):
+        fastinit.load(trained.module, folder / "model.safetensors", progress=False)
+    model = created(OwnCode, config())
+    with pytest.raises(fastinit.CheckpointError, match=r"OwnCode\._load_from_state_dict is loading code of its own"):
+        fastinit.load(model, folder / "model.safetensors", progress=False)
+
+
+class OwnCode(Model):
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+
+
+def test_a_model_is_trained_from_a_checkpoint_as_without_shards(two_ranks, tmp_path):
+    safetensors_torch.save_model(unsharded(Model, seed=7), tmp_path / "model.safetensors")
+    two_ranks.run(_check_training_from_a_checkpoint, tmp_path / "model.safetensors")
+
+
+def _check_training_from_a_checkpoint(path):
+    model = created(Model, config())
+    fastinit.load(model, path, progress=False)
+    assert train(engine(model, config())) == pytest.approx(train_unsharded(unsharded(Model, seed=7)), rel=1e-5)
 
 
 # --- DeepSpeed's use of it ------------------------------------------------------------------------------------------
