@@ -8,8 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .checkpoint import LoadReport, load
-from .checkpoint_files import CheckpointError
+from .checkpoint import CheckpointError, LoadReport, load
 from .context import on
 from .fills import empty, fill_
 from .layout import Window

@@ -13,7 +13,8 @@ from test_load import WRITERS, Net, trained, written
 from torch import nn
 
 import fastinit
-from fastinit import CheckpointError, LoadReport, load, streaming
+from fastinit import CheckpointError, LoadReport, load
+from fastinit.checkpoint import streaming
 
 MIB = 1 << 20
 

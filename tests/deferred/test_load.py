@@ -36,7 +36,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrizations
 
 import fastinit
-from fastinit import CheckpointError, LoadReport, checkpoint_files, load
+from fastinit import CheckpointError, LoadReport, load
+from fastinit.checkpoint import distributed, loading
 
 ROOT = Path(__file__).parents[2]
 X = torch.arange(6).reshape(2, 3)
@@ -784,7 +785,7 @@ def test_a_distributed_checkpoint_that_names_members_of_enums_by_getattr_is_read
     assert b"getattr" in content and pickle.loads(content) == metadata
     (path / ".metadata").write_bytes(content)
     with (path / ".metadata").open("rb") as file:
-        assert checkpoint_files._MetadataUnpickler(file).load() == metadata
+        assert distributed._MetadataUnpickler(file).load() == metadata
     assert_loaded(quiet_load(Net, path), source)
 
 
@@ -816,7 +817,7 @@ def test_getattr_finds_no_members_of_an_enum_that_torch_does_not_write():
     # No file gets at another enum, since naming it is refused already: hence without one.
     unknown = enum.Enum("Unknown", "ONE")
     with pytest.raises(pickle.UnpicklingError, match=r"its metadata wants getattr\(.*Unknown, 'ONE'\)"):
-        checkpoint_files._enum_member(unknown, "ONE")
+        distributed._enum_member(unknown, "ONE")
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -906,6 +907,39 @@ def test_a_loaded_model_keeps_no_file_mapped_and_is_freed_at_once(tmp_path):
         alive = weakref.ref(model)
         del model
         assert alive() is None
+
+
+def changed(path):
+    """Files that have the same size and another time."""
+    for file in [path] if path.is_file() else path.iterdir():
+        os.utime(file, ns=(0, 0))
+
+
+@over_formats
+def test_a_file_that_changes_while_it_is_loaded_is_an_error(tmp_path, monkeypatch, name):
+    """What was read may be of both; nobody can tell, so that the whole is refused at the end."""
+    path = written(tmp_path, name, trained())
+    stream = loading.stream
+
+    def changes(transfers, advance):
+        stream(transfers, advance)
+        changed(path)
+
+    monkeypatch.setattr(loading, "stream", changes)
+    with pytest.raises(CheckpointError, match="has changed since"):
+        quiet_load(Net, path)
+
+
+def test_a_file_that_changes_while_a_models_own_code_loads_it_is_an_error(tmp_path):
+    path = written(tmp_path, "model.pt", trained())
+
+    class Changes(Net):
+        def _load_from_state_dict(self, *args):
+            super()._load_from_state_dict(*args)
+            changed(path)
+
+    with pytest.raises(CheckpointError, match="has changed since"):
+        quiet_load(Changes, path)
 
 
 def test_torch_state_is_as_before_after_an_error(tmp_path):
@@ -1006,7 +1040,7 @@ def test_of_a_window_no_more_is_read(tmp_path, monkeypatch):
     source = built(lambda: Parallel(0, 600), seed=1)
     path = written(tmp_path, "model.safetensors", source)
     transfers = []
-    monkeypatch.setattr(fastinit.checkpoint, "stream", lambda each, advance: transfers.extend(each))
+    monkeypatch.setattr(loading, "stream", lambda each, advance: transfers.extend(each))
     model = built(lambda: Parallel(200, 500))
     quiet_load(model, path, window=model.window(200, 500))
     read = sum(each.target.numel() * each.dtype.itemsize for each in transfers)

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fastinit
-from fastinit import checkpoint, load, streaming
-from fastinit.checkpoint_files import Checkpoint
-from fastinit.streaming import StoredFile, Transfer, stream
+from fastinit import load
+from fastinit.checkpoint import loading, streaming
+from fastinit.checkpoint.files import Checkpoint
+from fastinit.checkpoint.streaming import StoredFile, Transfer, stream
 
 CHUNK = streaming._CHUNK_BYTES
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.uint8]
@@ -192,16 +193,6 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(file, monkeypatch):
     assert no_reader_is_left()
 
 
-def test_a_file_that_changes_while_it_is_read_is_an_error(file):
-    """The bytes may be of both; nobody can tell, so that the whole is refused at the end."""
-
-    def advance(count):
-        os.utime(file, ns=(0, 0))
-
-    with pytest.raises(OSError, match="has changed since its metadata was read"):
-        stream([Transfer(StoredFile.at(file), 0, torch.float32, torch.empty(1000))], advance)
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_whatever_interrupts_it_leaves_no_thread_that_writes(file, monkeypatch, error):
     """Each reader finishes the chunk that it has, and takes no other."""
@@ -369,7 +360,7 @@ def test_all_of_a_model_that_is_created_here_is_streamed(tmp_path, monkeypatch, 
         streamed.extend(transfers)
         stream(transfers, advance)
 
-    monkeypatch.setattr(checkpoint, "stream", noted)
+    monkeypatch.setattr(loading, "stream", noted)
     model = load(layers, path, "cpu", "bf16", progress=False)
     assert sum(each.target.numel() for each in streamed) == sum(tensor.numel() for tensor in state.values())
     assert all(torch.equal(model.state_dict()[key], tensor.bfloat16()) for key, tensor in state.items())

@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import fastinit
 from fastinit import CheckpointError
-from fastinit.checkpoint_files import Checkpoint
+from fastinit.checkpoint.files import Checkpoint
 
 
 @pytest.fixture(scope="module")

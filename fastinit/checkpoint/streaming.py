@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from . import native
+from .. import native
 
 # Whether reading for a GPU and the copy there are a single call without Python's lock, for which sixteen threads wait
 # otherwise. They are not where the module was built without CUDA, while torch has GPUs, also AMD's; nor with
@@ -306,7 +306,8 @@ def stream(transfers: Sequence[Transfer], advance: Callable[[int], Any] = lambda
         advance: is called with numbers of bytes that have been read, which add up to those of the stored values.
 
     Raises:
-        OSError: from a file. Some targets have their values then, and some a part of them; nothing is being read or
+        OSError: from a file, also one that is not what it was when it is opened; whether it changes later is the
+            caller's to check. Some targets have their values then, and some a part of them; nothing is being read or
             copied any more.
     """
     with torch._C.DisableTorchFunction(), torch.inference_mode(False):
@@ -330,5 +331,3 @@ def stream(transfers: Sequence[Transfer], advance: Callable[[int], Any] = lambda
             chunks.clear()  # after an error, nobody begins another
     for transfer in transfers:
         torch.autograd.graph.increment_version(transfer.target)
-    for file in {transfer.file for transfer in transfers}:
-        file.check()
