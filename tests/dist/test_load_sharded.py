@@ -113,7 +113,7 @@ def by_both(model, mesh):
     by_fsdp2(model, mesh["data"])
 
 
-# The width that each has: what FSDP2 cuts unevenly of tensor parallelism's shards, torch cannot put together again.
+# The width that each has. Of uneven shards of tensor parallelism FSDP2 cuts other rows than `distribute_tensor` says.
 SHARDINGS = {by_fsdp2: 1001, by_tensor_parallelism: 1001, by_both: 1000}
 
 
