@@ -247,7 +247,11 @@ def test_this_compiler_passes_its_own_check(setup):
 
 
 @pytest.mark.parametrize(
-    "module", ["checkpoint", "context", "fills", "layout", "materialization", "recipe", "runs", "sharding"]
+    "module",
+    [
+        *("checkpoint.api", "checkpoint.loading", "context", "fills", "layout"),
+        *("materialization", "recipe", "runs", "sharding"),
+    ],
 )
 def test_the_examples_in_docstrings_run(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
