@@ -38,12 +38,11 @@ _ROW_BYTES = 512
 class Stored(torch.Tensor):
     """Stands for a tensor of a checkpoint, which is read when torch computes with it."""
 
-    _checkpoint: Checkpoint
     key: str
+    _checkpoint: Checkpoint
+    _slices: Slices | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    _slices: Slices | None
 
     @staticmethod
     def of(checkpoint: Checkpoint, name: str, slices: Slices | None = None) -> Stored:

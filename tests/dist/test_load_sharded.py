@@ -2,11 +2,13 @@
 
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given
+from hypothesis import strategies as st
 from models import same_bits
 from ranks import Ranks, cases, distributions, on_every_rank, read_bytes
 from safetensors.torch import save_file
@@ -18,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import fastinit
 from fastinit import CheckpointError
+from fastinit.checkpoint import copies
 from fastinit.checkpoint.files import Checkpoint
 
 
@@ -33,9 +36,10 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("checkpoints")
 
 
-@given(distributions())
+@given(distributions(), st.sampled_from([0, copies._ROW_BYTES]))
 @cases(60)
-def test_every_placement_gets_its_values_rounded_once(folder, distribution):
+def test_every_placement_gets_its_values_rounded_once(folder, distribution, row_bytes):
+    """Whether rows of a few bytes are read one by one, or cut from the mapped file."""
     shape, mesh_shape, placements = distribution
     whole = torch.randn(shape)
     state = {"0": whole, "1": torch.ones(3)}
@@ -52,7 +56,8 @@ def test_every_placement_gets_its_values_rounded_once(folder, distribution):
         local, place = model[0].to_local(), model[0]._local_tensor.data_ptr()
         expected = distribute_tensor(whole.bfloat16(), mesh, placements, src_data_rank=None).to_local()
         for name in ("whole.safetensors", "transposed.pt", "dcp"):
-            fastinit.load(model, folder / name, progress=False)
+            with mock.patch.object(copies, "_ROW_BYTES", row_bytes):
+                fastinit.load(model, folder / name, progress=False)
             assert same_bits(local.contiguous(), expected.contiguous()), name
             assert model[0]._local_tensor.data_ptr() == place and torch.equal(model[1], torch.ones(3))
             for parameter in model:
