@@ -110,7 +110,8 @@ def by_fsdp2(model, mesh):
 def by_tensor_parallelism(model, mesh):
     """Rows of one matrix, columns of the other."""
     for block in model:
-        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        parallelize_module(block, mesh, plan, src_data_rank=None)  # all ranks make the same model
 
 
 def by_both(model, mesh):
@@ -164,6 +165,27 @@ def test_ranks_together_read_a_file_about_once(ranks, folder, shard, world):
     size = path.stat().st_size
     read = ranks.run(load_and_count, path, shard, world, world=world)
     assert 0.9 * size < sum(read) <= 1.1 * size and max(read) <= 1.2 * size / world
+
+
+@pytest.mark.parametrize("shard", SHARDINGS)
+def test_a_model_without_values_is_loaded_and_what_the_file_lacks_is_initialised(folder, shard):
+    width = SHARDINGS[shard]
+    state = made(2, width).state_dict()
+    new = made(1, width).state_dict()
+    lacking = {name: state.pop(name) for name in ("1.down.weight", "2.up.bias", "3.norm.weight")}
+    save_file(state, folder / "part.safetensors")
+
+    def check(rank):
+        with fastinit.on("cpu", "fp32", seed=1, shard=True):
+            model = nn.Sequential(*(Block(width) for _ in range(4)))
+        shard(model, mesh_of(shard, 4))
+        fastinit.materialize(model, empty=True)
+        report = fastinit.LoadReport()
+        fastinit.load(model, folder / "part.safetensors", strict=False, progress=False, report=report)
+        assert set(report.missing) == set(lacking) and not fastinit.uninitialized(model)
+        assert_loaded(model, {name: state.get(name, new[name]) for name in new})
+
+    on_every_rank(4, check)
 
 
 def load_what_is_too_large(path):
