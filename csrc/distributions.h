@@ -258,8 +258,8 @@ FASTINIT_HOST_DEVICE uint16_t float16_bits(float x) {
 
 FASTINIT_HOST_DEVICE uint16_t bfloat16_bits(float x) {
     const uint32_t bits = bits_of(x);
-    if ((bits & ~sign_bit) > 0x7F800000u) return static_cast<uint16_t>(quiet_nan >> 16);
-    return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>((bits & ~sign_bit) > 0x7F800000u ? quiet_nan >> 16 : rounded);
 }
 
 }  // namespace fastinit

@@ -36,6 +36,7 @@ struct Words {
 };
 
 FASTINIT_HOST_DEVICE Words philox4x32(Words counter, uint32_t key0, uint32_t key1) {
+    FASTINIT_UNROLL  // or else the loop over blocks around this one is not turned into vectors
     for (int round = 0; round < Philox::rounds; ++round) {
         const uint64_t p0 = uint64_t{Philox::multiplier0} * counter.w[0];
         const uint64_t p1 = uint64_t{Philox::multiplier1} * counter.w[2];

@@ -2,7 +2,7 @@
 // per instruction set, with that set's Simd and compiler flags.
 //
 // A Simd provides, for vectors of `lanes` 32-bit lanes (Int, Float) and lanes / 2 64-bit lanes (Wide):
-//     Philox      wide, counters, multiply, high, exclusive_or, join, store_blocks
+//     Philox      wide, counters, multiply, high, exclusive_or, join, store_blocks, or philox_words as a whole
 //     arithmetic  load, set, and_, sub, shift_right, to_float_signed, to_float_unsigned, fma, mul, add, div, ...
 //     the table   Table, icdf
 //     output      store, rounding two Float vectors to the stored dtype; stream, past the caches, and finish_streams
@@ -32,6 +32,8 @@ struct BFloat {
 // Philox's keys, and what of its first three rounds is the same for all blocks of a fill that share the counter's
 // upper three words: round 0 multiplies two and round 1 one of them. Words are kept in 64 bits, ready to be broadcast.
 struct Schedule {
+    uint64_t seed, stream;
+    uint32_t block_high;
     uint64_t key0[Philox::rounds];
     uint64_t key1[Philox::rounds];
     uint64_t round0_word2;  // xored to the high half of block low * multiplier0
@@ -42,6 +44,9 @@ struct Schedule {
 
 inline Schedule make_schedule(uint64_t seed, uint64_t stream, uint32_t block_high) {
     Schedule s;
+    s.seed = seed;
+    s.stream = stream;
+    s.block_high = block_high;
     for (int r = 0; r < Philox::rounds; ++r) {
         s.key0[r] = static_cast<uint32_t>(seed + uint64_t{Philox::key_step0} * r);
         s.key1[r] = static_cast<uint32_t>((seed >> 32) + uint64_t{Philox::key_step1} * r);
@@ -139,8 +144,9 @@ inline Constants<S> make_constants(const Distribution& d) {
     return c;
 }
 
+// Always inlined: as a call it would pass vectors through memory, and GCC takes it for too large in the portable kernel.
 template <class S, Transform T>
-inline typename S::Float transform(const Constants<S>& c, typename S::Int w) {
+[[gnu::always_inline]] inline typename S::Float transform(const Constants<S>& c, typename S::Int w) {
     using Float = typename S::Float;
     using Int = typename S::Int;
     if constexpr (T == Transform::uniform) {

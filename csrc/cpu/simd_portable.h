@@ -1,5 +1,5 @@
 // The kernel's vocabulary in plain C++, for machines without a vector version: the operations of philox.h and
-// distributions.h over short arrays.
+// distributions.h over short arrays. A compiler makes vectors of it, for NEON for one.
 #pragma once
 
 #include "../distributions.h"
@@ -9,16 +9,12 @@ namespace {
 
 struct Portable {
     static constexpr int lanes = 8;
-    static constexpr int philox_groups = 1;
 
     struct Int {
         uint32_t v[lanes];
     };
     struct Float {
         float v[lanes];
-    };
-    struct Wide {
-        uint64_t v[lanes / 2];
     };
     struct Mask {
         bool v[lanes];
@@ -30,45 +26,6 @@ struct Portable {
         R r;
         for (int i = 0; i < lanes; ++i) r.v[i] = f(i);
         return r;
-    }
-    template <class F>
-    static Wide each_wide(F f) {
-        Wide r;
-        for (int i = 0; i < lanes / 2; ++i) r.v[i] = f(i);
-        return r;
-    }
-
-    static Wide wide(uint64_t x) {
-        return each_wide([=](int) { return x; });
-    }
-    static Wide counters(uint32_t block) {
-        return each_wide([=](int i) { return block + static_cast<uint32_t>(i); });
-    }
-    static Wide multiply(const Wide& a, const Wide& b) {
-        return each_wide(
-            [&](int i) { return uint64_t{static_cast<uint32_t>(a.v[i])} * static_cast<uint32_t>(b.v[i]); });
-    }
-    static Wide high(const Wide& a) {
-        return each_wide([&](int i) { return a.v[i] >> 32; });
-    }
-    static Wide exclusive_or(const Wide& a, const Wide& b) {
-        return each_wide([&](int i) { return a.v[i] ^ b.v[i]; });
-    }
-    static Wide exclusive_or(const Wide& a, const Wide& b, const Wide& c) {
-        return each_wide([&](int i) { return a.v[i] ^ b.v[i] ^ c.v[i]; });
-    }
-    static Wide join(const Wide& product, const Wide& word, const Wide& key) {
-        return each_wide([&](int i) {
-            return (product.v[i] << 32) | static_cast<uint32_t>((product.v[i] >> 32) ^ word.v[i] ^ key.v[i]);
-        });
-    }
-    static void store_blocks(uint32_t* out, const Wide& word01, const Wide& word23) {
-        for (int i = 0; i < lanes / 2; ++i) {
-            out[4 * i] = static_cast<uint32_t>(word01.v[i]);
-            out[4 * i + 1] = static_cast<uint32_t>(word01.v[i] >> 32);
-            out[4 * i + 2] = static_cast<uint32_t>(word23.v[i]);
-            out[4 * i + 3] = static_cast<uint32_t>(word23.v[i] >> 32);
-        }
     }
 
     static Int load(const uint32_t* p) {
@@ -162,9 +119,28 @@ struct Portable {
     static void store(Out* out, const Float& x, const Float& y) {
         for (int i = 0; i < lanes; ++i) out[i] = round(x.v[i], Out{}), out[lanes + i] = round(y.v[i], Out{});
     }
-    static Half round(float x, Half) { return {float16_bits(x)}; }
+    static Half round(float x, Half) {
+#if defined(__aarch64__)  // has an instruction for it, which makes quiet_nan the NaN of the same sign and payload
+        const __fp16 rounded = x;
+        Half half;
+        std::memcpy(&half, &rounded, sizeof half);
+        return half;
+#else
+        return {float16_bits(x)};
+#endif
+    }
     static BFloat round(float x, BFloat) { return {bfloat16_bits(x)}; }
 };
+
+// A loop over whole blocks, which GCC and Clang turn into one over as many as a vector has lanes.
+template <>
+inline void philox_words<Portable>(const Schedule& s, uint32_t block, uint32_t count, uint32_t* out) {
+    const uint64_t high = uint64_t{s.block_high} << 32;
+    for (uint64_t i = 0; i < count; ++i) {
+        const Words words = block_words(s.seed, s.stream, high | static_cast<uint32_t>(block + i));
+        for (int k = 0; k < 4; ++k) out[4 * i + k] = words.w[k];
+    }
+}
 
 }  // namespace
 }  // namespace fastinit
