@@ -19,6 +19,7 @@ from ..execution import DTYPES, is_native
 from ..native import CONSTANT, NORMAL, UNIFORM
 from ..recipe import Region, Write
 from .dispatch import RECORDED, create, wrap
+from .precision import complex_of
 from .recorded import is_worth_recording
 from .records import HALVES, view_of
 from .tensors import Placeholder, become_real, concrete, tensors_in
@@ -333,7 +334,7 @@ def _dtype_of_data(data: Any, default: torch.dtype) -> torch.dtype | None:
         elif type(each) is float:
             own = default
         elif type(each) is complex:
-            own = default.to_complex()
+            own = complex_of(default)
         elif type(each) in (bool, int):
             own = torch.bool if type(each) is bool else torch.int64
         else:

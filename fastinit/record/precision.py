@@ -47,7 +47,15 @@ WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.in
 
 def of_default(dtype: torch.dtype, default: torch.dtype) -> torch.dtype:
     """The dtype that torch gives for this one, made of whole numbers alone, where the default dtype is another one."""
-    return {torch.float32: default, torch.complex64: default.to_complex()}.get(dtype, dtype)
+    return {torch.float32: default, torch.complex64: complex_of(default)}.get(dtype, dtype)
+
+
+def complex_of(default: torch.dtype) -> torch.dtype:
+    """The dtype that torch gives complex numbers where this one is the default.
+
+    For bf16 that is not ``to_complex()``, which from torch 2.14 on is a complex dtype of 32 bits.
+    """
+    return torch.complex64 if default is torch.bfloat16 else default.to_complex()
 
 
 def in_doubles(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
