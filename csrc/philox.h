@@ -36,7 +36,8 @@ struct Words {
 };
 
 FASTINIT_HOST_DEVICE Words philox4x32(Words counter, uint32_t key0, uint32_t key1) {
-    FASTINIT_UNROLL  // or else the loop over blocks around this one is not turned into vectors
+    // Not unrolled, this loop keeps one over blocks around it from being turned into vectors.
+    FASTINIT_UNROLL
     for (int round = 0; round < Philox::rounds; ++round) {
         const uint64_t p0 = uint64_t{Philox::multiplier0} * counter.w[0];
         const uint64_t p1 = uint64_t{Philox::multiplier1} * counter.w[2];

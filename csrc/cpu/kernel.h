@@ -144,7 +144,7 @@ inline Constants<S> make_constants(const Distribution& d) {
     return c;
 }
 
-// Always inlined: as a call it would pass vectors through memory, and GCC takes it for too large in the portable kernel.
+// Always inlined: GCC takes the portable kernel's for too large, and a call passes its vectors through memory.
 template <class S, Transform T>
 [[gnu::always_inline]] inline typename S::Float transform(const Constants<S>& c, typename S::Int w) {
     using Float = typename S::Float;
