@@ -24,6 +24,7 @@ py::object new_placeholder(const py::object& object, bool requires_grad) {
     }
     const py::object args = checked(PyTuple_Pack(2, state.placeholder, record->shape));
     py::object tensor = checked(PyObject_Call(state.make, args.ptr(), borrow(options).ptr()));
+    call(state.refuse_address, {tensor.ptr()});
     set_attribute(tensor.ptr(), names->_record, object.ptr());
     set_attribute(tensor.ptr(), names->_region, Py_None);
     const py::object ref = checked(PyWeakref_NewRef(tensor.ptr(), nullptr));

@@ -145,6 +145,7 @@ py::tuple connect(const py::kwargs& connected) {
     state.parameter = keep(torch.attr("nn").attr("Parameter"));
     state.size = keep(torch.attr("Size"));
     state.make = keep(tensor.attr("_make_wrapper_subclass"));
+    state.refuse_address = keep(low.attr("_set_throw_on_mutable_data_ptr"));
     state.empty = keep(torch.attr("empty"));
     state.increment_version = keep(low.attr("_increment_version"));
     state.modes_off = keep(low.attr("DisableTorchFunction"));

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import native
 from ..execution import allocate
+from ..layout import contiguous_strides
 from ..recipe import COPIED, Region
 from . import fast
 from .records import Record, is_in_order, lock, modes_off, view_of
@@ -161,22 +162,27 @@ def stand_for(record: Record, region: Region | None = None) -> Placeholder:
         with torch.inference_mode(False):
             return stand_for(record, region)
     tensor: Placeholder
-    if region is None:
-        if fast.in_use:
-            tensor = native.new_placeholder(record)
-            return tensor
-        tensor = _make(Placeholder, record.shape, dtype=record.dtype, device=record.device)
-    else:
-        offset, sizes, strides = region
-        tensor = _make(
-            Placeholder, sizes, strides=strides, storage_offset=offset, dtype=record.dtype, device=record.device
-        )
+    if region is None and fast.in_use:
+        tensor = native.new_placeholder(record)
+        return tensor
+    tensor = without_storage(Placeholder, record, region)
     tensor._record, tensor._region = record, region
     record.tensors.append(weakref.ref(tensor))
     return tensor
 
 
+def without_storage(kind: type[torch.Tensor], record: Any, region: Region | None) -> Any:
+    """A new tensor of a class of this package, with the sizes and strides of a region."""
+    offset, sizes, strides = region or Region(0, record.shape, contiguous_strides(record.shape))
+    tensor = _make(kind, sizes, strides=strides, storage_offset=offset, dtype=record.dtype, device=record.device)
+    _refuse_address(tensor)
+    return tensor
+
+
 _make: Any = torch.Tensor._make_wrapper_subclass
+
+# C++ that no dispatcher sees (torch's to_dlpack, extensions) asks for an address, and would take null for one.
+_refuse_address: Any = torch._C._set_throw_on_mutable_data_ptr
 
 
 def deep_copy(tensor: Any, memo: dict[int, Any], stand_for: Callable[..., Any]) -> torch.Tensor:

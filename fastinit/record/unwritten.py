@@ -18,12 +18,12 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..execution import DTYPES, Fills, Timing, allocate
-from ..layout import Box, contiguous_strides, numel
+from ..layout import Box, numel
 from ..log import logger
 from ..recipe import Region, Write
 from ..runs import Runs
 from .records import lock, modes_off, view_of
-from .tensors import attributes_of, deep_copy, is_leaf, swap_impl, swap_in
+from .tensors import attributes_of, deep_copy, is_leaf, swap_impl, swap_in, without_storage
 
 
 class Key:
@@ -373,14 +373,8 @@ def _made(rest: Rest, region: Region | None) -> Unwritten:
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             return _made(rest, region)
-    offset, sizes, strides = region or Region(0, rest.shape, contiguous_strides(rest.shape))
-    tensor: Unwritten = _make(
-        Unwritten, sizes, strides=strides, storage_offset=offset, dtype=rest.dtype, device=rest.device
-    )
+    tensor: Unwritten = without_storage(Unwritten, rest, region)
     return tensor
-
-
-_make: Any = torch.Tensor._make_wrapper_subclass
 
 
 def _take(tensor: Unwritten, value: torch.Tensor) -> None:

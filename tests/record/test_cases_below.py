@@ -16,6 +16,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+import fastinit
+
+# As a library has it that was imported before any block.
+to_dlpack = torch.utils.dlpack.to_dlpack
+
 # What torch deprecates is still called in constructors.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -200,6 +205,21 @@ def test_an_address_is_that_of_written_memory(dtype, source):
 
     (right,) = operands([(4,)], source)
     assert inside(read, dtype) == right.to(DTYPES[dtype]).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("keep", [{}, {"empty": True}, {"shard": True}], ids=str)
+def test_code_of_cpp_that_asks_no_dispatcher_is_refused_an_address(keep):
+    with fastinit.on("cpu", **keep):
+        model = nn.Linear(4, 4)
+        for tensor in (torch.randn(3), torch.randn(3)[1:], model.weight.detach()):
+            with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+                to_dlpack(tensor)
+    for parameter in model.parameters():
+        if keep:
+            with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+                to_dlpack(parameter.detach())
+        else:
+            assert torch.equal(torch.from_dlpack(to_dlpack(parameter.detach())), parameter)
 
 
 @over_dtypes
