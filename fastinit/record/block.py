@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 import weakref
 from collections import Counter, OrderedDict, deque
@@ -107,6 +108,7 @@ class Block(native.Block):
         self.modules = {}
         self._reserved_for = 0
         self._existing: dict[int, tuple[int, int]] = {}
+        self._had_compiler = "torch._dynamo" in sys.modules
         self.report: weakref.ref[Any] | None = None
         self.histories: dict[StorageWeakRef, tuple[int, History]] = {}
 
@@ -266,6 +268,10 @@ class Block(native.Block):
         """Make every placeholder an ordinary tensor with its memory and values, or leave all as they are."""
         if not self.records:
             return
+        if not self._had_compiler and "torch._dynamo" in sys.modules:
+            # torch has imported it for an operator on meta. Exceptions that it caught meanwhile hold the constructor's
+            # frames, with placeholders that nobody else has, until the garbage collector finds them.
+            gc.collect()
         with lock, modes_off(), torch.no_grad():
             records = self.waiting()
             for record in records:

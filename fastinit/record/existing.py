@@ -2,7 +2,8 @@
 
 That of distributed ones, and of what a block left unwritten, is recorded on a placeholder of the whole tensor, and then
 written to what this rank holds of it: an element's value depends on its place in the whole, and so is the same on any
-number of ranks and any mesh. Ordinary ones are filled at once.
+number of ranks and any mesh. What is unwritten and on the meta device has nowhere to be written: its recipe becomes
+another one. Ordinary tensors are filled at once.
 """
 
 from __future__ import annotations
@@ -24,28 +25,45 @@ from .dispatch import create
 from .factories import in_functorch
 from .records import Record, modes_off, view_of
 from .tensors import Placeholder, stand_for
-from .unwritten import Unwritten, memory_to_write, wrote
+from .unwritten import Key, Unwritten, memory_to_write, record_again, rest_of, wrote
 
 
 def takes(block: Block, tensor: Any) -> bool:
     """Whether a tensor is one that this module initialises."""
     if not is_dtensor(tensor) and type(tensor) is not Unwritten:
         return False
-    local = local_tensor(tensor) if is_dtensor(tensor) else tensor
-    return can_fill(tensor.dtype, local.device)
+    return can_fill(tensor.dtype, _device_of(block, _local(tensor)))
+
+
+def is_recorded_again(block: Block, tensor: Any) -> bool:
+    """Whether a tensor is unwritten and on the meta device, where an initialisation changes what is recorded."""
+    return takes(block, tensor) and type(_local(tensor)) is Unwritten and _local(tensor).is_meta
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return local_tensor(tensor) if is_dtensor(tensor) else tensor
+
+
+def _device_of(block: Block, local: torch.Tensor) -> torch.device:
+    """Where a tensor's values are computed."""
+    return block.device if local.is_meta else local.device
 
 
 def initialise(block: Block, tensor: torch.Tensor, record: Callable[[torch.Tensor], Any]) -> None:
     """Give a tensor what `record` does to a placeholder of its whole."""
     with modes_off():
-        local = local_tensor(tensor) if is_dtensor(tensor) else tensor
-        whole = create(block, tuple(tensor.shape), tensor.dtype, local.device, None)
+        local = _local(tensor)
+        whole = create(block, tuple(tensor.shape), tensor.dtype, _device_of(block, local), None)
     record(whole)
     with modes_off(), torch.no_grad():
         if is_dtensor(tensor):
             _agree_on_key(block)  # also those ranks that have no element
         if type(whole) is Placeholder and whole._record.recipe == ():
             return  # nothing was asked for
+        if type(local) is Unwritten and local.is_meta:
+            if type(whole) is Placeholder:
+                _record_again(block, tensor, local, whole._record)
+            return
         memory = memory_to_write(local) if type(local) is Unwritten else local.detach()
         if memory is not None and memory.numel():
             boxes = local_boxes(tensor) if is_dtensor(tensor) else None
@@ -53,6 +71,18 @@ def initialise(block: Block, tensor: torch.Tensor, record: Callable[[torch.Tenso
         if type(local) is Unwritten:
             wrote(local)
         torch.autograd.graph.increment_version(tensor)
+
+
+def _record_again(block: Block, tensor: torch.Tensor, local: Unwritten, record: Record) -> None:
+    """Let what is on the meta device have another recipe."""
+    if record.recipe is None:
+        raise RuntimeError(
+            f"fastinit: {rest_of(local).origin.name!r} is on the meta device, and this block computes its new values "
+            "at once; enter the block with shard=True, which records them, or materialize the model first"
+        )
+    block.keep_order(record.recipe, record)
+    shape = None if tensor is local else tuple(tensor.shape)
+    record_again(local, record.recipe, Key(block.seed, block.seed_agreed), shape)
 
 
 def _write(block: Block, memory: torch.Tensor, boxes: list[Box] | None, whole: torch.Tensor, *, zeros: bool) -> None:

@@ -273,6 +273,20 @@ def _normal(block: Block, tensor: Any, *args: Any, generator: Any = None, **kwar
     return NotImplemented if generator is not None else _fill(block, tensor, NORMAL, (mean, std))
 
 
+@_fills(torch.Tensor.fill_)
+def _constant(block: Block, tensor: Any, value: Any) -> Any:
+    """Constants need no fill of ours, but where they are to be recorded."""
+    if not existing.is_recorded_again(block, tensor) or (torch.is_grad_enabled() and tensor.requires_grad):
+        return NotImplemented
+    existing.initialise(block, tensor, lambda whole: whole.fill_(value))
+    return tensor
+
+
+@_fills(torch.Tensor.zero_)
+def _zero(block: Block, tensor: Any) -> Any:
+    return _constant(block, tensor, 0.0)
+
+
 _METHODS: dict[int, Callable[..., Any]] = {UNIFORM: torch.Tensor.uniform_, NORMAL: torch.Tensor.normal_}
 
 

@@ -14,7 +14,8 @@ import torch
 from ..native import CONSTANT
 from ..recipe import Region, Write
 from . import fast
-from .dispatch import operator_of
+from .block import current
+from .dispatch import RECORDED, operator_of
 from .records import is_in_order, is_whole, lock, modes_off, view_of
 from .tensors import concrete, map_tensors, tensors_in
 from .unwritten import Rest, Unwritten, readable, refuse, region_of, rest_of, stand_for
@@ -264,8 +265,13 @@ def _new_zeros(func: Any, tensor: Unwritten, size: Any, **options: Any) -> Any:
     *(aten.new_ones.default, aten.new_full.default),
 )
 def _like_it(func: Any, tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
-    """A tensor of the dtype and device of one that has no memory."""
+    """A tensor of the dtype and device of one that has no memory; in another block, recorded there like any other."""
     meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    if current.get() is not None and type(tensor) is Unwritten:
+        there = {**options, "device": options.get("device") or rest_of(tensor).origin.device}
+        result = RECORDED[func](func, meta, *args, **there)
+        if result is not NotImplemented:
+            return result
     return func(meta, *args, **{**options, "device": options.get("device") or tensor.device})
 
 

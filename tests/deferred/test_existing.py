@@ -64,17 +64,21 @@ def shards(model, how):
     return fully_shard(parallelize_module(model, mesh["tensor"], plan), mesh=mesh["data"])
 
 
-def _check_order_of_torchtitan(how, dtype, recorded):
+def _check_order_of_torchtitan(how, dtype, recorded, on_meta=False):
     if recorded:
         with fastinit.on("cpu", dtype, seed=SEED + 1, shard=True):
             model = Net()
     else:
         with torch.device("meta"):
             model = Net().to(dtype)
-    shards(model, how).to_empty(device="cpu")
+    shards(model, how)
+    if not on_meta:
+        model.to_empty(device="cpu")
     torch.manual_seed(dist.get_rank())
     with fastinit.on("cpu", seed=SEED) as report:
         model.init_weights()
+    if on_meta:
+        fastinit.materialize(model)
     assert report.parameters > 0 and fastinit.uninitialized(model) == []
     expected = registered(whole(dtype))
     for name, tensor in registered(model).items():
@@ -95,6 +99,11 @@ def _check_order_of_torchtitan(how, dtype, recorded):
 )
 def test_init_weights_of_shards_gives_the_bits_of_the_whole_model(ranks, how, world, dtype, recorded):
     ranks.run(_check_order_of_torchtitan, how, dtype, recorded, world=world)
+
+
+@pytest.mark.parametrize("how, world", [("FSDP2", 3), ("TP", 2), ("HSDP", 4), ("FSDP2 over TP", 4)])
+def test_init_weights_of_unwritten_shards_on_meta_changes_what_materialize_gives_them(ranks, how, world):
+    ranks.run(_check_order_of_torchtitan, how, torch.bfloat16, True, True, world=world)
 
 
 def _check_seeds_that_differ():
@@ -132,17 +141,55 @@ def test_fill_takes_distributed_tensors(ranks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("way", ["empty", "shard"])
+@pytest.mark.parametrize("way", ["empty", "shard", "shard, on meta"])
 def test_init_weights_of_what_a_block_left_unwritten_gives_the_bits_of_an_ordinary_model(way, dtype):
-    with fastinit.on("cpu", dtype, seed=SEED + 1, **{way: True}):
+    with fastinit.on("cpu", dtype, seed=SEED + 1, **{way.partition(",")[0]: True}):
         model = Net()
     if way == "shard":
         model.to_empty(device="cpu")
     with fastinit.on("cpu", seed=SEED):
         model.init_weights()
+    if "meta" in way:
+        assert all(parameter.is_meta for parameter in model.parameters())
+        fastinit.materialize(model)
     assert fastinit.uninitialized(model) == []
     expected = registered(whole(dtype))
     for name, tensor in registered(model).items():
+        assert type(tensor) is nn.Parameter and same_bits(tensor, expected[name]), name
+
+
+def test_what_is_on_meta_takes_constants_in_its_parts_and_refuses_what_cannot_be_recorded():
+    with fastinit.on("cpu", seed=SEED, shard=True):
+        model = nn.Embedding(6, 4)
+    with fastinit.on("cpu", seed=SEED + 1), torch.no_grad():
+        model.weight.normal_(0, 0.1)
+        model.weight[2].zero_()
+        with pytest.raises(RuntimeError, match="'weight' is on the meta device"):
+            model.weight[3].normal_()
+    with fastinit.on("cpu", seed=SEED + 1), torch.no_grad():
+        expected = torch.empty(6, 4).normal_(0, 0.1)
+        expected[2] = 0
+    assert fastinit.materialize(model) == ["weight"]
+    assert same_bits(model.weight, expected)
+
+
+@pytest.mark.parametrize("keep", ["empty", "shard"])
+def test_a_tensor_like_an_unwritten_one_is_recorded_in_the_next_block(keep):
+    def made(**options):
+        with fastinit.on("cpu", "bf16", seed=SEED):
+            with fastinit.on("cpu", "bf16", seed=SEED + 1, **options):
+                inner = nn.Linear(3, 2)
+            model = nn.Module()
+            model.noise = nn.Parameter(torch.randn_like(inner.weight))
+            model.scale = nn.Parameter(inner.bias.new_full((3,), 0.1))
+            model.ones = nn.Parameter(torch.ones_like(inner.weight, dtype=torch.float32))
+            model.inner = inner
+        fastinit.materialize(model)
+        return registered(model)
+
+    ours, expected = made(**{keep: True}), made()
+    assert list(ours) == list(expected)
+    for name, tensor in ours.items():
         assert type(tensor) is nn.Parameter and same_bits(tensor, expected[name]), name
 
 
