@@ -32,6 +32,7 @@ from .log import logger
 from .record import guest
 from .record.block import Block, Empty, current
 from .record.history import Found, hand_over, written
+from .record.kept import keep_values
 from .record.mode import Mode
 from .record.names import name_streams
 from .record.pending import leave_unwritten
@@ -277,6 +278,8 @@ class on:
             if block.shard or block.empty:
                 leave_unwritten(block)
             block.settle()
+            if self._shard is True:
+                keep_values(block)
             if outer is not None and outer.is_reported():
                 hand_over(found, outer)
             if exc_type is None and not isinstance(self._shard, bool):

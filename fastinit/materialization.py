@@ -22,6 +22,7 @@ from .execution import Timing, allocate, refuse_capture, reserve
 from .layout import Box, Slices, contiguous_strides, numel, slices_of
 from .recipe import Region
 from .record.block import warn_never_initialised
+from .record.kept import release
 from .record.records import lock, modes_off, view_of
 from .record.tensors import concrete, swap_in
 from .record.unwritten import (
@@ -74,6 +75,12 @@ def unwritten_tensors(model: nn.Module, *, recurse: bool = True) -> list[Named]:
             else:
                 named.setdefault(id(tensor), Named(f"{prefix}.{name}" if prefix else name, tensor, unwritten))
     return list(named.values())
+
+
+def _release(model: nn.Module, *, recurse: bool = True) -> None:
+    """Let tensors that have their values be torch's own."""
+    for _, tensor in _tensors(model, recurse=recurse):
+        release(tensor)
 
 
 def _require_module(function: str, model: Any) -> None:
@@ -216,6 +223,7 @@ def materialize(
     with adding_to(report) as timing, lock, modes_off(), torch.no_grad():
         named = unwritten_tensors(model)
         _refuse_unrecorded(_tensors(model), named)
+        _release(model)
         named = _with_agreed_seeds(named)
         if empty:
             named = [each for each in named if each.unwritten.is_meta]
@@ -252,6 +260,7 @@ def param_init_fn(module: nn.Module) -> None:
     with lock, modes_off(), torch.no_grad():
         named = unwritten_tensors(module, recurse=False)
         _refuse_unrecorded(_tensors(module, recurse=False), named)
+        _release(module, recurse=False)
         _give_values(_with_agreed_seeds(named))
 
 

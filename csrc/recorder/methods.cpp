@@ -11,12 +11,14 @@ py::object new_placeholder(const py::object& object, bool requires_grad) {
     // The options of the last call are those of this one, mostly.
     static struct {
         PyObject *dtype, *device, *options;
-    } last[2];
-    auto& [dtype, device, options] = last[requires_grad];
+    } last[2][2];
+    const bool defers = reinterpret_cast<Block*>(record->block)->defers;
+    auto& [dtype, device, options] = last[defers][requires_grad];
     if (record->dtype != dtype || record->device != device) {
         const py::object fresh = py::dict();
         check(PyDict_SetItem(fresh.ptr(), names->dtype, record->dtype));
         check(PyDict_SetItem(fresh.ptr(), names->device, record->device));
+        if (defers) check(PyDict_SetItem(fresh.ptr(), names->storage_size, state.zero));  // see without_storage
         if (requires_grad) check(PyDict_SetItem(fresh.ptr(), names->requires_grad, Py_True));
         assign(dtype, record->dtype);
         assign(device, record->device);

@@ -109,6 +109,7 @@ PyMemberDef block_members[] = {{"device", T_OBJECT, offsetof(Block, device), 0, 
                                {"generator", T_OBJECT, offsetof(Block, generator), 0, nullptr},
                                {"modules", T_OBJECT, offsetof(Block, modules), 0, nullptr},
                                {"dropped", T_PYSSIZET, offsetof(Block, dropped), 0, nullptr},
+                               {"defers", T_BOOL, offsetof(Block, defers), 0, nullptr},
                                {nullptr, 0, 0, 0, nullptr}};
 PyMemberDef generator_members[] = {{"_seed", T_ULONGLONG, offsetof(Generator, seed), 0, nullptr},
                                    {"streams", T_ULONGLONG, offsetof(Generator, streams), 0, nullptr},

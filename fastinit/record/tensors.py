@@ -172,9 +172,13 @@ def stand_for(record: Record, region: Region | None = None) -> Placeholder:
 
 
 def without_storage(kind: type[torch.Tensor], record: Any, region: Region | None) -> Any:
-    """A new tensor of a class of this package, with the sizes and strides of a region."""
+    """A new tensor of a class of this package, with the sizes and strides of a region.
+
+    Its storage has no bytes: TorchScript writes as many to a file as it has, from no address.
+    """
     offset, sizes, strides = region or Region(0, record.shape, contiguous_strides(record.shape))
-    tensor = _make(kind, sizes, strides=strides, storage_offset=offset, dtype=record.dtype, device=record.device)
+    options = {"dtype": record.dtype, "device": record.device, "storage_size": 0}
+    tensor = _make(kind, sizes, strides=strides, storage_offset=offset, **options)
     _refuse_address(tensor)
     return tensor
 

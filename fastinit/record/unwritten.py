@@ -284,6 +284,9 @@ class Unwritten(torch.Tensor):
         name = self._record.origin.name
         return f"tensor(unwritten {name!r}, size={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
+    def __format__(self, specification: str) -> str:
+        return format(self.item(), specification) if specification and not self.dim() else repr(self)
+
     @property
     def data(self) -> torch.Tensor:
         with modes_off():

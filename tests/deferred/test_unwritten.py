@@ -12,7 +12,7 @@ import warnings
 
 import pytest
 import torch
-from models import SEED, built, same_bits
+from models import SEED, built, registered, same_bits
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -147,11 +147,44 @@ def test_it_stays_unwritten_and_is_written_right_wherever_it_goes(make, change):
     assert sorted(fastinit.uninitialized(model)) == sorted(make.names)
     with pytest.raises(RuntimeError, match=r"fastinit: .*(first|second)\.\w+ .*was created without values"):
         model(X)
-    if make.shards and "to_empty" in change:
-        model.noise.copy_(built(Net).noise)  # a buffer that had values: torch leaves raw memory in its place
     assert_values(finished(model))
 
 
+# Those that are not about the layers of the other model here.
+KEEPING = [name for name in CHANGES if name != "another module" and "second" not in CHANGES[name].__code__.co_names]
+
+
+class Buffers(nn.Module):
+    """Buffers of several dtypes, one of a transposed matrix, and parameters that the constructor computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.decay = nn.Parameter(torch.log(torch.arange(1, 9).float()))
+        self.register_buffer("positions", torch.arange(8))
+        self.register_buffer("mask", torch.ones(8, 8).tril().bool())
+        self.register_buffer("table", torch.outer(torch.arange(3), 1 / torch.arange(1, 9)).t(), persistent=False)
+        self.register_buffer("noise", torch.randn(8))
+
+
+@pytest.mark.filterwarnings("ignore:fastinit. .* is saved without values")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("change", KEEPING)
+def test_what_has_values_in_a_model_of_shards_keeps_them_whoever_gives_it_memory(change, dtype):
+    with fastinit.on("cpu", dtype, seed=SEED, shard=True):
+        model = Buffers()
+    model = CHANGES[change](model)
+    fastinit.materialize(model)
+    expected = registered(built(Buffers, dtype))
+    found = registered(model)
+    assert list(found) == list(expected)
+    for name, tensor in found.items():
+        assert type(tensor) in (nn.Parameter, torch.Tensor) and not vars(tensor), name
+        assert same_bits(tensor, expected[name].to(tensor.dtype)), name
+        assert tensor.stride() == expected[name].stride(), name
+
+
+@pytest.mark.filterwarnings("ignore:fastinit. .* is saved without values")
 def test_a_conversion_to_half_precision_rounds_once(make):
     model = make().to(torch.bfloat16)
     assert sorted(fastinit.uninitialized(model)) == sorted(make.names)
@@ -268,6 +301,8 @@ USES = {
     "dlpack": lambda m, p: torch.utils.dlpack.from_dlpack(m.first.weight.detach()),
     "tolist": lambda m, p: m.first.weight.tolist(),
     "item": lambda m, p: m.first.weight[0, 0].item(),
+    "a format": lambda m, p: f"{m.first.weight[0, 0]:.3f}",
+    "a list of numbers": lambda m, p: torch.tensor([m.first.weight[0, 0], 1.0]),
     "bool": lambda m, p: bool(m.first.weight[0, 0] > 0),
     "in place": lambda m, p: m.first.weight.data.mul_(2),
     "a slice in place": lambda m, p: m.first.weight.data[0].add_(2),
@@ -321,6 +356,14 @@ def test_scripted_modules_are_refused_and_the_log_tells_what_torchscript_leaves_
         with pytest.raises(RuntimeError, match="failed in the TorchScript interpreter"):
             scripted(X)
     assert re.search(r"fastinit: first\.(weight|bias) .*was created without values", caplog.text)
+
+
+def test_torchscript_saves_no_memory_of_what_is_unwritten(make):
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(make()), file)
+    file.seek(0)
+    with pytest.raises(RuntimeError, match="storage only has 0 bytes"):
+        torch.jit.load(file)
 
 
 def test_whoever_asks_for_an_address_gets_initialised_memory():

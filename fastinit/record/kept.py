@@ -1,0 +1,96 @@
+"""What a block with `shard=True` leaves with values: buffers, mostly, of a model that is not materialised yet.
+
+Such a model is often given memory by `torch.nn.Module.to_empty`, which would leave these tensors without their values.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from .block import Block
+from .records import modes_off
+from .tensors import tensors_in
+
+_TENSOR: Any = torch.Tensor
+
+_GETTER = type(_TENSOR.shape.__get__)
+
+# What only moves a tensor, or converts it.
+_CONVERTS = frozenset(
+    getattr(torch.Tensor, name)
+    for name in (
+        *"bfloat16 clone cpu cuda detach double float half requires_grad_ to type".split(),
+        *"dim is_floating_point is_complex numel size stride".split(),
+    )
+) | {_TENSOR.data.__get__, torch.is_floating_point, torch.is_complex, torch._has_compatible_shallow_copy_type}
+
+
+class Kept(torch.Tensor):
+    """An ordinary tensor in all but this: a tensor that is made like it gets its values.
+
+    Whoever uses it in any other way makes it one of torch's own class.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kept = [each for each in tensors_in((args, kwargs)) if type(each) is Kept]
+        for each in kept:
+            release(each)
+        result = _with_values(*args, **kwargs) if func is torch.empty_like else func(*args, **kwargs)
+        converts = func is torch.empty_like or func in _CONVERTS
+        if converts or type(func) is _GETTER:
+            for each in kept:
+                _keep(each)
+            if converts:
+                _keep(result, of=args[0])
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        release(self)  # a parameter has another method than other tensors
+        result: torch.Tensor = copy.deepcopy(self, memo)
+        _keep(self)
+        _keep(result, of=self)
+        return result
+
+
+def _with_values(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+    with modes_off(), torch.no_grad():
+        result = torch.empty_like(tensor, **options)
+        return result if result.is_meta else result.copy_(_values(tensor))
+
+
+def _values(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with the values of one that is on the meta device, perhaps, and has come there from elsewhere."""
+    values: torch.Tensor = tensor.__dict__.get("_values", tensor)
+    return values
+
+
+def _keep(tensor: Any, of: torch.Tensor | None = None) -> None:
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return
+    if tensor.is_meta and of is not None:
+        tensor._values = _values(of)
+    if not _values(tensor).is_meta:
+        if type(tensor) is torch.nn.Parameter:
+            tensor._is_param = True
+        tensor.__class__ = Kept
+
+
+def release(tensor: torch.Tensor) -> None:
+    """Let a tensor be one of torch's own class again, if it is not."""
+    if type(tensor) is Kept:
+        kind: Any = torch.nn.Parameter if tensor.__dict__.pop("_is_param", False) else torch.Tensor
+        tensor.__class__ = kind
+
+
+def keep_values(block: Block) -> None:
+    """Let the modules of a block keep what they have with values, whatever gives them memory before `materialize`."""
+    for ref in block.modules.values():
+        module = ref()
+        if module is not None:
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                _keep(tensor)
