@@ -111,7 +111,11 @@ def _install() -> None:
     for owner in (torch, torch.utils.dlpack):
         _replace(owner, "to_dlpack", _real_first)
     _replace(torch, "compile", _compiled_later)
-    _replace(sys.modules.get("torch.distributed"), "Reducer", _real_first)
+    _replace(sys.modules.get("torch.distributed"), "Reducer", lambda function: _named_first(_real_first(function)))
+    # Where DistributedDataParallel and FSDP1 are about to read all parameters, or to make one of them.
+    _replace(sys.modules.get("torch.nn.parallel.distributed"), "_verify_param_shape_across_processes", _named_first)
+    fsdp1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
+    _replace(sys.modules.get(fsdp1), "_init_ignored_module_states", _named_first)
     _replace(sys.modules.get("torch.jit._recursive"), "create_script_module_impl", _all_real_first)
     # Where torch shards a model: what is pending goes there on meta, for each rank to be given its part.
     for name in _SHARDS:
@@ -318,6 +322,19 @@ def _all_real_first(function: Any) -> Any:
         block = current.get()
         if block is not None:
             block.settle()
+        return function(*args, **kwargs)
+
+    return called
+
+
+def _named_first(function: Any) -> Any:
+    """A function after which a model has other names, or values."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        block = current.get()
+        if block is not None:
+            name_streams(block)
         return function(*args, **kwargs)
 
     return called

@@ -5,6 +5,7 @@ The reference is written here anew: a hash of the name gives the stream, and `fa
 
 import contextlib
 import copy
+import functools
 import hashlib
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from unittest import mock
 import golden
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from models import (
     DTYPES,
@@ -34,7 +36,8 @@ from test_fast_path import both_ways
 from test_programs import STEPS, differences, thoroughly
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn import init
 from torch.nn.utils import parametrizations
@@ -450,6 +453,47 @@ def test_wrappers_leave_no_trace_in_a_name(way):
     assert len(tensors) == len(clean)
     for name, tensor in zip(clean, tensors.values(), strict=True):
         assert same_bits(tensor, drawn((4, 4), fastinit.Uniform(-0.5, 0.5), f"{name}.weight"))
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def _by_its_parameters(model):
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+def _by_units(model):
+    policy = functools.partial(size_based_auto_wrap_policy, min_num_params=1)
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), auto_wrap_policy=policy)
+
+
+WRAPPERS = {
+    "DDP": nn.parallel.DistributedDataParallel,
+    "DDP without a broadcast": functools.partial(nn.parallel.DistributedDataParallel, init_sync=False),
+    "DDP, compiled": lambda model: torch.compile(nn.parallel.DistributedDataParallel(model)),
+    "FSDP1": lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+    "FSDP1 with its parameters": _by_its_parameters,
+    "FSDP1 by units": _by_units,
+    "FSDP2": lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (1,))),
+    "checkpoint": checkpoint_wrapper,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(FSDP|deprecated|NO_SHARD)")
+@over_ways
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_model_that_is_wrapped_in_the_block_has_the_values_of_its_names_before(wrap, way, one_rank):
+    def layers():
+        return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
+
+    def flat(model):
+        return torch.cat([getattr(each, "_local_tensor", each).detach().flatten() for each in model.parameters()])
+
+    assert same_bits(flat(named(lambda: WRAPPERS[wrap](layers()), way)), flat(named(layers, way)))
 
 
 def test_buffers_have_names_and_what_no_module_has_is_drawn_by_its_order():
