@@ -1,11 +1,18 @@
-"""What `fabric.init_module()` costs with fastinit enabled and without, in new processes, bf16-true, on one device.
+"""What Lightning's scripts cost with fastinit enabled and without, in new processes, bf16-true.
 
-Lightning and the GPU are initialised and a tensor has been allocated when the clock starts. First: the first model of
-the process; on a GPU, torch loads each kernel at its first use. Second: another one, after the first was freed and
-torch's allocator gave its memory back.
+`fabric.init_module()` on one device: Lightning and the GPU are initialised and a tensor has been allocated when the
+clock starts. A Trainer on two: from its `fit`, whose `configure_model` creates the model, to the end of the first step
+of training, and the peak of memory beyond that of the weights that a rank holds; of the slower rank.
+
+First: the first model of the process; on a GPU, torch loads each kernel at its first use. Second: another one, after
+the first was freed and torch's allocator gave its memory back.
 """
 
 import functools
+import os
+import tempfile
+import time
+import warnings
 from contextlib import nullcontext
 
 import peers
@@ -13,7 +20,7 @@ import pytest
 import torch
 
 from fastinit.cli import measure, text
-from fastinit.cli.models import LLAMA_7B, Decoder, DecoderConfig
+from fastinit.cli.models import LLAMA_7B, Decoder, DecoderConfig, DecoderLayer
 
 WHEN = ("first", "second")
 
@@ -62,3 +69,118 @@ def create(enabled, config, device_type):
             seconds.append(taken)
             del created
     return seconds
+
+
+# A Trainer on two devices
+
+
+STRATEGIES = ("DDP", "FSDP1", "FSDP2", "DeepSpeed 3")
+
+
+@pytest.mark.parametrize("way", ["fastinit", "Lightning alone"])
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_first_step(record, absent, main_device, quick, strategy, when, way):
+    gpus = torch.cuda.device_count() if main_device.type == "cuda" else 0
+    config = LLAMA_7B if gpus and not quick else DecoderConfig.of_size(1_000_000)
+    case = f"{strategy}, {text.count(config.parameters)}, first step of the {when} fit, 2 ranks, {main_device.type}"
+    if gpus == 1 or (not gpus and strategy != "DDP"):
+        absent(case, way, "unsupported: needs two GPUs")
+    try:
+        peers.require("lightning")
+        peers.require("deepspeed" if strategy.startswith("DeepSpeed") else None)
+    except peers.Unavailable as why:
+        absent(case, way, str(why))
+    try:
+        of_ranks = fits(way == "fastinit", strategy, config, main_device.type)
+    except Exception as error:
+        if way == "fastinit":
+            raise
+        absent(case, way, f"failed: {type(error).__name__}: {error}"[:300])
+    seconds, beyond = zip(*(of_rank[WHEN.index(when)] for of_rank in of_ranks), strict=True)
+    record(case, way, [max(seconds)], beyond=None if None in beyond else max(beyond))
+
+
+@functools.cache
+def fits(enabled, strategy, config, device_type):
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [(enabled, strategy, config, device_type, rank, f"file://{folder}/store") for rank in range(2)]
+        return measure.in_new_processes(fit_twice, arguments, timeout=120)
+
+
+def fit_twice(enabled, strategy, config, device_type, rank, store):
+    """Seconds to the end of the first step, and bytes beyond the weights, of a first and a second fit."""
+    import lightning
+    from torch.distributed.fsdp import fully_shard
+
+    import fastinit.lightning
+
+    warnings.simplefilter("ignore")
+    # Lightning takes this process for one that torchrun has started, and the process group that there is.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "0"}
+    device = torch.device(device_type, rank if device_type == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, init_method=store, rank=rank, world_size=2)
+    torch.distributed.all_reduce(torch.ones(1, device=device))
+
+    class Learner(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = None
+
+        def configure_model(self):
+            if self.model is None:
+                self.model = Decoder(config)
+                if strategy == "FSDP2":
+                    for layer in self.model.layers:
+                        fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+                    fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+        def training_step(self, tokens, index):
+            logits = self.model(tokens)
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    class Watch(lightning.Callback):
+        def on_train_start(self, trainer, learner):
+            self.weights = sum(memory_of(each) for each in learner.parameters())
+
+        def on_train_batch_end(self, trainer, learner, *others):
+            measure.synchronize(device)
+            self.ended = time.perf_counter()
+
+    def memory_of(parameter):
+        local = getattr(parameter, "ds_tensor", parameter)
+        return getattr(local, "_local_tensor", local).nbytes
+
+    def plan():
+        strategies = lightning.pytorch.strategies
+        if strategy == "FSDP1":
+            return strategies.FSDPStrategy(auto_wrap_policy={DecoderLayer})
+        if strategy == "FSDP2":
+            return strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        return "ddp" if strategy == "DDP" else strategies.DeepSpeedStrategy(stage=3)
+
+    data = torch.arange(4 * 32).remainder(config.vocabulary).view(4, 32)
+    results = []
+    with fastinit.lightning.enabled() if enabled else nullcontext():
+        for _ in WHEN:
+            watch = Watch()
+            trainer = lightning.Trainer(
+                accelerator=device_type, devices=2, precision="bf16-true", strategy=plan(), max_steps=1,
+                callbacks=watch, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                enable_model_summary=False,
+            )  # fmt: skip
+            measure.clean_up(device)
+            memory, began = measure.Memory(device), time.perf_counter()
+            trainer.fit(Learner(), torch.utils.data.DataLoader(data, batch_size=2))
+            peak = memory.device_peak()
+            results.append((watch.ended - began, None if peak is None else peak - watch.weights))
+            del trainer, watch
+    torch.distributed.destroy_process_group()
+    return results

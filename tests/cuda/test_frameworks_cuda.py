@@ -227,7 +227,11 @@ def run_transformers(engine, create, with_fastinit, folder):
         shard = fastinit.deepspeed.zero3(ENGINES[engine]["deepspeed"]) if shards else False
         return fastinit.on(kind(), "bf16", shard=shard)
 
-    return tuple(digest(tensors) for tensors in with_transformers(engine, create, context, folder))
+    return [digest_of_each(tensors) for tensors in with_transformers(engine, create, context, folder)]
+
+
+def digest_of_each(tensors):
+    return {name: digest({name: tensor}) for name, tensor in tensors.items()}
 
 
 # Tests
@@ -271,17 +275,31 @@ def test_lightning_without_fastinit(plain_ranks, script, name, tmp_path):
     plain_ranks.run(run_script, script, False, name, "bf16-true", str(tmp_path / "saved"), world=2)
 
 
+def save_pretrained(folder):
+    with fastinit.on("cpu", "bf16", seed=SEED):
+        transformers.LlamaModel(llama()).save_pretrained(folder / "pretrained")
+
+
 @pytest.mark.parametrize("create", [from_configuration, from_checkpoint])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_transformers(ranks, engine, create, tmp_path):
     skip_without_deepspeed(engine)
-    with fastinit.on("cpu", "bf16", seed=SEED):
-        transformers.LlamaModel(llama()).save_pretrained(tmp_path / "pretrained")
+    save_pretrained(tmp_path)
     one, other = ranks.run(run_transformers, engine, create, True, str(tmp_path), world=2)
     transformers.trainer_utils.set_seed(SEED)
     with fastinit.on("cpu", "bf16"):
-        expected = create(str(tmp_path))
+        expected = digest_of_each(whole(create(str(tmp_path))))
     before, after = one
-    assert before == digest(whole(expected)) and after != before
-    assert other == one
-    assert (tmp_path / "saved" / "model.safetensors").exists()
+    assert list(before) == list(expected)
+    different = [name for name in expected if before[name] != expected[name]]
+    # Under ZeRO-3 Transformers itself has rank 0 write what a checkpoint lacks, into a weight that exists already.
+    assert different == (["score.weight"] if (engine, create) == ("ZeRO-3", from_checkpoint) else [])
+    assert after != before and other == one
+
+
+@pytest.mark.parametrize("create", [from_configuration, from_checkpoint])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_transformers_without_fastinit(plain_ranks, engine, create, tmp_path):
+    skip_without_deepspeed(engine)
+    save_pretrained(tmp_path)
+    plain_ranks.run(run_transformers, engine, create, False, str(tmp_path), world=2)
