@@ -47,13 +47,15 @@ def strategy_of(name, strategies, **model_parallel):
     if name == "FSDP1":
         return strategies.FSDPStrategy(auto_wrap_policy={Block})
     if name.startswith("DeepSpeed"):
-        return strategies.DeepSpeedStrategy(stage=int(name[-1]))
+        # With the default the first steps in fp16 would overflow, and be left out.
+        return strategies.DeepSpeedStrategy(stage=int(name[-1]), initial_scale_power=4)
     sizes = {"data_parallel_size": 1 + (name == "FSDP2"), "tensor_parallel_size": 1 + (name == "TP")}
     return strategies.ModelParallelStrategy(**sizes, **model_parallel)
 
 
 def optimizer_of(model):
-    return torch.optim.SGD(model.parameters(), lr=1e-3, foreach=False)  # of DTensors and others at once
+    # Not foreach: tensor parallelism has DTensors and others.
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
 
 
 class Learner(lightning.LightningModule):

@@ -36,7 +36,12 @@ class Model(nn.Module):
             nn.init.orthogonal_(self.blocks[1].down.weight)
         self.head = nn.Linear(WIDTH, TOKENS, bias=False)
         self.head.weight = self.embedding.weight
-        self.register_buffer("table", torch.exp(torch.arange(float(WIDTH)) / -7))
+        self.register_buffer("table", torch.empty(WIDTH))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Of this module alone, as FSDP wants it."""
+        self.table.copy_(torch.exp(torch.arange(float(WIDTH)) / -7))
 
     def init_weights(self):
         """For weights that exist, as torchtitan has it."""
@@ -47,10 +52,11 @@ class Model(nn.Module):
             nn.init.trunc_normal_(block.up.weight, std=0.02)
             nn.init.uniform_(block.up.bias, -0.1, 0.1)
             nn.init.xavier_uniform_(block.down.weight)
-        self.table = torch.exp(torch.arange(float(WIDTH)) / -7)
+        self.reset_parameters()
 
     def forward(self, tokens):
-        x = self.embedding(tokens) * self.table
+        x = self.embedding(tokens)
+        x = x * self.table.to(x.dtype)
         for block in self.blocks:
             x = block(x)
         return self.head(x)
@@ -79,7 +85,9 @@ def join():
         deepspeed.logger.setLevel("ERROR")
         # It would compile an all-reduce through shared memory on the CPU, for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.comm.comm.cdb = None  # that of an earlier process group
+        # What it keeps of an earlier process group.
+        deepspeed.comm.comm.cdb = None
+        importlib.reload(deepspeed.utils.groups)
 
 
 def shard(model, data=None, tensor=None):
