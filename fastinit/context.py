@@ -447,7 +447,7 @@ def _available_device(device: torch.device) -> torch.device:
         logger.info("values are computed on the host and copied: there are no native fills for %s", device)
         return device
     if not torch.cuda.is_available():
-        other = str(torch.accelerator.current_accelerator() or "cpu")
+        other = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
         raise RuntimeError(
             f"fastinit.on: device={name!r}, but torch {torch.__version__} sees no GPU; check the driver and that torch "
             f"is a CUDA build (python -m fastinit doctor), or use device={other!r}"

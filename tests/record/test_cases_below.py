@@ -459,11 +459,15 @@ def _computes_with_values(function, dtype):
 @pytest.mark.parametrize("name", TRACED)
 @over_dtypes
 def test_what_is_traced_in_the_block_computes_with_values(name, dtype):
+    if name == "export" and torch.__version__ < (2, 7):
+        pytest.skip("torch.export of torch 2.6 traces fastinit, too, and stops at its lock")
     _computes_with_values(TRACED[name], dtype)
 
 
 @pytest.mark.parametrize("name, dtype", [(name, "fp32") for name in COMPILED] + [("a whole graph", "bf16")])
 def test_what_is_compiled_in_the_block_computes_with_values(name, dtype):  # in half precision once: it takes seconds
+    if name == "a module" and torch.__version__ < (2, 7):
+        pytest.skip("torch.compile of torch 2.6 traces function modes, and only those that are written in Python")
     _computes_with_values(COMPILED[name], dtype)
 
 

@@ -156,14 +156,19 @@ def _enter(times, **way):
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_entering_allocates_nothing_that_stays(way):
-    tracemalloc.start()
-    try:
-        _enter(300, **way)  # what is put into place once
+    def growth():
         gc.collect()
         objects, before = len(gc.get_objects()), tracemalloc.get_traced_memory()[0]
         _enter(300, **way)
         gc.collect()
-        assert tracemalloc.get_traced_memory()[0] - before < 2000 and len(gc.get_objects()) - objects < 20
+        return tracemalloc.get_traced_memory()[0] - before, len(gc.get_objects()) - objects
+
+    tracemalloc.start()
+    try:
+        _enter(300, **way)  # what is put into place once
+        # The least of three: now and then a table of the interpreter grows, once.
+        size, objects = map(min, zip(*(growth() for _ in range(3)), strict=True))
+        assert size < 2000 and objects < 20
     finally:
         tracemalloc.stop()
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cases import assert_rounded, close, draw, in_torch, inside, over_dtypes, same
+from cases import DRAWS_ARE_ROUNDED, assert_rounded, close, draw, in_torch, inside, over_dtypes, same
 from models import SEED, assert_same_distribution, plain, same_bits
 from torch import distributions as D
 from torch import nn
@@ -127,7 +127,12 @@ RANDOM = {
     for name, function in functions.items()
 }
 # Whose arithmetic goes through constants of the dtype, or is torch's own in half precision: not fp32 values rounded.
-OF_ITS_DTYPE = ("draw: alpha_dropout", "draw: attention", "sampler: Exponential", "sampler: StudentT")
+OF_ITS_DTYPE = ["draw: alpha_dropout", "draw: attention", "sampler: Exponential", "sampler: StudentT"]
+if not DRAWS_ARE_ROUNDED:
+    OF_ITS_DTYPE += ["fill: the default generator by name", "fill: a generator seeded by a draw"]
+    OF_ITS_DTYPE += ["draw: fractional_max_pool2d"]
+# What is equal in many of their elements: too few numbers for a comparison of means.
+FEW = ("fill: orthogonal_", "draw: attention")
 
 
 def _generated(seed):
@@ -142,7 +147,7 @@ def test_the_seed_of_the_block_decides_alone(name, dtype):
     assert same_bits(first, second) and not same_bits(first, other)
     (model,), (in_fp32,) = in_torch(function, dtype), in_torch(function, "fp32")
     assert first.dtype == model.dtype and first.stride() == in_fp32.stride() and not first.requires_grad
-    if dtype == "fp32" and first.is_floating_point() and name != "fill: orthogonal_":
+    if dtype == "fp32" and first.is_floating_point() and name not in FEW:
         assert_same_distribution(first, model, name)
     if dtype != "fp32" and name not in OF_ITS_DTYPE:
         exact = draw(function)
@@ -199,7 +204,8 @@ def test_no_generator_by_name_is_none_at_all(name, dtype):
     without, with_none = draw(NONE[name], dtype), draw(lambda: NONE[name](generator=None), dtype)
     assert same_bits(without, with_none)
     ours = draw(lambda: NONE[name](generator=torch.Generator().manual_seed(3)), dtype)
-    theirs = plain(lambda: NONE[name](generator=torch.Generator().manual_seed(3)))
+    in_dtype = "fp32" if DRAWS_ARE_ROUNDED else dtype
+    theirs = plain(lambda: NONE[name](generator=torch.Generator().manual_seed(3)), in_dtype)
     assert close(ours, theirs.to(ours.dtype), 2**-20)
 
 

@@ -42,6 +42,14 @@ def dirty():
         del junk
 
 
+def _drawn(dtype):
+    return torch.empty(8, dtype=dtype).uniform_(generator=torch.Generator().manual_seed(0))
+
+
+# Whether torch's generators draw in half precision what they draw in fp32, rounded: torch 2.6 did not.
+DRAWS_ARE_ROUNDED = torch.equal(_drawn(torch.bfloat16), _drawn(torch.float32).bfloat16())
+
+
 def inside(function, dtype="fp32", seed=SEED, **options):
     """Return function() as a block gives it, in a process whose freed memory is not zero."""
     dirty()
