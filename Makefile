@@ -92,11 +92,11 @@ lint: $(INSTALLED) $(TOOLS)
 	$(VENV)/bin/cppcheck --quiet --error-exitcode=1 --std=c++17 --language=c++ --enable=warning,performance,portability \
 	    --inline-suppr --suppress=missingIncludeSystem --suppress=uninitMemberVarNoCtor -I csrc csrc
 
-# The pages where they lie in the repository, so that their links hold in both forms.
+# The pages where they lie in the repository, so that their links hold in both forms. Without --quiet, which hides warnings from `strict`, too.
 docs: $(TOOLS)
 	rm -rf build/pages && mkdir -p build/pages
-	git ls-files -z "*.md" docs/images benchmarks/results examples LICENSE | xargs -0 cp --parents -t build/pages
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	git ls-files -z "*.md" docs/images benchmarks examples LICENSE | xargs -0 cp --parents -t build/pages
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 format: $(TOOLS)
 	$(PY) -m ruff format .

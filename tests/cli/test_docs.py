@@ -10,10 +10,6 @@ Comments, which no reader of the rendered page sees, help with that:
     <!-- not run: needs a launcher -->  the next block is compiled and not run
     <!-- benchmarks: ... -->            where benchmarks/report.py writes a table
 
-A third, `<!-- benchmarks: ... -->` to `<!-- benchmarks end -->`, holds a table that benchmarks/report.py writes.
-
-A third, `<!-- benchmarks: ... -->` to `<!-- benchmarks end -->`, holds a table that benchmarks/report.py writes.
-
 Pages are written for GPUs. Here "cuda" is read as "cpu".
 """
 
