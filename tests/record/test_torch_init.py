@@ -295,7 +295,7 @@ def test_a_generator_is_honoured_by_giving_the_call_to_torch(dtype):
                 both = (ours != 0) & (theirs != 0)
                 assert both.any()
                 ours, theirs = ours[both], theirs[both]
-            if name == "trunc_normal_":  # by erfinv_ in older versions of torch, which in a block is the stream's: 2 ulp
+            if name == "trunc_normal_":  # older versions of torch take erfinv_, which in a block is the stream's: 2 ulp
                 torch.testing.assert_close(ours, theirs, rtol=2**-22, atol=2**-22)
                 continue
             assert same_bits(ours, theirs.to(DTYPES[dtype])), (name, keywords)
