@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import SOURCES, assert_as_torch, inside, operands, over_dtypes, over_sources
-from models import DTYPES, plain, same_bits
+from models import DTYPES, built, plain, same_bits
 from torch import nn
 from torch.nn import functional as F
 
@@ -316,3 +316,48 @@ def test_gradients_of_a_model_that_are_assigned_are_accumulated_after_the_block(
     layer(torch.ones(1, 2, dtype=DTYPES[dtype])).sum().backward()
     assert layer.weight.grad.tolist() == [[1.0, 1.0]] and layer.weight.grad.stride() == (2, 1)
     assert same_bits(layer.weight.detach(), inside(lambda: nn.Linear(2, 1), dtype).weight.detach())
+
+
+# Views that outlive the block -----------------------------------------------------------------------------------------
+
+
+class Views(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4))
+        self.rows, self.turned = self.weight[:2], self.weight.t()
+        self.row = self.rows[0]
+        self.parts = self.weight.chunk(2)
+        with torch.no_grad():
+            self.quiet = self.weight[2:]
+        self.register_buffer("table", torch.zeros(4))
+        self.rest = self.table[1:]
+        other = torch.ones(4)
+        self.left = other[1:]
+        other.data = torch.zeros(4)
+        self.other = other
+
+
+def _facts(model):
+    views = {name: getattr(model, name) for name in ("rows", "turned", "row", "quiet", "rest", "left")}
+    views |= {f"parts{number}": part for number, part in enumerate(model.parts)}
+    bases = {id(tensor): name for name, tensor in (("weight", model.weight), ("table", model.table))}
+    for name, view in views.items():
+        assert not vars(view), name
+        yield name, bases.get(id(view._base)), view.requires_grad, view.is_leaf, view.grad_fn is None, view.tolist()
+    (model.rows.sum() + 2 * model.turned.sum() + model.row.sum() + 3 * model.parts[1].sum()).backward()
+    yield model.weight.grad.tolist()
+    model.table.add_(1)
+    with torch.no_grad():
+        model.weight.mul_(2)
+    for name in ("rest", "rows", "turned"):
+        yield name, views[name]._version, views[name].tolist()
+    with pytest.raises(RuntimeError, match="a view of a leaf Variable that requires grad"):
+        model.rows.add_(1)
+    with pytest.raises(RuntimeError, match="A view was created in no_grad mode"):
+        model.quiet.add_(1)
+
+
+@over_dtypes
+def test_views_that_a_module_keeps_are_torchs_views_of_its_tensors(dtype):
+    assert list(_facts(built(Views, dtype))) == list(_facts(plain(Views, dtype)))
