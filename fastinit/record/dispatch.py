@@ -394,19 +394,12 @@ def take_view(func: Callable[..., Any], tensor: Placeholder, *args: Any, **kwarg
         # Memory under another dtype, or torch's refusal: the views of the tensor itself.
         return func(view_of(record.materialize(), tensor._region), *args, **kwargs)
     views = [
-        _view_of(tensor, Region(int(each.storage_offset()), tuple(each.shape), each.stride()))
+        stand_for(record, Region(int(each.storage_offset()), tuple(each.shape), each.stride()))
         if each.numel()
         else torch.empty_strided(each.shape, each.stride(), dtype=record.dtype, device=record.device)
         for each in results
     ]
     return views[0] if isinstance(geometry, torch.Tensor) else type(geometry)(views)
-
-
-def _view_of(tensor: Placeholder, region: Region) -> Placeholder:
-    view = stand_for(tensor._record, region)
-    base, _ = getattr(tensor, "_viewed", (tensor, True))
-    view._viewed = base, torch.is_grad_enabled()
-    return view
 
 
 def _ends_beyond(record: Record, view: torch.Tensor) -> bool:

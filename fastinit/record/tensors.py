@@ -43,9 +43,6 @@ class Placeholder(torch.Tensor):
     _record: Record
     _region: Region | None
 
-    # Of a view: the tensor that it is one of, and whether autograd recorded there.
-    _viewed: tuple[torch.Tensor, bool]
-
     # What an operator does to placeholders: fastinit.record.dispatch, which is above this module, puts it here.
     dispatch: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -211,7 +208,7 @@ def deep_copy(tensor: Any, memo: dict[int, Any], stand_for: Callable[..., Any]) 
 
 def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
     """What others have set on a tensor without storage, and that it is a parameter."""
-    own = ("_record", "_region", "_viewed", "_fastinit_refused")
+    own = ("_record", "_region", "_fastinit_refused")
     return {name: value for name, value in tensor.__dict__.items() if name not in own}
 
 
@@ -322,10 +319,9 @@ def swap_in(tensor: Any, memory: torch.Tensor, kind: type[torch.Tensor] = Placeh
             swap_in(tensor, memory, kind)
         return
     requires_grad = tensor.requires_grad
-    viewed = _as_view(tensor, memory, kind)
-    real = memory.detach() if viewed is None else viewed
+    real = memory.detach()
     hooks = post = grad = None
-    if requires_grad and viewed is None:
+    if requires_grad:
         if is_leaf(tensor):
             real.requires_grad_()
             hooks, post, grad = tensor._backward_hooks, tensor._post_accumulate_grad_hooks, tensor.grad
@@ -347,22 +343,6 @@ def swap_in(tensor: Any, memory: torch.Tensor, kind: type[torch.Tensor] = Placeh
         tensor.grad = grad
     if real._use_count() > 1:  # type: ignore[attr-defined]
         leave_behind(real, record, region, tensor if requires_grad and tensor.is_leaf else None, kind)
-
-
-def _as_view(tensor: Any, memory: torch.Tensor, kind: type[torch.Tensor]) -> torch.Tensor | None:
-    """The view that a placeholder is of another tensor, which becomes real first; None if it is one no more."""
-    base, with_graph = tensor.__dict__.pop("_viewed", (None, False))
-    if base is None or kind is not Placeholder or tensor._backward_hooks is not None:
-        return None
-    if type(base) is Placeholder and base._record is tensor._record:
-        become_real(base)
-    if type(base) is Placeholder or base.untyped_storage()._cdata != memory.untyped_storage()._cdata:
-        return None  # it has other data by now
-    if tensor.requires_grad != base.requires_grad and (with_graph or tensor.requires_grad):
-        return None
-    with torch.set_grad_enabled(with_graph):
-        view: torch.Tensor = base.as_strided(memory.shape, memory.stride(), memory.storage_offset())
-    return view
 
 
 def is_leaf(tensor: torch.Tensor) -> bool:
