@@ -74,6 +74,17 @@ PyObject* getter(PyObject* self, void*) {
     });
 }
 
+PyObject* grad_fn(PyObject* self, void*) {
+    return for_python([&] {
+        py::object node;
+        {
+            const ModesOff off;
+            node = get(state.grad_fn, self);
+        }
+        return node.is_none() ? node : call(state.graph_of, {self});
+    });
+}
+
 PyObject* shape(PyObject* self, void*) {
     return for_python([&] {
         py::object size = size_of(Target(self));
@@ -344,7 +355,7 @@ py::object create(Block* block, PyObject* filling, PyObject* args, PyObject* kwa
         if (!same) return {};
     }
     const py::object size = plain_size(args);
-    if (!size) return {};
+    if (!size || (filling == Py_None && truth(call(state.deterministic)))) return {};
     py::object recipe = borrow(state.no_steps);
     if (filling != Py_None) {
         const long kind = PyLong_AsLong(PyTuple_GET_ITEM(filling, 0));
@@ -495,7 +506,7 @@ PyMethodDef methods[] = {
 PyGetSetDef getters[] = {
     {"device", getter<&State::device>, nullptr, nullptr, nullptr},
     {"dtype", getter<&State::dtype>, nullptr, nullptr, nullptr},
-    {"grad_fn", getter<&State::grad_fn>, nullptr, nullptr, nullptr},
+    {"grad_fn", grad_fn, nullptr, nullptr, nullptr},
     {"is_cuda", getter<&State::is_cuda>, nullptr, nullptr, nullptr},
     {"shape", shape, nullptr, nullptr, nullptr},
 };

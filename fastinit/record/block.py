@@ -22,8 +22,8 @@ from ..recipe import COMPUTED, Write
 from . import fast
 from .calls import streams_in
 from .generator import Generator
-from .records import Record, lock, modes_off, view_of
-from .tensors import swap_in
+from .records import Record, lock, modes_off
+from .tensors import take_record_memory
 
 Empty = Literal[True, "nan", "unchecked"]
 
@@ -289,8 +289,7 @@ class Block(native.Block):
                 record.become_resident(memory)
             for record in (*resident, *(record for record, _ in given), *native.swap_in(plain)):
                 for tensor in record.placeholders():
-                    assert record.memory is not None
-                    swap_in(tensor, view_of(record.memory, tensor._region))
+                    take_record_memory(tensor)
             for record, history in histories:
                 assert record.memory is not None
                 self.keep_history(record.memory, *history)

@@ -39,7 +39,7 @@ from .mode import Mode, truncated_normal
 from .names import name_streams
 from .pending import leave_unwritten
 from .records import modes_off
-from .tensors import Placeholder, become_real, concrete, has_layout_of, has_master
+from .tensors import Placeholder, become_real, before_graph, concrete, has_layout_of, has_master, tensors_in
 from .unwritten import Unwritten, readable, refuse
 
 # Python objects made between two runs of the garbage collector while a model is created.
@@ -106,6 +106,8 @@ def _install() -> None:
     _replace(parametrizations, "_is_orthogonal", _orthogonal_in_fp32)
     if fast.in_use:
         _replace(torch.overrides, "handle_torch_function", native.around_handle)
+    # What torch.autograd.Function.apply does first: no mode sees that one.
+    _replace(torch._functorch.utils, "unwrap_dead_wrappers", _before_graph)
     # Code of C++ that keeps tensors, or reads their memory.
     _replace(torch.utils, "swap_tensors", _real_first)
     for owner in (torch, torch.utils.dlpack):
@@ -289,6 +291,18 @@ def _real_first(function: Any) -> Any:
                 if function.__name__ == "swap_tensors":
                     _forget(each)
         return function(*args, **kwargs)
+
+    return called
+
+
+def _before_graph(function: Any) -> Any:
+    """A function whose arguments autograd records next."""
+
+    @functools.wraps(function)
+    def called(args: Any) -> Any:
+        if torch.is_grad_enabled():
+            before_graph(tensors_in(args))
+        return function(args)
 
     return called
 

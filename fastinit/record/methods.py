@@ -22,7 +22,7 @@ from .block import current
 from .mode import INITIALISERS, TAKES_OVER, Mode
 from .operators import OPERATORS
 from .records import Record, lock
-from .tensors import Placeholder, leave_behind, stand_for, swap_impl
+from .tensors import Placeholder, graph_of, leave_behind, stand_for, swap_impl
 
 _in_python: Any = Mode.__torch_function__
 
@@ -55,6 +55,7 @@ _METHODS, _torch_function, _registered = native.connect(
     leave_behind=leave_behind,
     swap_impl=swap_impl,
     torch_function=_in_python,
+    graph_of=graph_of,
 )
 
 

@@ -25,7 +25,19 @@ from .factories import FACTORIES, in_functorch, with_torchs_dtype
 from .precision import SINGLE, WHOLE, in_doubles, of_default
 from .recorded import fill
 from .records import HALVES, modes_off
-from .tensors import Placeholder, become_real, concrete, has_layout_of, has_master, tensors_in, use_values
+from .tensors import (
+    Placeholder,
+    become_real,
+    become_torchs_view,
+    before_graph,
+    concrete,
+    graph_of,
+    has_layout_of,
+    has_master,
+    is_leaf,
+    tensors_in,
+    use_values,
+)
 
 _TENSOR: Any = torch.Tensor
 
@@ -75,11 +87,16 @@ _NAME_A_DTYPE = {
 # Views whose C++ reads where to split from the memory of a tensor.
 _SPLITS = frozenset({torch.tensor_split, torch.Tensor.tensor_split})
 
+# Functions whose C++ refuses subclasses of Tensor.
+_WANT_MEMORY = frozenset({torch.Tensor.map_, torch.Tensor.map2_})
+
 # Where a tensor becomes part of another one, below the dispatcher.
 TAKES_OVER: set[Any] = {
     _TENSOR.data.__set__,
     _TENSOR.grad.__set__,
 }
+
+_GRAD_FN = _TENSOR.grad_fn.__get__
 
 # Functions that the placeholder class may have as methods of its own, by the method's name.
 AS_METHODS: dict[Any, str] = {}
@@ -128,13 +145,18 @@ class Mode(native.Mode, TorchFunctionMode):
         if type(func) is _GETTER:
             if func in TAKES_OVER:
                 become_real(args[1])
+            elif func == _GRAD_FN and type(args[0]) is Placeholder and not is_leaf(args[0]):
+                return graph_of(args[0])
             return func(*args, **kwargs)
         if func is torch._has_compatible_shallow_copy_type and type(args[0]) is not Placeholder:
             if has_layout_of(*args):
                 become_real(args[1])  # what is asked before a tensor takes the data of another one
         block.generator.resume()
+        if args and type(args[0]) is Placeholder and args[0]._record.memory is not None and not has_master(args[0]):
+            # It has all that makes a tensor, and constructors that fill tables one by one do a lot to it.
+            become_real(args[0])
         name = AS_METHODS.get(func)
-        if name is not None and args and not kwargs and type(args[0]) is Placeholder:
+        if name is not None and args and not kwargs and type(args[0]) is Placeholder and not _is_recorded(args):
             method = vars(Placeholder).get(name)
             return (method or func)(*args, **kwargs)
         if _initialises(func, kwargs):
@@ -146,15 +168,19 @@ class Mode(native.Mode, TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         tensors = tensors_in((args, kwargs))
-        if torch._C._len_torch_dispatch_stack() or any(map(_answers_itself, types)):
+        if torch._C._len_torch_dispatch_stack() or any(map(_answers_itself, types)) or func in _WANT_MEMORY:
             # Modes below autograd, which trace or fake, know placeholders no more than autograd's graphs do; nor does
             # the code of a class that answers functions of torch itself.
             for each in tensors:
                 become_real(each)
-        elif torch.is_grad_enabled() and func not in _ABOUT_TENSORS and func not in _VIEWS:
+        elif func is torch._make_dual:
             for each in tensors:
-                if each.requires_grad:
-                    use_values(each)
+                use_values(each)  # for another C++ object would not know the tangent
+        elif torch.is_grad_enabled() and func not in _ABOUT_TENSORS and func not in _VIEWS:
+            before_graph(tensors)
+        else:
+            for each in tensors:
+                become_torchs_view(each)
         if func in _SPLITS:
             for each in tensors_in((args[1:], kwargs)):
                 become_real(each)
@@ -236,6 +262,11 @@ def _device_context() -> DeviceContext | None:
         if isinstance(mode, DeviceContext):
             return mode
     return None
+
+
+def _is_recorded(args: tuple[Any, ...]) -> bool:
+    """Whether autograd records a function of these."""
+    return torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in args)
 
 
 def _answers_itself(kind: type[torch.Tensor]) -> bool:

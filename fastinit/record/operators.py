@@ -12,13 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ..execution import DTYPES
 from .dispatch import dispatch, take_view
 from .factories import in_functorch
 from .mode import AS_METHODS, Mode
 from .records import Record, lock, modes_off
-from .tensors import Placeholder, stand_for
+from .tensors import Placeholder, note_view, stand_for
 
 aten = torch.ops.aten
 
@@ -31,6 +32,8 @@ def is_mine() -> bool:
     """Whether nobody else's mode or transform would see a call."""
     modes = torch._C._len_torch_function_stack()
     if modes and not isinstance(torch._C._get_function_stack_at(modes - 1), Mode):
+        return False
+    if forward_ad._current_level >= 0:  # a tensor may have a tangent
         return False
     return not (torch._C._len_torch_dispatch_stack() or in_functorch() or torch._C._get_tracing_state())
 
@@ -90,11 +93,14 @@ def _method(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         usual = getattr(_torch, name)
+        in_place = name.endswith("_") and not name.endswith("__")
 
         def method(self: Placeholder, *args: Any, **kwargs: Any) -> Any:
             if not kwargs and _is_plain(self, *args):
                 result = function(self, *args)
                 if result is not NotImplemented:
+                    if in_place:
+                        torch.autograd.graph.increment_version(self)
                     return result
             return usual(self, *args, **kwargs)
 
@@ -246,7 +252,15 @@ def _view(name: str) -> None:
         if any(isinstance(each, (torch.Tensor, torch.dtype)) for each in args):
             return NotImplemented
         with lock, modes_off():
-            return take_view(usual, self, *args)
+            return _noted(take_view(usual, self, *args), self)
+
+
+def _noted(views: Any, of: Placeholder) -> Any:
+    """Views that torch has not been told of, with what they are views of."""
+    several = isinstance(views, (list, tuple))
+    for each in views if several else (views,):
+        note_view(each, of, several)
+    return views
 
 
 for _name in "chunk expand narrow permute select split squeeze t transpose unbind unsqueeze view".split():
@@ -259,7 +273,7 @@ def _getitem(self: Placeholder, index: Any) -> Any:
     if not all(each is None or each is Ellipsis or type(each) in (int, slice) for each in parts):
         return NotImplemented
     with lock, modes_off():
-        return take_view(_torch.__getitem__, self, index)
+        return _noted(take_view(_torch.__getitem__, self, index), self)
 
 
 # Not under its own name, with which C++ would take tensors without dimensions for sequences.

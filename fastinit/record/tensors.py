@@ -43,6 +43,9 @@ class Placeholder(torch.Tensor):
     _record: Record
     _region: Region | None
 
+    # The tensor of which this one is a view that torch has not been told of yet, and how it was made: `note_view`.
+    _view_of: tuple[torch.Tensor, Any]
+
     # What an operator does to placeholders: fastinit.record.dispatch, which is above this module, puts it here.
     dispatch: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -75,6 +78,11 @@ class Placeholder(torch.Tensor):
         with modes_off(), lock:
             set_data(self, value)
 
+    @data.deleter
+    def data(self) -> None:
+        with modes_off():
+            _torch_data.__delete__(self)  # torch's refusal
+
     @property
     def grad(self) -> torch.Tensor | None:
         with modes_off():
@@ -88,6 +96,11 @@ class Placeholder(torch.Tensor):
                 become_real(value)  # the engine adds to the gradient that it finds
             _torch_grad.__set__(self, value)
 
+    @grad.deleter
+    def grad(self) -> None:
+        with modes_off():
+            _torch_grad.__delete__(self)
+
     def tolist(self) -> Any:
         with lock, modes_off(), torch.no_grad():
             return view_of(self._record.compute(), self._region).tolist()
@@ -95,7 +108,8 @@ class Placeholder(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         with lock, modes_off(), torch.no_grad():
             values = view_of(self._record.compute(), self._region).to(self.device, self.dtype)
-            return repr(values.requires_grad_(self.requires_grad))
+            values.requires_grad_(self.requires_grad)
+            return repr(torch.nn.Parameter(values, self.requires_grad) if "_is_param" in self.__dict__ else values)
 
     def __format__(self, specification: str) -> str:
         return format(self.item(), specification) if self.dim() == 0 else object.__format__(self, specification)
@@ -117,6 +131,7 @@ class Placeholder(torch.Tensor):
             return result
 
 
+_torch_base: Any = torch.Tensor._base
 _torch_grad: Any = torch.Tensor.grad
 _torch_data: Any = torch.Tensor.data
 
@@ -127,6 +142,21 @@ def _real_first(name: str) -> Callable[..., Any]:
         return getattr(self, name)(*args, **kwargs)
 
     return method
+
+
+def _of_view(name: str) -> property:
+    usual = getattr(torch.Tensor, name)
+
+    def getter(self: Placeholder) -> Any:
+        become_torchs_view(self)
+        with modes_off():
+            return usual.__get__(self)
+
+    return property(getter)
+
+
+for _name in ("_base", "_version"):
+    setattr(Placeholder, _name, _of_view(_name))
 
 
 # Methods that no dispatcher sees, or only after an address was taken: they find a tensor with memory and values.
@@ -208,7 +238,7 @@ def deep_copy(tensor: Any, memo: dict[int, Any], stand_for: Callable[..., Any]) 
 
 def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
     """What others have set on a tensor without storage, and that it is a parameter."""
-    own = ("_record", "_region", "_fastinit_refused")
+    own = ("_record", "_region", "_view_of", "_fastinit_refused")
     return {name: value for name, value in tensor.__dict__.items() if name not in own}
 
 
@@ -275,7 +305,8 @@ def become_real(tensor: torch.Tensor) -> None:
     with lock, modes_off(), torch.no_grad(), _disable_current_modes():
         if type(tensor) is Placeholder:  # no other thread has done it meanwhile
             record = tensor._record
-            swap_in(tensor, view_of(record.materialize(), tensor._region))
+            record.materialize()
+            take_record_memory(tensor)
             record.block.keep_history(tensor, record.executed or (), record.replaced or ())
 
 
@@ -287,6 +318,25 @@ def use_values(tensor: torch.Tensor) -> None:
         # Which values a name decides must not depend on the precision.
         with lock, modes_off(), torch.no_grad(), _disable_current_modes():
             tensor._record.compute()
+
+
+def before_graph(tensors: list[torch.Tensor]) -> None:
+    """Prepare tensors for what autograd may record of them."""
+    if any(each.requires_grad for each in tensors):
+        for each in tensors:
+            if type(each) is Placeholder and len(each._record.tensors) > 1:
+                for other in each._record.placeholders():
+                    become_torchs_view(other)
+    for each in tensors:
+        become_torchs_view(each)
+        if each.requires_grad:
+            use_values(each)
+
+
+def graph_of(tensor: Placeholder) -> Any:
+    """``tensor.grad_fn`` of what a graph leads to: whoever asks may keep nodes, which are to be those of later on."""
+    become_real(tensor)
+    return tensor.grad_fn
 
 
 def new_memory(tensor: Placeholder) -> torch.Tensor | None:
@@ -311,27 +361,118 @@ def take_memory(tensor: Placeholder, memory: torch.Tensor) -> None:
         tensor._record.did(COPIED)
 
 
-def swap_in(tensor: Any, memory: torch.Tensor, kind: type[torch.Tensor] = Placeholder) -> None:
-    """Let a tensor without storage, of this kind, have memory: torch's hooks, gradient and graph stay with it."""
+def take_record_memory(tensor: Placeholder) -> None:
+    """Let a placeholder have the memory of its record, and those that are its views be views of what it is then.
+
+    A view becomes real together with the tensor that it is a view of: torch's graphs lead to that one's new C++ object.
+    """
+    if type(tensor) is not Placeholder:
+        return
+    record = tensor._record
+    base, _ = _view_of(tensor)
+    if type(base) is Placeholder and base._record is record:
+        take_record_memory(base)
+        if type(tensor) is not Placeholder:
+            return
+    others = record.placeholders() if len(record.tensors) > 1 else []
+    views = [(each, meta) for each in others for of, meta in (_view_of(each),) if of is tensor]
+    assert record.memory is not None
+    swap_in(tensor, view_of(record.memory, tensor._region))
+    for each, meta in views:
+        swap_in(each, view_of(record.memory, each._region), base=tensor, meta=meta)
+
+
+def _view_of(tensor: Placeholder) -> tuple[torch.Tensor | None, Any]:
+    """The tensor that one is a view of, and torch's word for how it was made; or None twice."""
+    noted = tensor.__dict__.get("_view_of")
+    if noted is not None:
+        return noted  # type: ignore[no-any-return]
+    if _torch_is_view(tensor):
+        return _torch_base.__get__(tensor), torch._C._autograd._get_creation_meta(tensor)
+    return None, None
+
+
+_torch_is_view: Any = torch.Tensor._is_view
+
+
+def note_view(view: torch.Tensor, of: Placeholder, several: bool) -> None:
+    """Remember for a view that was taken without torch's dispatcher what it is a view of.
+
+    Args:
+        view: the new tensor.
+        of: the tensor that was viewed, itself a view perhaps.
+        several: whether torch makes views of this kind several at a time, and lets nobody write to those in a graph.
+    """
+    if type(view) is not Placeholder:
+        return
+    metas = torch._C._autograd.CreationMeta
+    base, before = _view_of(of)
+    meta = metas.NO_GRAD_MODE if not torch.is_grad_enabled() else metas.MULTI_OUTPUT_NODE if several else metas.DEFAULT
+    if base is not None and meta == metas.DEFAULT:
+        meta = before
+    view._view_of = (of if base is None else base, meta)
+
+
+def become_torchs_view(tensor: torch.Tensor) -> None:
+    """Tell torch what a placeholder is a view of, before somebody asks or autograd records what is done to it."""
+    if type(tensor) is not Placeholder or "_view_of" not in tensor.__dict__:
+        return
+    if torch._C._get_tracing_state():  # torch.jit.trace knows tensors by their C++ objects
+        return
+    with lock, modes_off(), torch.no_grad(), _disable_current_modes():
+        base, meta = tensor.__dict__.pop("_view_of")
+        if type(base) is not Placeholder or base._record is not tensor._record or tensor.requires_grad:
+            return
+        view = torch.Tensor.as_strided(base, tensor.size(), tensor.stride(), tensor.storage_offset())
+        torch._C._autograd._set_creation_meta(view, meta)
+        swap_impl(tensor, view)
+
+
+def swap_in(
+    tensor: Any,
+    memory: torch.Tensor,
+    kind: type[torch.Tensor] = Placeholder,
+    *,
+    base: torch.Tensor | None = None,
+    meta: Any = None,
+) -> None:
+    """Let a tensor without storage, of this kind, have memory: torch's hooks, gradient and graph stay with it.
+
+    Args:
+        tensor: the tensor.
+        memory: a tensor over that memory, of its shape and strides.
+        kind: its class.
+        base: the tensor of which it is to be a view, over the same memory.
+        meta: torch's word for how that view was made.
+    """
     record, region = tensor._record, tensor._region
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            swap_in(tensor, memory, kind)
+            swap_in(tensor, memory, kind, base=base, meta=meta)
         return
     requires_grad = tensor.requires_grad
-    real = memory.detach()
+    graph = requires_grad and not is_leaf(tensor)
+    if graph and (base is None or not _is_view_in_graph(tensor, base, meta)):
+        base = None
+    if base is None:
+        real = memory.detach()
+    else:
+        with torch.set_grad_enabled(graph):
+            real = base.as_strided(memory.size(), memory.stride(), memory.storage_offset())
+        torch._C._autograd._set_creation_meta(real, meta)
     hooks = post = grad = None
-    if requires_grad:
-        if is_leaf(tensor):
-            real.requires_grad_()
-            hooks, post, grad = tensor._backward_hooks, tensor._post_accumulate_grad_hooks, tensor.grad
-            if grad is not None:
-                become_real(grad)
-        else:
-            with torch.enable_grad():
-                real = _WithMemory.apply(tensor, real)  # type: ignore[no-untyped-call]
+    if requires_grad and not graph:
+        real.requires_grad_()
+        hooks, post, grad = tensor._backward_hooks, tensor._post_accumulate_grad_hooks, tensor.grad
+        if grad is not None:
+            become_real(grad)
+    elif graph and base is None:
+        with torch.enable_grad():
+            # Not as Function.apply does it, which would have the tensor become real first.
+            real = super(torch.autograd.Function, _WithMemory).apply(tensor, real)  # type: ignore[no-untyped-call]
     attributes = tensor.__dict__
     del attributes["_record"], attributes["_region"]
+    attributes.pop("_view_of", None)
     is_parameter = attributes.pop("_is_param", False)
     swap_impl(tensor, real)
     tensor.__class__ = torch.nn.Parameter if is_parameter else torch.Tensor
@@ -343,6 +484,13 @@ def swap_in(tensor: Any, memory: torch.Tensor, kind: type[torch.Tensor] = Placeh
         tensor.grad = grad
     if real._use_count() > 1:  # type: ignore[attr-defined]
         leave_behind(real, record, region, tensor if requires_grad and tensor.is_leaf else None, kind)
+
+
+def _is_view_in_graph(tensor: Any, base: torch.Tensor, meta: Any) -> bool:
+    """Whether all that a graph knows of a tensor is that it is a view of a leaf."""
+    metas = torch._C._autograd.CreationMeta
+    known = meta in (metas.DEFAULT, metas.MULTI_OUTPUT_NODE) and base.requires_grad and is_leaf(base)
+    return known and not tensor._backward_hooks and not tensor.retains_grad
 
 
 def is_leaf(tensor: torch.Tensor) -> bool:

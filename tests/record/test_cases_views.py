@@ -1,0 +1,190 @@
+"""Views in a block: what torch's graphs, versions and refusals know of them is what they know outside."""
+
+import copy
+
+import pytest
+import torch
+from cases import assert_as_torch, inside, over_dtypes
+from models import DTYPES, plain
+from torch import nn
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TAKEN = {
+    "a slice": lambda x: x[1:3],
+    "a row": lambda x: x.view(2, 2)[1],
+    "narrow": lambda x: x.narrow(0, 1, 2),
+    "a view of a view": lambda x: x[1:].view(3, 1)[:2].squeeze(1),
+    "split": lambda x: x.split(2)[0],
+    "diagonal": lambda x: x.view(2, 2).diagonal(),
+}
+
+
+def _filled(kind):
+    return {"zeros": torch.zeros, "random": torch.randn, "computed": lambda n: torch.arange(float(n))}[kind](4)
+
+
+over_views = pytest.mark.parametrize("taken", TAKEN)
+over_kinds = pytest.mark.parametrize("kind", ["zeros", "random", "computed"])
+
+
+@pytest.mark.parametrize("taken", [each for each in TAKEN if each != "split"])  # which may not be written to
+@over_kinds
+@over_dtypes
+def test_what_is_written_to_a_view_is_in_the_graph_of_its_base(taken, kind, dtype):
+    def run():
+        p = nn.Parameter(torch.full((2,), 3.0))
+        x = torch.zeros(4) if kind == "random" else _filled(kind)
+        y = TAKEN[taken](x)
+        y.copy_(p * 2)
+        (x * torch.tensor([1.0, 2.0, 3.0, 4.0])).float().sum().backward()
+        return [x, p.grad]
+
+    assert_as_torch(inside(run, dtype), plain(run, dtype), dtype)
+
+
+@over_dtypes
+def test_views_follow_a_base_that_a_graph_has_written_to(dtype):
+    def run():
+        p = nn.Parameter(torch.ones(1))
+        x = torch.zeros(4)
+        views = [taken(x) for taken in TAKEN.values()]
+        x.add_(p)
+        return [each.requires_grad for each in views]
+
+    assert inside(run, dtype) == plain(run, dtype) == [True] * len(TAKEN)
+
+
+@over_views
+@over_kinds
+@over_dtypes
+def test_a_gradient_is_asked_for_behind_a_view(taken, kind, dtype):
+    def run():
+        x = (_filled(kind) if kind != "random" else torch.ones(4)).requires_grad_()
+        y = TAKEN[taken](x)
+        return [*torch.autograd.grad((y * 2).float().sum(), x), y.detach()]
+
+    assert_as_torch(inside(run, dtype), plain(run, dtype), dtype)
+
+
+@over_views
+@over_kinds
+@over_dtypes
+@pytest.mark.parametrize("real", ["neither", "the base first", "the view first"])
+def test_a_view_stays_one_of_its_base(taken, kind, dtype, real):
+    def run():
+        x = _filled(kind)
+        y = TAKEN[taken](x)
+        order = {"neither": [], "the base first": [x, y], "the view first": [y, x]}[real]
+        for each in order:
+            each.data_ptr()
+        before = y._version
+        x.add_(1)
+        return x, y, (y._is_view(), y._base is x, y._version - before, torch.equal(y, TAKEN[taken](x)))
+
+    x, y, known = inside(run, dtype)
+    assert known == (True, True, 1, True)
+    assert type(x) is type(y) is torch.Tensor and y._base is x
+    x.zero_()
+    assert y.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda: torch.zeros(1, requires_grad=True).view(1).add_(1),
+        lambda: torch.zeros(1, requires_grad=True).expand(2)[0].mul_(2),
+        lambda: torch.zeros(1, 2).unbind()[0].copy_(torch.ones(2, requires_grad=True)),
+        lambda: torch.zeros(4).split(2)[0].mul_(torch.ones(2, requires_grad=True)),
+        lambda: torch.no_grad()(lambda x: x[:1])(torch.zeros(2)).mul_(torch.ones(1, requires_grad=True)),
+    ],
+    ids=["view of a leaf", "view of a view of a leaf", "unbind", "split", "taken without gradient"],
+)
+@over_dtypes
+def test_views_that_torch_lets_nobody_write_to_are_refused(write, dtype):
+    with pytest.raises(RuntimeError) as right:
+        plain(write, dtype)
+    with pytest.raises(RuntimeError) as refused:
+        inside(write, dtype)
+    words = ("inplace", "in-place")
+    assert any(each in str(right.value) for each in words) and any(each in str(refused.value) for each in words)
+
+
+@over_dtypes
+def test_a_copy_of_a_base_and_its_view_share_memory(dtype):
+    def run():
+        x = torch.zeros(4)
+        copied, view = copy.deepcopy([x, x[1:3]])
+        copied.add_(1)
+        return [copied, view, x]
+
+    assert_as_torch(inside(run, dtype), plain(run, dtype), dtype)
+
+
+# --- what keeps hold of a leaf ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["in the block", "after it"])
+@over_dtypes
+def test_hooks_of_the_node_that_accumulates_a_gradient_are_run(later, dtype):
+    hits = []
+
+    def construct():
+        p = nn.Parameter(torch.ones(2))
+        # Kept by who asked for it: torch itself holds it weakly.
+        p.node = p.expand_as(p).grad_fn.next_functions[0][0]
+        p.node.register_hook(lambda *gradients: hits.append(1))
+        return p if later else train(p)
+
+    def train(p):
+        (p * 2).sum().backward()
+        return p
+
+    p = inside(construct, dtype)
+    p = train(p) if later else p
+    assert hits == [1] and p.grad.tolist() == [2.0, 2.0]
+
+
+class Square(torch.autograd.Function):
+    """A function whose context is set up apart, which no mode sees."""
+
+    @staticmethod
+    def forward(x):
+        return x**2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 2 * x * gradient
+
+
+def _dual(x):
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.full((2,), 3.0))
+        return torch.autograd.forward_ad.unpack_dual(dual * 2).tangent
+
+
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        lambda x: torch.autograd.grad(Square.apply(x.requires_grad_()).float().sum(), x)[0],
+        lambda x: torch.autograd.grad(torch.exp(x.requires_grad_()).float().sum(), x)[0],
+        lambda x: torch.autograd.grad(torch.mul(x.requires_grad_(), 2).float().sum(), x)[0],
+        lambda x: torch.autograd.grad(
+            torch.utils.checkpoint.checkpoint(torch.exp, x.requires_grad_(), use_reentrant=False).float().sum(), x
+        )[0],
+        _dual,
+    ],
+    ids=["a function of its own", "torch.exp", "torch.mul", "a checkpoint", "forward mode"],
+)
+@over_dtypes
+def test_derivatives_of_pending_leaves_are_found(derivative, dtype):
+    def run():
+        return derivative(torch.full((2,), 0.5))
+
+    assert inside(run, dtype).dtype == DTYPES[dtype]
+    assert_as_torch(inside(run, dtype), plain(run, dtype), dtype)
