@@ -80,7 +80,10 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if result is not NotImplemented:
             return result
     if operator.changes_geometry and type(args[0]) is Placeholder:
-        geometry = func(on_meta(args[0]), *args[1:], **kwargs)
+        try:
+            geometry = func(on_meta(args[0]), *args[1:], **kwargs)
+        except AssertionError:  # of what torch has in Python for meta tensors
+            return run(func, args, kwargs)  # torch's refusal
         if _ends_beyond(args[0]._record, geometry):
             return run(func, args, kwargs)  # torch's refusal
         _retarget(args[0], Region(int(geometry.storage_offset()), tuple(geometry.shape), geometry.stride()))
@@ -163,7 +166,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if block.ran is not None:
         block.ran[str(func.overloadpacket)] += 1
     operator = operator_of(func)
-    if kwargs.get("generator") is not None and has_master(args[0]) and operator.is_mutable:
+    if (kwargs.get("generator") is not None or func in _DRAWS_BY_DTYPE) and has_master(args[0]) and operator.is_mutable:
         return _run_in_its_dtype(func, args, kwargs)
     values: dict[int, torch.Tensor] = {}
     if not _is_in_use(operator, tensors, kwargs):
@@ -190,8 +193,10 @@ def _final(tensor: Placeholder, only_read: bool) -> torch.Tensor:
 
 
 def _run_in_its_dtype(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A draw from a generator of the caller's: torch's own numbers, which depend on the dtype."""
+    """A draw whose numbers depend on the dtype: from a generator of the caller's, or of that dtype's whole numbers."""
     tensor = args[0]
+    if kwargs.get("generator") is None:
+        tensor._record.block.generator.resume()
     master = view_of(tensor._record.compute(), tensor._region)
     drawn = master.to(tensor.dtype)
     func(drawn, *args[1:], **kwargs)
@@ -220,6 +225,8 @@ def _is_in_use(operator: _Operator, tensors: list[torch.Tensor], kwargs: dict[st
             return True
     return False
 
+
+_DRAWS_BY_DTYPE = {getattr(aten.random_, overload) for overload in aten.random_.overloads()}
 
 _TAKES_MEMORY = {
     *(getattr(aten.set_, overload) for overload in aten.set_.overloads()),

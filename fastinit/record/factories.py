@@ -16,11 +16,12 @@ from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_map_only
 
 from ..execution import DTYPES, is_native
+from ..layout import numel
 from ..native import CONSTANT, NORMAL, UNIFORM
 from ..recipe import Region, Write
 from .dispatch import RECORDED, create, wrap
 from .precision import complex_of
-from .recorded import is_worth_recording
+from .recorded import fills_what_is_empty, is_worth_recording
 from .records import HALVES, view_of
 from .tensors import Placeholder, become_real, concrete, tensors_in
 
@@ -83,8 +84,14 @@ def _create(
     block = mode.block
     dtype = options.get("dtype") or block.default_dtype
     device = _device(mode, options)
+    if fill is None and fills_what_is_empty(block):
+        if not dtype.is_floating_point:
+            return NotImplemented
+        fill = CONSTANT, (math.nan,)
     if device.type == "meta" or (fill is None and dtype in _OPAQUE):
         return NotImplemented
+    if numel(size) * dtype.itemsize >= 2**63:
+        return NotImplemented  # torch's refusal
     if dtype not in DTYPES and fill is not None:
         if not is_worth_recording(dtype, device, *fill):
             return NotImplemented
@@ -157,8 +164,10 @@ def _full(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
 @_is(torch.empty_strided)
 def _empty_strided(mode: Mode, func: Any, size: Any, stride: Any, **options: Any) -> Any:
     sizes, strides = _size((tuple(size),), {}), _size((tuple(stride),), {})
-    if sizes is not None and strides is not None and 0 not in sizes and not torch._C._len_torch_dispatch_stack():
-        block, device = mode.block, _device(mode, options)
+    block = mode.block
+    plain = not torch._C._len_torch_dispatch_stack() and not fills_what_is_empty(block)
+    if plain and sizes is not None and strides is not None and 0 not in sizes:
+        device = _device(mode, options)
         dtype = options.get("dtype") or block.default_dtype
         if dtype not in _OPAQUE and device.type != "meta" and not options.get("pin_memory"):
             base = create(block, (Region(0, sizes, strides).end,), dtype, device, None)
@@ -261,6 +270,8 @@ def compute(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     dtype = kwargs.get("dtype")
     default = dtype is None and _is_default(func, args, kwargs)
     final = block.default_dtype if default else dtype
+    if default and func in _SPACED and any(_is_complex(each) for each in (*args, *kwargs.values())):
+        final = complex_of(block.default_dtype)
     generator = kwargs.get("generator")
     if generator is not None or device.type == "meta" or torch._C._len_torch_dispatch_stack():
         if default and _takes_dtype(func):
@@ -303,6 +314,14 @@ _ALWAYS = {
     *(torch.hamming_window, torch.hann_window, torch.kaiser_window, torch.fft.fftfreq, torch.fft.rfftfreq),
     *(torch.empty_strided, torch.empty_permuted),
 }
+
+
+# Factories of which complex bounds make complex numbers.
+_SPACED = {torch.linspace, torch.logspace}
+
+
+def _is_complex(value: Any) -> bool:
+    return isinstance(value, complex) or (isinstance(value, torch.Tensor) and value.is_complex())
 
 
 def _is_default(func: Any, args: Any, kwargs: Any) -> bool:
@@ -361,9 +380,11 @@ def _tensor(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     if func is torch.as_tensor and len(args) > 1:
         kwargs.update(zip(("dtype", "device"), args[1:], strict=False))
         args = args[:1]
-    if kwargs.get("dtype") is None and not isinstance(data, (list, tuple, float, int, bool, complex)):
-        # An array: the dtype is its own, and so may be the memory.
-        if _device(mode, kwargs).type == "cpu":
+    if not isinstance(data, (list, tuple, float, int, bool, complex)):
+        # An array or a buffer: the dtype is its own, and so may be the memory.
+        dtype, its = kwargs.get("dtype"), getattr(data, "dtype", None)
+        own = dtype is None or (its is not None and str(dtype).endswith(str(its)))
+        if (own or (func is torch.asarray and _is_memory(data))) and _device(mode, kwargs).type == "cpu":
             return func(*args, **{**kwargs, "device": "cpu"})
     if kwargs.get("dtype") is None:
         kwargs["dtype"] = _dtype_of_data(data, mode.block.default_dtype)
@@ -373,6 +394,17 @@ def _tensor(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
             {k: v for k, v in kwargs.items() if k not in ("data", "obj")},
         )
     return compute(mode, func, *args, **kwargs)
+
+
+def _is_memory(data: Any) -> bool:
+    """Whether torch.asarray takes an object for memory of whatever dtype it is asked for."""
+    if hasattr(data, "dtype"):
+        return False
+    try:
+        memoryview(data)
+    except TypeError:
+        return type(data).__name__ == "PyCapsule"
+    return True
 
 
 def _mapped(data: Any, function: Callable[[Any], Any]) -> Any:

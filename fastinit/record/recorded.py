@@ -13,7 +13,7 @@ from ..execution import DTYPES, allocate, can_fill
 from ..layout import contiguous_strides, numel
 from ..native import ADD, CLAMP, CONSTANT, DIVIDE, MULTIPLY, NORMAL, UNIFORM
 from ..recipe import COMPUTED, COPIED, ERFINV, Region, Write, with_step
-from .block import current
+from .block import Block, current
 from .calls import record_call
 from .dispatch import RECORDED, create, on_meta, values_dtype
 from .precision import WHOLE
@@ -340,6 +340,9 @@ def like(func: Any, other: torch.Tensor, *args: Any, **options: Any) -> Any:
         if type(constant) not in (int, float):
             return NotImplemented
     write = None if constant is None else Write(CONSTANT, (float(constant),))
+    block = other._record.block if type(other) is Placeholder else current.get()
+    if block is not None and write is None and fills_what_is_empty(block):
+        return NotImplemented
     return _like(func, other, args, options, write)
 
 
@@ -351,6 +354,15 @@ def _random_like(func: Any, other: torch.Tensor, *, generator: Any = None, **opt
         return NotImplemented
     tensor = _like(aten.empty_like.default, other, (), options, None)
     return fill(tensor, kind, (0.0, 1.0)) if type(tensor) is Placeholder else tensor
+
+
+def fills_what_is_empty(block: Block) -> bool:
+    """Whether torch is to fill what nobody initialises, floating-point numbers with NaN, so that nothing hangs on it.
+
+    What is to stay unwritten after the block does so.
+    """
+    asked = torch.are_deterministic_algorithms_enabled() and torch._C._get_deterministic_fill_uninitialized_memory()
+    return asked and not block.defers
 
 
 def _like(func: Any, other: torch.Tensor, args: Any, options: dict[str, Any], write: Write | None) -> Any:

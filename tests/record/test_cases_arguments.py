@@ -485,3 +485,86 @@ def test_a_default_dtype_that_the_constructor_sets_is_the_one_that_counts(dtype,
         for name in ("scalar", "quotient", "legacy", "legacy_of_sizes", "line", "array", "full"):
             assert same_bits(getattr(ours, name), getattr(theirs, name)), name
     assert torch.get_default_dtype() == torch.float32
+
+
+# --- arguments by whose kind torch decides ----------------------------------------------------------------------------
+
+
+@over_dtypes
+def test_complex_bounds_make_complex_numbers(dtype):
+    for function in (torch.linspace, torch.logspace):
+        assert inside(lambda: function(0, 1j, 3), dtype).tolist() == function(0, 1j, 3).tolist()  # noqa: B023
+        assert inside(lambda: function(0, torch.tensor(1j), 3), dtype).dtype == torch.complex64  # noqa: B023
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@over_dtypes
+def test_memory_of_others_in_half_precision_is_neither_copied_nor_misread(dtype):
+    array = np.arange(4, dtype=np.float16)
+    for make in (
+        lambda: torch.asarray(array),
+        lambda: torch.asarray(array, dtype=torch.float16),
+        lambda: torch.as_tensor(array),
+        lambda: torch.asarray(memoryview(array).cast("B"), dtype=torch.float16),
+    ):
+        tensor = inside(make, dtype)
+        assert tensor.data_ptr() == array.ctypes.data and tensor.tolist() == [0.0, 1.0, 2.0, 3.0]
+    stored = torch.ones(2, dtype=torch.bfloat16).storage()
+    assert inside(lambda: torch.tensor(stored, dtype=torch.bfloat16), dtype).tolist() == [1.0, 1.0]
+
+
+@over_dtypes
+def test_whole_numbers_are_drawn_in_the_range_of_the_dtype(dtype):
+    for half, most in ((torch.bfloat16, 2**8), (torch.float16, 2**11)):
+        drawn = inside(lambda: torch.empty(4096, dtype=half).random_(), dtype)  # noqa: B023
+        assert most / 2 < drawn.max() <= most and drawn.min() >= 0
+
+
+@over_dtypes
+def test_what_torch_refuses_is_refused_at_once_and_by_its_words(dtype):
+    for refused in (
+        lambda: torch.empty(2**62, 2**62),
+        lambda: torch.zeros(2**62),
+        lambda: torch.ones(2, 2, 2).t_(),
+        lambda: exec("del x.data", {"x": torch.ones(2)}),
+    ):
+        with pytest.raises(RuntimeError) as right:
+            plain(refused, dtype)
+        with pytest.raises(RuntimeError) as found:
+            inside(refused, dtype)
+        assert str(found.value)[:20] == str(right.value)[:20]
+
+
+@over_dtypes
+def test_functions_that_refuse_subclasses_find_tensors(dtype):
+    def run():
+        return torch.ones(2).map_(torch.full((2,), 2.0), lambda a, b: a + b)
+
+    assert inside(run, dtype).tolist() == [3.0, 3.0]
+
+
+@over_dtypes
+def test_a_parameter_says_that_it_is_one_and_loses_its_gradient(dtype):
+    def run():
+        p = nn.Parameter(torch.ones(2))
+        p.grad = torch.ones(2)
+        del p.grad
+        return repr(p), p.grad
+
+    assert inside(run, dtype) == plain(run, dtype)
+
+
+@over_dtypes
+def test_in_deterministic_mode_what_nobody_initialises_is_what_torch_makes_it(dtype):
+    def run():
+        torch.use_deterministic_algorithms(True)
+        try:
+            linear = nn.Linear(2, 2)
+            like = torch.empty_like(torch.ones(2)), torch.ones(2).new_empty(2), torch.rand_like(torch.ones(2))
+            integers = torch.empty(2, dtype=torch.int32), torch.empty(2, dtype=torch.bool)
+            other = torch.empty(2), torch.Tensor(2), torch.empty_strided((2, 2), (1, 2)), linear.weight.detach()
+            return [each.isnan().tolist() for each in (*like, *other)], [each.tolist() for each in integers]
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    assert inside(run, dtype) == plain(run, dtype)
