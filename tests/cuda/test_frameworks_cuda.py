@@ -244,10 +244,10 @@ def plain_ranks(new_ranks):
     yield from new_ranks()
 
 
-def expected(dtype):
+def of_the_cpu(dtype):
     torch.manual_seed(SEED)
     with fastinit.on("cpu", dtype):
-        return digest(whole(Model(orthogonal=False)))
+        return whole(Model(orthogonal=False))
 
 
 def skip_without_deepspeed(name):
@@ -261,11 +261,12 @@ def skip_without_deepspeed(name):
 def test_lightning(ranks, script, name, precision, tmp_path):
     skip_without_deepspeed(name)
     one, other = ranks.run(run_script, script, True, name, precision, str(tmp_path / "saved"), world=2)
-    dtype = PRECISIONS[precision]
+    expected = of_the_cpu(PRECISIONS[precision])
     if name.startswith("DeepSpeed") and precision == "bf16-mixed":
-        dtype = torch.bfloat16  # in which DeepSpeed keeps the weights then; its optimizer has those of fp32
+        # DeepSpeed keeps the weights in bf16 then, and its optimizer those of fp32; stage 2 leaves buffers in fp32.
+        expected = of_the_cpu("bf16") | ({"table": expected["table"]} if name == "DeepSpeed 2" else {})
     before, after, loaded = one
-    assert before == expected(dtype)
+    assert before == digest(expected)
     assert after != before and loaded == after
     assert other == one
 
