@@ -152,9 +152,10 @@ class Mode(native.Mode, TorchFunctionMode):
             if has_layout_of(*args):
                 become_real(args[1])  # what is asked before a tensor takes the data of another one
         block.generator.resume()
-        if args and type(args[0]) is Placeholder and args[0]._record.memory is not None and not has_master(args[0]):
-            # It has all that makes a tensor, and constructors that fill tables one by one do a lot to it.
-            become_real(args[0])
+        if func is torch.Tensor.__setitem__ and type(args[0]) is Placeholder:
+            if args[0]._record.memory is not None and not has_master(args[0]):
+                # It has all that makes a tensor, and constructors that fill tables one by one do a lot to it.
+                become_real(args[0])
         name = AS_METHODS.get(func)
         if name is not None and args and not kwargs and type(args[0]) is Placeholder and not _is_recorded(args):
             method = vars(Placeholder).get(name)

@@ -96,7 +96,8 @@ def _method(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         in_place = name.endswith("_") and not name.endswith("__")
 
         def method(self: Placeholder, *args: Any, **kwargs: Any) -> Any:
-            if not kwargs and _is_plain(self, *args):
+            # What computes an argument may have made the tensor real after its method was looked up.
+            if not kwargs and type(self) is Placeholder and _is_plain(self, *args):
                 result = function(self, *args)
                 if result is not NotImplemented:
                     if in_place:

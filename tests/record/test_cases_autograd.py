@@ -361,3 +361,11 @@ def _facts(model):
 @over_dtypes
 def test_views_that_a_module_keeps_are_torchs_views_of_its_tensors(dtype):
     assert list(_facts(built(Views, dtype))) == list(_facts(plain(Views, dtype)))
+
+
+@pytest.mark.parametrize("name", ["div_", "__add__", "mul"])
+def test_a_method_whose_argument_makes_its_tensor_real_goes_on_with_that(name):
+    weight = inside(
+        lambda: (lambda weight: getattr(weight, name)(weight.numpy().sum().item()))(torch.ones(3, 4)), "fp32"
+    )
+    assert torch.equal(weight, getattr(torch.ones(3, 4), name)(12.0))
