@@ -21,7 +21,7 @@ from ..execution import reserve
 from ..layout import Box, Slices, Window, compose, contiguous_strides
 from ..record.records import modes_off
 from ..record.tensors import Placeholder, new_memory, take_memory
-from ..record.unwritten import Unwritten, memory_to_write, wrote
+from ..record.unwritten import Unwritten, memory_to_write, rest_of, wrote
 from ..sharding import Held, cut, held, is_dtensor
 from .files import Checkpoint
 from .formats import Part
@@ -130,6 +130,14 @@ class Copy(NamedTuple):
     def narrows(self) -> bool:
         """Whether there are finite values that the target cannot hold."""
         return narrows(self.source.dtype, self.target.dtype)
+
+    @property
+    def holds_values(self) -> bool:
+        """Whether the target has values that may have to stay, or reads as NaN."""
+        memory = self.part.memory
+        if type(memory) is Unwritten:
+            return rest_of(memory).memory is not None or rest_of(memory).origin.reads_nan
+        return type(memory) is not Placeholder
 
     def whole(self) -> torch.Tensor:
         return self.source.read() if isinstance(self.source, Stored) else self.source

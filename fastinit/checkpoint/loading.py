@@ -97,21 +97,16 @@ class Loading:
         """Bytes that `run` reads."""
         if self._own_code is not None:
             return sum(info.nbytes for info in self.checkpoint.tensors.values())
-        passes = 1 if self.new else 2
-        return sum(copy.nbytes * (passes if copy.narrows else 1) for copy in self.copies)
+        return sum(copy.nbytes * (2 if self._is_checked_before(copy) else 1) for copy in self.copies)
 
     def run(self, advance: Callable[[int], Any]) -> None:
-        """Copy everything; before that, unless the model is new, look for values that its dtypes cannot hold."""
+        """Copy everything, unless there are values that the model's dtypes cannot hold."""
         # Read before anything is written: one of them may be refused.
         extra_states = [(module, self.checkpoint.read_object(name)) for name, module in self._extra_states.items()]
         if self._own_code is not None:
             self._run_own_code(advance)
-        elif self.new:
-            self._stream(advance, check=True, write=True)
         else:
-            self._stream(advance, check=True, write=False)
-            self._refuse_problems()
-            self._stream(advance, check=False, write=True)
+            self._carry_out(advance)
         self.checkpoint.check()
         self._refuse_problems()
         self.report.bytes = sum(copy.source.nbytes for copy in self.copies if isinstance(copy.source, Stored))
@@ -251,8 +246,14 @@ class Loading:
 
     # Values ------------------------------------------------------------------------------------------------------
 
-    def _stream(self, advance: Callable[[int], Any], check: bool, write: bool) -> None:
-        streamed = self._streamed() if write else {}
+    def _carry_out(self, advance: Callable[[int], Any]) -> None:
+        """Make all copies; what holds values keeps them until it is known that what comes in their place fits."""
+        before = {id(copy): copy for copy in self.copies if self._is_checked_before(copy)}
+        for copy in before.values():
+            self._refuse_lost(copy)
+            advance(copy.nbytes)
+        self._refuse_problems()
+        streamed = self._streamed()
         self.checkpoint.close()  # what is mapped would count beside the buffers
         try:
             transfers = [transfer for each in streamed.values() for transfer in each.transfers]
@@ -260,15 +261,19 @@ class Loading:
         except OSError as error:
             raise self.checkpoint.failed(error) from error
         for copy in self.copies:
-            narrows = copy.narrows
+            if copy.narrows and id(copy) not in before:
+                self._refuse_lost(copy, streamed[id(copy)].memory if id(copy) in streamed else None)
+        self._refuse_problems()
+        for copy in self.copies:
             if id(copy) in streamed:
                 give(copy.part.memory, streamed[id(copy)].memory)
-                if check and narrows:
-                    self._refuse_lost(copy, copy.values, copy.part.memory)
-            elif write or narrows:
-                # In a call of its own, at the end of which nothing holds on to what was read.
-                self._carry_out(copy, check and narrows, write)
+            else:
+                self._copy(copy)
                 advance(copy.nbytes)
+
+    def _is_checked_before(self, copy: Copy) -> bool:
+        """Whether what a copy brings is looked at first, which reads it twice."""
+        return copy.narrows and not self.new and copy.holds_values
 
     def _streamed(self) -> dict[int, Streamed]:
         """What can be streamed, by the copy's id. What shares memory with anything else is copied in its order."""
@@ -282,17 +287,16 @@ class Loading:
                     streamed[id(copy)] = each
         return streamed
 
-    def _carry_out(self, copy: Copy, check: bool, write: bool) -> None:
-        tensor, memory = copy.values(), copy.part.memory
-        if write:
-            with torch.no_grad():
-                (copy.target if is_dtensor(tensor) else memory).copy_(tensor)
-        if check:
-            # A GPU looks faster at what was written than the CPU at what was read.
-            self._refuse_lost(copy, lambda: tensor, memory if write and not memory.is_cpu else tensor)
+    def _copy(self, copy: Copy) -> None:
+        # In a call of its own, at the end of which nothing holds on to what was read.
+        values = copy.values()
+        with torch.no_grad():
+            (copy.target if is_dtensor(values) else copy.part.memory).copy_(values)
 
-    def _refuse_lost(self, copy: Copy, read: Callable[[], torch.Tensor], same: torch.Tensor) -> None:
-        value = first_lost(read, copy.target, same)
+    def _refuse_lost(self, copy: Copy, written: torch.Tensor | None = None) -> None:
+        """Note if a copy has values beyond the target's range; what they have become there is looked at faster."""
+        values = copy.values() if written is None else written
+        value = first_lost(copy.values if values is written else lambda: values, copy.target, values)
         if value is not None:
             self._problems.append(lost_message(copy.name, value, copy.source.dtype, copy.target.dtype))
 
