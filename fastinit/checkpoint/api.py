@@ -78,8 +78,9 @@ def load(
     Raises:
         CheckpointError: for a file that is missing, truncated, corrupt or refused by ``weights_only``; for names (if
             strict), shapes and kinds of dtype that do not fit, all of them in one message; for a finite value that the
-            model's dtype cannot hold. A model that was passed has its old values then, except that a file which fails
-            after its metadata has been read and found right leaves the model with a part of it.
+            model's dtype cannot hold. A model that was passed has its old values then, and none where it had none,
+            except that a file which fails after its metadata has been read and found right leaves the model with a
+            part of it.
         ValueError: a path that is none of the above; device, dtype or seed together with a module; a window that is no
             such tuple of slices.
         FileNotFoundError: a path that does not exist.
