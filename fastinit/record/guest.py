@@ -374,12 +374,14 @@ def _never_compiled(function: Callable[..., None]) -> Callable[..., None]:
     """Have torch.compile run a function of ours as it is, whether it traces the call or is handed its frame."""
     # What torch.compiler.disable amounts to here, without the import of torch._dynamo, which takes seconds.
     frames = torch._C._dynamo.eval_frame
-    if hasattr(frames, "set_code_exec_strategy"):
+    if torch.__version__ >= (2, 13):  # type: ignore[operator]
         function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    else:  # whose constant functions take no modules, in 2.9 for one: the graph breaks here instead
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    if hasattr(frames, "set_code_exec_strategy"):
         skip = frames._FrameAction.SKIP
         frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
-    else:  # torch 2.6, whose constant functions take no modules: its graph breaks here instead
-        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    else:  # torch 2.6
         frames.skip_code(function.__code__)  # type: ignore[attr-defined,unused-ignore]
     return function
 

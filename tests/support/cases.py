@@ -46,7 +46,7 @@ def _drawn(dtype):
     return torch.empty(8, dtype=dtype).uniform_(generator=torch.Generator().manual_seed(0))
 
 
-# Whether torch's generators draw in half precision what they draw in fp32, rounded: torch 2.6 did not.
+# Whether torch's generators draw in half precision what they draw in fp32, rounded: torch 2.9 does not yet.
 DRAWS_ARE_ROUNDED = torch.equal(_drawn(torch.bfloat16), _drawn(torch.float32).bfloat16())
 
 

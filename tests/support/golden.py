@@ -642,7 +642,7 @@ class RandomExpressions(nn.Module):
         self.register_buffer("features", torch.cos(torch.randn(6, 4) * 2 * math.pi))
 
 
-@model("normal", "uniform")  # torch's own draws, in bf16 others in torch 2.6
+@model("normal", "uniform")  # torch's own draws, in bf16 others in torch 2.9 and older
 class OwnGenerator(nn.Module):
     """The constructor's own generator is torch's, and its calls take no stream from what follows."""
 
