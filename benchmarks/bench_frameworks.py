@@ -1,6 +1,6 @@
 """What Lightning's scripts cost with fastinit enabled and without, in new processes, bf16-true.
 
-`fabric.init_module()` on one device: Lightning and the GPU are initialised and a tensor has been allocated when the
+`fabric.init_module()` on one device: Lightning and the GPU are initialized and a tensor has been allocated when the
 clock starts. A Trainer on two: from its `fit`, whose `configure_model` creates the model, to the end of the first step
 of training, and the peak of memory beyond that of the weights that a rank holds; of the slower rank.
 

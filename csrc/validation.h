@@ -188,7 +188,7 @@ inline Step make_step(int64_t op, double a, double b) {
 
 inline void append_step(Steps& steps, Step step) {
     if (steps.count == Steps::capacity)
-        detail::refuse("steps", "longer than " + std::to_string(Steps::capacity), "materialise the tensor first");
+        detail::refuse("steps", "longer than " + std::to_string(Steps::capacity), "materialize the tensor first");
     steps.items[steps.count++] = step;
 }
 

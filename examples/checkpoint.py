@@ -1,4 +1,4 @@
-"""A sharded checkpoint that lacks a part of the model: only that part is initialised.
+"""A sharded checkpoint that lacks a part of the model: only that part is initialized.
 
     torchrun --nproc-per-node 2 examples/checkpoint.py
 
@@ -45,7 +45,7 @@ with tempfile.TemporaryDirectory() as folder:
     dcp.load({"layers": model.layers.state_dict()}, checkpoint_id=folders[0])
     dist.barrier()  # before rank 0 removes the folder
 
-say(f"initialised, because the checkpoint has no values for them: {fastinit.initialize(model)}")
+say(f"initialized, because the checkpoint has no values for them: {fastinit.initialize(model)}")
 for loaded, saved in zip(model.layers.parameters(), before.layers.parameters(), strict=True):
     assert torch.equal(loaded.to_local(), saved.to_local())
 train(model, config, device, part=dist.get_rank())

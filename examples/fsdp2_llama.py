@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 examples/fsdp2_llama.py
 
 Against a script that builds on the meta device, `fastinit.on` takes the place of `torch.device("meta")`, and
-`fastinit.materialize` that of `to_empty` and whatever initialised the weights afterwards: the constructor's own
-initialisation counts, and the buffers are there.
+`fastinit.materialize` that of `to_empty` and whatever initialized the weights afterwards: the constructor's own
+initialization counts, and the buffers are there.
 """
 
 import torch.distributed as dist

@@ -3,7 +3,7 @@
     python examples/transformers_finetune.py              # a small model, on a GPU if there is one
     python examples/transformers_finetune.py --without    # the same script, before that line
 
-What the checkpoint supplies is not initialised; the new head, which it lacks, is, as the library initialises it.
+What the checkpoint supplies is not initialized; the new head, which it lacks, is, as the library initializes it.
 """
 
 import tempfile

@@ -103,7 +103,7 @@ _entered: ContextVar[tuple[_Entered, ...]] = ContextVar("fastinit_entered", defa
 
 
 class on:
-    """Create the modules of a ``with`` block on a device, in a precision, with fused initialisation.
+    """Create the modules of a ``with`` block on a device, in a precision, with fused initialization.
 
     The modules are those that the same code gives under ``torch.device(device)`` and
     ``torch.set_default_dtype(dtype)``: same names, shapes, dtypes, ties and buffers. Their values are those of the
@@ -126,9 +126,9 @@ class on:
             `uninitialized` names what nothing has written since, `initialize` writes it, and whoever reads it is
             refused by its name. "nan" lets readers see NaN instead. "unchecked" leaves raw memory and records
             nothing. A checkpoint that is loaded inside the block needs none of this.
-        shard: True leaves parameters on the meta device with their initialisation recorded, for `materialize` to give
+        shard: True leaves parameters on the meta device with their initialization recorded, for `materialize` to give
             each rank its part once the model is sharded; buffers and what the constructor computes are there as ever.
-            `fastinit.deepspeed.zero3(config)` makes them partitions of ZeRO-3. If torch.distributed is initialised,
+            `fastinit.deepspeed.zero3(config)` makes them partitions of ZeRO-3. If torch.distributed is initialized,
             the key is rank 0's: every rank has to enter the block, or to pass the same `seed`.
         streams: what tells the random fills of one seed apart. "order": the ordinal of the fill in the block. "name":
             the name of its parameter or buffer in the model, and its place among the fills of that. So a stage that is

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO-3: models whose parameters are partitions from the start, each rank's slices filled in place.
 
-``deepspeed.zero.Init`` allocates and initialises every parameter whole on every rank, broadcasts it, and keeps one
+``deepspeed.zero.Init`` allocates and initializes every parameter whole on every rank, broadcasts it, and keeps one
 slice. Here a rank's slices are allocated together and filled in one batch, with the values of the unsharded model. Then
 a ``zero.Init`` that nobody enters makes the parameters its own, so that everything else about them is DeepSpeed's
 doing. It has no public function for that: hence the range of versions.
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from .execution import Timing, allocate, reserve
 from .layout import flat_box, numel
-from .record.block import warn_never_initialised
+from .record.block import warn_never_initialized
 from .record.tensors import swap_in
 from .record.unwritten import Origin, Piece, Unwritten, write_pieces
 
@@ -41,7 +41,7 @@ def zero3(ds_config: dict[str, Any] | str) -> Zero3:
     and checkpoints find what ``deepspeed.zero.Init`` would have left, slices that are offloaded to the CPU and the
     secondary ones of hpZ included.
 
-    Like ``deepspeed.zero.Init``, this initialises the process group if need be and selects the GPU of this rank, so
+    Like ``deepspeed.zero.Init``, this initializes the process group if need be and selects the GPU of this rank, so
     every rank calls it, before its `fastinit.on`; and unless the configuration's ``memory_efficient_linear`` is false,
     creating the model replaces ``torch.nn.functional.linear`` for the rest of the process.
 
@@ -53,8 +53,8 @@ def zero3(ds_config: dict[str, Any] | str) -> Zero3:
 
     Raises:
         ImportError: there is no DeepSpeed, or one of a version that this was not tested with.
-        ValueError: a stage other than 3, offload of parameters to NVMe, or quantised weights.
-        RuntimeError: the process group could not be initialised.
+        ValueError: a stage other than 3, offload of parameters to NVMe, or quantized weights.
+        RuntimeError: the process group could not be initialized.
 
     Example:
         >>> with fastinit.on("cuda", "bf16", shard=fastinit.deepspeed.zero3(ds_config)):  # doctest: +SKIP
@@ -174,7 +174,7 @@ class Zero3:
                 if count < each.size:
                     each.memory[count:].zero_()
             if origin is not None and not origin.recipe:
-                warn_never_initialised(f"{type(module).__name__}.{name}", origin.shape)
+                warn_never_initialized(f"{type(module).__name__}.{name}", origin.shape)
         write_pieces(pieces, timing)
 
     def _hand_over(self, parameter: nn.Parameter, origin: Origin | None, slices: Sequence[_Slice]) -> None:
@@ -247,7 +247,7 @@ def _initialize_process_group(deepspeed: Any) -> None:
             deepspeed.init_distributed()
         except Exception as error:
             raise RuntimeError(
-                "fastinit.deepspeed.zero3: the process group could not be initialised; start the script with torchrun "
+                "fastinit.deepspeed.zero3: the process group could not be initialized; start the script with torchrun "
                 f"or deepspeed, or call torch.distributed.init_process_group before. {error}"
             ) from error
     if "LOCAL_RANK" not in os.environ:

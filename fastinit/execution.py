@@ -48,7 +48,7 @@ def allocate(
     *,
     name_of: Callable[[], str | None] = lambda: None,
 ) -> torch.Tensor:
-    """Uninitialised contiguous tensor from torch's allocator; huge pages are advised for large CPU ones.
+    """Uninitialized contiguous tensor from torch's allocator; huge pages are advised for large CPU ones.
 
     Raises:
         torch.OutOfMemoryError, RuntimeError: torch's own, with the name, shape, dtype, device and a remedy in front.
@@ -311,13 +311,13 @@ class Fills:
 
 def refuse_capture(device: torch.device) -> None:
     """Raise while this device's current stream is captured: replays would write the model's values, not this."""
-    # A process that has not used CUDA captures nothing, and to ask would initialise it.
+    # A process that has not used CUDA captures nothing, and to ask would initialize it.
     if device.type == "cuda" and torch.cuda.is_initialized():
         with torch.cuda.device(device):
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "fastinit: the values of a model cannot be written while a CUDA graph is being captured: now they "
-                    "would stay unwritten, and each replay would write them anew. Create and initialise the model "
+                    "would stay unwritten, and each replay would write them anew. Create and initialize the model "
                     "before the capture"
                 )
 

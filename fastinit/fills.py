@@ -77,7 +77,7 @@ def empty(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> torch.Tensor:
-    """Uninitialised tensor like ``torch.empty``; large CPU ones are placed on huge pages where the system has them.
+    """Uninitialized tensor like ``torch.empty``; large CPU ones are placed on huge pages where the system has them.
 
     Args:
         size: sizes, as integers or as one sequence.

@@ -366,7 +366,7 @@ def _materialize(strategy: Any, model: nn.Module) -> None:
     if all(id(tensor) in known for tensor in tensors if is_on_meta(tensor)):
         materialize(model, strategy.root_device)
         return
-    # What Lightning calls then gives new memory to everything, and initialises as far as modules have a
+    # What Lightning calls then gives new memory to everything, and initializes as far as modules have a
     # reset_parameters: what had values, and what was recorded, is written afterwards.
     agree_on_seeds(recorded)
     origins = {each.name: each.origin for each in recorded}

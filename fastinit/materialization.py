@@ -21,7 +21,7 @@ from .distributed import from_rank_0, is_distributed
 from .execution import Timing, allocate, refuse_capture, reserve
 from .layout import Box, Slices, contiguous_strides, numel, slices_of
 from .recipe import Region
-from .record.block import warn_never_initialised
+from .record.block import warn_never_initialized
 from .record.kept import release
 from .record.records import lock, modes_off, view_of
 from .record.tensors import concrete, swap_in
@@ -105,7 +105,7 @@ def _offloaded(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tens
 def uninitialized(model: nn.Module) -> list[str]:
     """Names of the parameters and buffers that ``fastinit.on`` left without values and that are not written since.
 
-    Whoever writes a tensor whole makes it initialised: ``load_state_dict``, ``safetensors.torch.load_model``,
+    Whoever writes a tensor whole makes it initialized: ``load_state_dict``, ``safetensors.torch.load_model``,
     ``torch.distributed.checkpoint``, an assignment or any operation in place. One that was written in part is listed.
 
     Args:
@@ -131,7 +131,7 @@ def uninitialized(model: nn.Module) -> list[str]:
 
 
 def initialize(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
-    """Run the recorded initialisation of what ``fastinit.on(..., empty=True)`` created and nothing has written since.
+    """Run the recorded initialization of what ``fastinit.on(..., empty=True)`` created and nothing has written since.
 
     It gets the bits that it would have had without ``empty``, in the dtype and on the device that it has now. Of a
     tensor that was written in part, only the other elements are written.
@@ -342,7 +342,7 @@ def _give_values(
     for each in named:
         if not each.origin.recipe:
             name = each.name
-            warn_never_initialised(name if "." in name else f"model.{name}", each.origin.shape)
+            warn_never_initialized(name if "." in name else f"model.{name}", each.origin.shape)
     with ExitStack() as kept:
         for rest in partly:
             kept.enter_context(rest.keeping_what_is_written())
@@ -429,7 +429,7 @@ def _refuse_unfit(named: Iterable[Named]) -> None:
             if tuple(tensor.shape) != origin.shape and unwritten.numel():
                 raise ValueError(
                     f"fastinit: {name!r} has shape {tuple(tensor.shape)}, but was created with shape {origin.shape}; "
-                    "materialise the model before it is changed, or give the parameter values yourself"
+                    "materialize the model before it is changed, or give the parameter values yourself"
                 )
             local_boxes(tensor)
         elif origin.placeless:
@@ -442,7 +442,7 @@ def _refuse_unrecorded(tensors: Iterable[tuple[str, torch.Tensor]], named: Itera
     if unknown:
         raise ValueError(
             f"fastinit: {_listed(unknown)} are on the meta device, and no context has recorded how they are "
-            "initialised; create them inside of fastinit.on(..., shard=True), or give them memory first"
+            "initialized; create them inside of fastinit.on(..., shard=True), or give them memory first"
         )
 
 

@@ -186,7 +186,7 @@ def canonical(
 
 
 def mix(key: int, ordinal: int) -> int:
-    """A 64-bit seed from a key and an ordinal (the finaliser of SplitMix64)."""
+    """A 64-bit seed from a key and an ordinal (the finalizer of SplitMix64)."""
     mask = 2**64 - 1
     x = (key + (ordinal + 1) * 0x9E3779B97F4A7C15) & mask
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask

@@ -156,7 +156,7 @@ class Report:
             the CPU, by which the peak of the process's resident memory grew (0 on Windows, which does not tell, and on
             devices of other kinds).
         tensors: what has written each parameter and buffer, as `TensorReport`, of the modules that still exist.
-        findings: sentences about those that nothing has initialised, that were initialised twice and differently, or
+        findings: sentences about those that nothing has initialized, that were initialized twice and differently, or
             whose spread is far from what their fan-in and fan-out ask for.
     """
 
@@ -362,7 +362,7 @@ def _std(distribution: Distribution) -> float:
 def _findings(tensors: list[TensorReport]) -> Iterator[str]:
     unwritten = [each.name for each in tensors if each.is_parameter and each.source == "nothing"]
     if unwritten:
-        yield f"never initialised: {_patterns(unwritten)}"
+        yield f"never initialized: {_patterns(unwritten)}"
     overwritten = [each.name for each in tensors if any(fill.distribution == "copied" for fill in each.replaced)]
     if overwritten:
         yield f"copied from another tensor, a checkpoint's say, and then overwritten: {_patterns(overwritten)}"
@@ -373,7 +373,7 @@ def _findings(tensors: list[TensorReport]) -> Iterator[str]:
             kinds = ", then ".join(type(distribution).__name__ for distribution in dict.fromkeys(drawn))
             twice.setdefault(kinds, []).append(each.name)
     for kinds, names in twice.items():
-        yield f"initialised twice, differently ({kinds}): {_patterns(names)}"
+        yield f"initialized twice, differently ({kinds}): {_patterns(names)}"
     far: dict[str, list[str]] = {}
     for each in tensors:
         if each.fans is None or not each.std:

@@ -271,7 +271,7 @@ def _cuts(
         elif type(placement) is not Replicate:
             raise ValueError(
                 f"fastinit: placements={tuple(placements)} contain {placement!r}, which has no elements of its own to "
-                "fill; initialise the tensor as Shard or Replicate and redistribute it afterwards"
+                "fill; initialize the tensor as Shard or Replicate and redistribute it afterwards"
             )
     return cuts
 

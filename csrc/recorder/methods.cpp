@@ -388,9 +388,9 @@ bool contains(PyObject* set, PyObject* value) {
 
 // Whether a call is a function of torch.nn.init for a placeholder. They are called with `tensor` by name, and a library
 // may have replaced the function itself for a while.
-bool initialises(PyObject* func, PyObject* args, PyObject* kwargs) {
+bool initializes(PyObject* func, PyObject* args, PyObject* kwargs) {
     PyObject* tensor = kwargs ? item(kwargs, names->tensor) : nullptr;
-    if (tensor ? !PyFunction_Check(func) : !contains(state.initialisers, func)) return false;
+    if (tensor ? !PyFunction_Check(func) : !contains(state.initializers, func)) return false;
     if (PyTuple_GET_SIZE(args)) tensor = PyTuple_GET_ITEM(args, 0);
     return tensor && is_placeholder(tensor);
 }
@@ -409,7 +409,7 @@ PyObject* torch_function(PyObject* self, PyObject* const* given, Py_ssize_t coun
                 } else if (PyObject* const filling = item(state.factories, func)) {
                     if (py::object tensor = create(block, filling, args, kwargs)) return tensor;
                 } else if (block->generator == state.turn &&
-                           (contains(state.passed, func) || initialises(func, args, kwargs))) {
+                           (contains(state.passed, func) || initializes(func, args, kwargs))) {
                     return checked(PyObject_Call(func, args, kwargs));
                 }
             }

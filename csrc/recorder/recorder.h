@@ -52,7 +52,7 @@ struct Mode {
 
 // What Python has connected, and what of torch is called. They live as long as the process.
 #define FASTINIT_CONNECTED(X) \
-    X(placeholder) X(record) X(write) X(current) X(lock) X(can_fill) X(dtypes) X(factories) X(initialisers) \
+    X(placeholder) X(record) X(write) X(current) X(lock) X(can_fill) X(dtypes) X(factories) X(initializers) \
     X(takes_over) X(passed) X(stand_for) X(leave_behind) X(swap_impl) X(mode) X(torch_function) \
     X(graph_of)
 #define FASTINIT_OF_TORCH(X) \

@@ -67,7 +67,7 @@ def load(
         window: for a model with parallelism of your own, the one that `materialize` was given: called with the name of
             each parameter and its shape in the checkpoint, it returns the slices that the model has, or None for all.
         strict: raise if names are missing or unexpected, or if one memory would get two different tensors. False: what
-            is missing gets its recorded initialisation, with the bits that it would have without the checkpoint, or
+            is missing gets its recorded initialization, with the bits that it would have without the checkpoint, or
             keeps its value if it has one; what is unexpected is left out; and without a report there is a warning.
         progress: show a bar in bytes, if tqdm is installed.
         report: is filled with names, dtypes, bytes and seconds.

@@ -208,7 +208,7 @@ class Loading:
         self.report.missing = missing = [name for name in dict.fromkeys(missing) if not is_supplied(name)]
         self.report.unexpected = unexpected = list(dict.fromkeys(unexpected))
         if self.strict and missing:
-            self._problems.append(f"missing in the checkpoint: {', '.join(missing)}. strict=False initialises them")
+            self._problems.append(f"missing in the checkpoint: {', '.join(missing)}. strict=False initializes them")
         if self.strict and unexpected:
             self._problems.append(f"unexpected in the checkpoint: {', '.join(unexpected)}. strict=False skips them")
 

@@ -1,8 +1,8 @@
-"""What initialises each parameter and buffer of a model, without memory for it.
+"""What initializes each parameter and buffer of a model, without memory for it.
 
 The factory is called in a block that records and writes nothing, so that a model of any size can be looked at. The
 table says what writes each tensor and what was overwritten, and below it what is worth a look: parameters that nothing
-initialises, that are initialised twice and differently, or whose spread is far from fan-in and fan-out scaling.
+initializes, that are initialized twice and differently, or whose spread is far from fan-in and fan-out scaling.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def in_new_process(function: Callable[..., T], *arguments: Any, timeout: float =
 def in_new_processes(function: Callable[..., T], arguments: list[tuple[Any, ...]], timeout: float = 600.0) -> list[T]:
     """What a function of a module returns for each of the arguments, all at the same time in new processes.
 
-    Nothing that went before (allocator caches, resident memory, imports, code that Python has specialised) can favour
+    Nothing that went before (allocator caches, resident memory, imports, code that Python has specialized) can favour
     what happens there, and a GPU that one breaks is whole for the next.
 
     Raises:

@@ -197,8 +197,8 @@ class Block(native.Block):
                     seen.add(id(child))
                     waiting.append(child)
 
-    def initialised(self, tensor: torch.Tensor) -> None:
-        """A parameter that was there before the block has been initialised in it."""
+    def initialized(self, tensor: torch.Tensor) -> None:
+        """A parameter that was there before the block has been initialized in it."""
         if isinstance(tensor, torch.nn.Parameter):
             self._existing[id(tensor)] = (tensor.numel(), tensor.numel() * tensor.element_size())
 
@@ -334,14 +334,14 @@ class Block(native.Block):
     def _warn(self, unwritten: list[Record]) -> None:
         for record in unwritten:
             if (what := record.what()) is not None:
-                warn_never_initialised(what, record.shape)
+                warn_never_initialized(what, record.shape)
 
 
-def warn_never_initialised(what: str, shape: tuple[int, ...]) -> None:
-    """Say that a tensor, of a module as a rule, is one that the constructor does not initialise."""
+def warn_never_initialized(what: str, shape: tuple[int, ...]) -> None:
+    """Say that a tensor, of a module as a rule, is one that the constructor does not initialize."""
     warnings.warn(
-        f"fastinit: {what} of shape {tuple(shape)} is never initialised by its module; it was filled with "
-        "zeros instead of being left as raw memory. Initialise it in the constructor, or load a checkpoint that "
+        f"fastinit: {what} of shape {tuple(shape)} is never initialized by its module; it was filled with "
+        "zeros instead of being left as raw memory. Initialize it in the constructor, or load a checkpoint that "
         "supplies it inside the context.",
         stacklevel=3,
     )

@@ -209,7 +209,7 @@ def _is_in_use(operator: _Operator, tensors: list[torch.Tensor], kwargs: dict[st
     """Whether an operator has to see final memory.
 
     Operators of others must get the dtypes that they were promised, and a caller's generator is torch's business. What
-    involves data of others in half precision or on a GPU, or tensors that autograd records, is no initialisation but a
+    involves data of others in half precision or on a GPU, or tensors that autograd records, is no initialization but a
     training step, say.
     """
     if operator.wants_memory or kwargs.get("generator") is not None:

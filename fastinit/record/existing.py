@@ -1,4 +1,4 @@
-"""Initialisation of tensors that exist already, inside of a block.
+"""Initialization of tensors that exist already, inside of a block.
 
 That of distributed ones, and of what a block left unwritten, is recorded on a placeholder of the whole tensor, and then
 written to what this rank holds of it: an element's value depends on its place in the whole, and so is the same on any
@@ -29,14 +29,14 @@ from .unwritten import Key, Unwritten, memory_to_write, record_again, rest_of, w
 
 
 def takes(block: Block, tensor: Any) -> bool:
-    """Whether a tensor is one that this module initialises."""
+    """Whether a tensor is one that this module initializes."""
     if not is_dtensor(tensor) and type(tensor) is not Unwritten:
         return False
     return can_fill(tensor.dtype, _device_of(block, _local(tensor)))
 
 
 def is_recorded_again(block: Block, tensor: Any) -> bool:
-    """Whether a tensor is unwritten and on the meta device, where an initialisation changes what is recorded."""
+    """Whether a tensor is unwritten and on the meta device, where an initialization changes what is recorded."""
     return takes(block, tensor) and type(_local(tensor)) is Unwritten and _local(tensor).is_meta
 
 
@@ -49,7 +49,7 @@ def _device_of(block: Block, local: torch.Tensor) -> torch.device:
     return block.device if local.is_meta else local.device
 
 
-def initialise(block: Block, tensor: torch.Tensor, record: Callable[[torch.Tensor], Any]) -> None:
+def initialize(block: Block, tensor: torch.Tensor, record: Callable[[torch.Tensor], Any]) -> None:
     """Give a tensor what `record` does to a placeholder of its whole."""
     with modes_off():
         local = _local(tensor)

@@ -443,7 +443,7 @@ def _new(mode: Mode, func: Any, other: torch.Tensor, *args: Any, **kwargs: Any) 
 
 
 def legacy_tensor(mode: Mode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``torch.Tensor(2, 3)``, uninitialised, ``torch.Tensor([2, 3])`` and the like, all of the default dtype."""
+    """``torch.Tensor(2, 3)``, uninitialized, ``torch.Tensor([2, 3])`` and the like, all of the default dtype."""
     options = {**kwargs, "dtype": mode.block.default_dtype}
     values = [*args, *options.pop("size", ()), *([options.pop("data")] if "data" in kwargs else ())]
     if not options.keys() <= {"dtype", "device"} or torch.device(options.get("device") or "cpu").type != "cpu":

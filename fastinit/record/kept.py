@@ -1,4 +1,4 @@
-"""What a block with `shard=True` leaves with values: buffers, mostly, of a model that is not materialised yet.
+"""What a block with `shard=True` leaves with values: buffers, mostly, of a model that is not materialized yet.
 
 Such a model is often given memory by `torch.nn.Module.to_empty`, which would leave these tensors without their values.
 """

@@ -19,7 +19,7 @@ from ..native import CONSTANT, NORMAL, UNIFORM
 from ..recipe import Write
 from . import fast as fast_path
 from .block import current
-from .mode import INITIALISERS, TAKES_OVER, Mode
+from .mode import INITIALIZERS, TAKES_OVER, Mode
 from .operators import OPERATORS
 from .records import Record, lock
 from .tensors import Placeholder, graph_of, leave_behind, stand_for, swap_impl
@@ -48,7 +48,7 @@ _METHODS, _torch_function, _registered = native.connect(
     can_fill=can_fill,
     dtypes=DTYPES,
     factories=_FACTORIES,
-    initialisers=INITIALISERS,
+    initializers=INITIALIZERS,
     takes_over=TAKES_OVER,
     passed=_PASSED,
     stand_for=stand_for,

@@ -43,8 +43,8 @@ _TENSOR: Any = torch.Tensor
 
 _GETTER = type(_TENSOR.shape.__get__)
 
-# Functions of an initialisation, which records no graph whatever requires one.
-INITIALISERS = frozenset(value for value in vars(init).values() if isinstance(value, FunctionType))
+# Functions of an initialization, which records no graph whatever requires one.
+INITIALIZERS = frozenset(value for value in vars(init).values() if isinstance(value, FunctionType))
 
 # Methods that say what a tensor is, or that autograd itself answers for one without memory.
 _ABOUT_TENSORS = frozenset(
@@ -160,8 +160,8 @@ class Mode(native.Mode, TorchFunctionMode):
         if name is not None and args and not kwargs and type(args[0]) is Placeholder and not _is_recorded(args):
             method = vars(Placeholder).get(name)
             return (method or func)(*args, **kwargs)
-        if _initialises(func, kwargs):
-            return self._initialise(func, args, kwargs)
+        if _initializes(func, kwargs):
+            return self._initialize(func, args, kwargs)
         filled = _FILLS.get(func)
         if filled is not None and type(args[0]) is not Placeholder:
             with modes_off():
@@ -194,20 +194,20 @@ class Mode(native.Mode, TorchFunctionMode):
             return self._in_the_blocks_precision(func, result, args, kwargs, tensors)
         return result
 
-    def _initialise(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _initialize(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A function of torch.nn.init, for a tensor that has memory by way of a placeholder over that."""
         tensor = args[0] if args else kwargs.get("tensor")
-        if existing.takes(self.block, tensor) and func in INITIALISERS:
+        if existing.takes(self.block, tensor) and func in INITIALIZERS:
 
             def record(whole: torch.Tensor) -> None:
                 func(whole, *args[1:], **kwargs) if args else func(**{**kwargs, "tensor": whole})
 
-            existing.initialise(self.block, tensor, record)
-            self.block.initialised(tensor)
+            existing.initialize(self.block, tensor, record)
+            self.block.initialized(tensor)
             return tensor
         if type(tensor) is Placeholder or not existing.is_fillable(self.block, tensor):
             return func(*args, **kwargs)
-        self.block.initialised(tensor)
+        self.block.initialized(tensor)
         with modes_off():
             alias = existing.over(self.block, tensor)
             alias.__dict__.update(tensor.__dict__)
@@ -276,10 +276,10 @@ def _answers_itself(kind: type[torch.Tensor]) -> bool:
     return own is not torch._C._disabled_torch_function_impl and getattr(own, "__func__", None) is not usual.__func__
 
 
-def _initialises(func: Any, kwargs: dict[str, Any]) -> bool:
+def _initializes(func: Any, kwargs: dict[str, Any]) -> bool:
     # torch.nn.init hands a mode whatever has its public name, which a library may have replaced for a while; it is
     # called with `tensor` by name.
-    return func in INITIALISERS or (type(func) is FunctionType and "tensor" in kwargs)
+    return func in INITIALIZERS or (type(func) is FunctionType and "tensor" in kwargs)
 
 
 # --- fills of tensors that exist already ---------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def _constant(block: Block, tensor: Any, value: Any) -> Any:
     """Constants need no fill of ours, but where they are to be recorded."""
     if not existing.is_recorded_again(block, tensor) or (torch.is_grad_enabled() and tensor.requires_grad):
         return NotImplemented
-    existing.initialise(block, tensor, lambda whole: whole.fill_(value))
+    existing.initialize(block, tensor, lambda whole: whole.fill_(value))
     return tensor
 
 
@@ -324,8 +324,8 @@ _METHODS: dict[int, Callable[..., Any]] = {UNIFORM: torch.Tensor.uniform_, NORMA
 
 def _fill(block: Block, tensor: Any, kind: int, parameters: tuple[Any, Any]) -> Any:
     if existing.takes(block, tensor) and not (torch.is_grad_enabled() and tensor.requires_grad):
-        existing.initialise(block, tensor, lambda whole: _METHODS[kind](whole, *parameters))
-        block.initialised(tensor)
+        existing.initialize(block, tensor, lambda whole: _METHODS[kind](whole, *parameters))
+        block.initialized(tensor)
         return tensor
     return existing.fill_now(block, tensor, kind, parameters)
 
@@ -366,7 +366,7 @@ def _truncated(block: Block, tensor: torch.Tensor, mean: Any, std: Any, a: Any, 
             return NotImplemented
         return fill(tensor, TRUNCATED_NORMAL, parameters)
     if existing.takes(block, tensor):
-        existing.initialise(block, tensor, lambda whole: _truncated(block, whole, *parameters))
-        block.initialised(tensor)
+        existing.initialize(block, tensor, lambda whole: _truncated(block, whole, *parameters))
+        block.initialized(tensor)
         return tensor
     return existing.fill_now(block, tensor, TRUNCATED_NORMAL, parameters)

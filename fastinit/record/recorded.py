@@ -357,7 +357,7 @@ def _random_like(func: Any, other: torch.Tensor, *, generator: Any = None, **opt
 
 
 def fills_what_is_empty(block: Block) -> bool:
-    """Whether torch is to fill what nobody initialises, floating-point numbers with NaN, so that nothing hangs on it.
+    """Whether torch is to fill what nobody initializes, floating-point numbers with NaN, so that nothing hangs on it.
 
     What is to stay unwritten after the block does so.
     """

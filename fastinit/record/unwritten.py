@@ -237,7 +237,7 @@ def refuse(tensor: Unwritten, what: str = "") -> NoReturn:
 def refuse_placeless(origin: Origin) -> NoReturn:
     raise ValueError(
         f"fastinit: a part of {origin.name} was copied before it had values, so that there is no telling which part "
-        "this is; materialise the model first, or shard it with DTensors, whose placements say it"
+        "this is; materialize the model first, or shard it with DTensors, whose placements say it"
     )
 
 
@@ -275,7 +275,7 @@ class Unwritten(torch.Tensor):
                 return self.__reduce_ex__(protocol)
             warnings.warn(
                 f"fastinit: {self._record.origin.name} is saved without values: nothing has written it yet; what "
-                "loads it gets its recorded initialisation",
+                "loads it gets its recorded initialization",
                 stacklevel=2,
             )
             return _loaded, (self._record, self._region, self.requires_grad, attributes_of(self))
@@ -305,7 +305,7 @@ class Unwritten(torch.Tensor):
         return self
 
     def data_ptr(self) -> int:
-        """Whoever asks for an address gets initialised memory there; on the meta device there is none.
+        """Whoever asks for an address gets initialized memory there; on the meta device there is none.
 
         An object that was refused its storage is refused its address, too: safetensors asks for the one, takes no for
         an answer, and saves what lies at the other.

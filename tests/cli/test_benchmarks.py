@@ -154,7 +154,7 @@ def test_the_readme_gets_the_table_of_a_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("way", peers.ALL_WAYS)
 @pytest.mark.parametrize("library", ["torch.nn", "transformers"])
-def test_each_way_creates_an_initialised_model(way, library):
+def test_each_way_creates_an_initialized_model(way, library):
     for package in (peers.ALL_WAYS[way].requires, "transformers" if library == "transformers" else None):
         if package is not None:
             pytest.importorskip(package)

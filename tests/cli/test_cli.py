@@ -310,7 +310,7 @@ def test_values_that_were_not_asked_for_are_noticed():
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_each_way_creates_an_initialised_model(way):
+def test_each_way_creates_an_initialized_model(way):
     cpu = torch.device("cpu")
     model, created = timed_creation(WAYS[way].prepare(cpu, torch.bfloat16), linears(4), cpu)
     assert created.parameters == 4 * 64 * 65 and created.tensor_bytes == 2 * created.parameters

@@ -123,7 +123,7 @@ def test_a_checkpoint_that_is_loaded_and_then_overwritten_is_found(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:fastinit")
-def test_findings_name_what_is_never_initialised_done_twice_or_out_of_scale():
+def test_findings_name_what_is_never_initialized_done_twice_or_out_of_scale():
     with fastinit.on("cpu", seed=0) as report:
         layers = nn.ModuleList(nn.Linear(1024, 1024, bias=False) for _ in range(2))
         for each in layers:
@@ -132,8 +132,8 @@ def test_findings_name_what_is_never_initialised_done_twice_or_out_of_scale():
         model.layers, model.raw = layers, nn.Parameter(torch.empty(2, 2))
         model.usual, model.words = nn.Linear(1024, 8), nn.Embedding(9, 1024)
     assert report.findings == [
-        "never initialised: raw",
-        "initialised twice, differently (Uniform, then Normal): layers.*.weight",
+        "never initialized: raw",
+        "initialized twice, differently (Uniform, then Normal): layers.*.weight",
         "standard deviation 1, where fan-in and fan-out scaling give 0.0312 and 0.0312: layers.*.weight",
     ]
 
@@ -162,7 +162,7 @@ def test_the_table_has_a_row_for_each_kind_of_layer(rich, monkeypatch):
     assert lines[0] == ["tensor", "shape", "dtype", "written", "by", "replaced"]
     assert ["2", "x", "*.*.bias", "(16,)", "bfloat16", "Uniform(-0.25,", "0.25)"] in lines
     assert "*.*.weight (16, 16) bfloat16 Normal(0, 0.02) Uniform(-0.25, 0.25)".split() in lines
-    assert lines[-1][:3] == ["-", "initialised", "twice,"]
+    assert lines[-1][:3] == ["-", "initialized", "twice,"]
 
 
 def test_json_has_all_of_it():

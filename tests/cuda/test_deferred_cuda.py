@@ -51,7 +51,7 @@ def test_a_model_has_the_bits_of_the_cpu(expected):
 
 
 @pytest.mark.parametrize("empty", [True, "nan"])
-def test_empty_is_noticed_and_initialised_with_the_same_bits(expected, empty):
+def test_empty_is_noticed_and_initialized_with_the_same_bits(expected, empty):
     dtype, full = expected
     lazy, report = make(dtype, empty=empty)
     names = ["embedding.weight", "linear.weight", "linear.bias", "orthogonal.weight"]

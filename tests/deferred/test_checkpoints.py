@@ -86,11 +86,11 @@ def assert_loads(constructor, load, dtype, missing=(), also_filled=0):
     reference = plain(functools.partial(created_and_loaded, constructor, load), dtype)
     full = built(constructor, dtype)
     assert_same_structure(model, reference)
-    tensors, supplied, initialised = registered(model), registered(reference), registered(full)
+    tensors, supplied, initialized = registered(model), registered(reference), registered(full)
     # Computed values are better than those of torch, where torch computes in half precision.
     unsaved = tensors.keys() - model.state_dict().keys()
     for name, tensor in tensors.items():
-        expected = initialised if name in missing or name in unsaved else supplied
+        expected = initialized if name in missing or name in unsaved else supplied
         assert same_bits(tensor, expected[name]), name
     fills = {id(tensors[name]) for name in missing if tensors[name].is_floating_point()}
     assert report.fills_executed == len(fills) + also_filled, str(report)
@@ -479,8 +479,8 @@ def test_parameters_to_vector_reads_the_values_of_the_init(dtype):
 @over_dtypes
 def test_a_load_that_raises_leaves_no_raw_memory(dtype):
     state = checkpoint()
-    quantised = torch.quantize_per_tensor(torch.ones(24, 16), 0.1, 0, torch.qint8)
-    for bad in (torch.ones(3, 3), torch.ones(24, 16).to_sparse(), torch.empty(24, 16, device="meta"), quantised):
+    quantized = torch.quantize_per_tensor(torch.ones(24, 16), 0.1, 0, torch.qint8)
+    for bad in (torch.ones(3, 3), torch.ones(24, 16).to_sparse(), torch.empty(24, 16, device="meta"), quantized):
 
         def load(model, bad=bad):
             if bad.is_meta:
@@ -829,7 +829,7 @@ def test_from_pretrained_gives_what_it_gives_without_the_context(saved, name, dt
 
 @over_dtypes
 @NAMED
-def test_from_pretrained_initialises_a_new_head(saved, dtype, named):
+def test_from_pretrained_initializes_a_new_head(saved, dtype, named):
     import transformers
 
     _, folder = saved("llama")
@@ -850,7 +850,7 @@ def test_from_pretrained_initialises_a_new_head(saved, dtype, named):
     assert not same_bits(model.score.weight, built(load, dtype, seed=SEED + 1).score.weight)
 
 
-def test_the_head_that_from_pretrained_initialises_is_that_of_fp32_rounded_once(saved):
+def test_the_head_that_from_pretrained_initializes_is_that_of_fp32_rounded_once(saved):
     import transformers
 
     _, folder = saved("gpt2")
@@ -867,7 +867,7 @@ def test_the_head_that_from_pretrained_initialises_is_that_of_fp32_rounded_once(
 
 
 @over_dtypes
-def test_from_pretrained_initialises_what_has_another_shape(saved, dtype):
+def test_from_pretrained_initializes_what_has_another_shape(saved, dtype):
     cls, folder = saved("llama")
 
     def load():

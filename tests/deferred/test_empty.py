@@ -1,4 +1,4 @@
-"""`fastinit.on(..., empty=...)`: what is left unwritten, who notices, and how it is initialised afterwards."""
+"""`fastinit.on(..., empty=...)`: what is left unwritten, who notices, and how it is initialized afterwards."""
 
 import copy
 import io
@@ -91,7 +91,7 @@ def test_what_is_random_is_left_out_and_all_else_is_there(dtype):
 
 
 @pytest.mark.parametrize("constructor", [pytest.param(c, id=name) for name, c in module_cases()])
-def test_every_module_of_torch_is_the_same_once_it_is_initialised(constructor):
+def test_every_module_of_torch_is_the_same_once_it_is_initialized(constructor):
     lazy = emptied(constructor, "bf16")
     written = fastinit.initialize(lazy)
     assert_same_structure(lazy, built(constructor, "bf16"))
@@ -152,7 +152,7 @@ def test_a_parameter_that_its_module_never_writes_is_unwritten_too():
 
     lazy = emptied(forgetful)
     assert fastinit.uninitialized(lazy) == ["weight"]
-    with pytest.warns(UserWarning, match=r"model\.weight .* never initialised"):
+    with pytest.warns(UserWarning, match=r"model\.weight .* never initialized"):
         fastinit.initialize(lazy)
     assert not lazy.weight.any()
 
@@ -207,11 +207,11 @@ def test_tensors_of_any_size_are_told_apart(elements):
     assert not fastinit.uninitialized(lazy)
 
 
-# Initialised later ---------------------------------------------------------------------------------------------------
+# Initialized later ---------------------------------------------------------------------------------------------------
 
 
 @over_dtypes
-def test_those_that_are_named_are_initialised(dtype):
+def test_those_that_are_named_are_initialized(dtype):
     lazy, full = emptied(model, dtype), built(model, dtype)
     assert fastinit.initialize(lazy, ["1.weight", "0.table", "0.scale"]) == ["1.weight"]
     assert same_bits(lazy[1].weight, full[1].weight)
@@ -221,7 +221,7 @@ def test_those_that_are_named_are_initialised(dtype):
 
 
 @over_dtypes
-def test_the_missing_keys_of_a_partial_checkpoint_are_initialised(dtype):
+def test_the_missing_keys_of_a_partial_checkpoint_are_initialized(dtype):
     source = built(model, "fp32", seed=7).state_dict()
     checkpoint = {name: source[name] for name in ("1.weight", "1.bias", "0.table", "0.noise")}
     lazy = emptied(model, dtype)
@@ -345,7 +345,7 @@ def test_recipes_survive_what_is_done_to_a_model(change):
     assert_same_bits(changed, full)
 
 
-def test_a_part_of_a_model_can_be_initialised_alone():
+def test_a_part_of_a_model_can_be_initialized_alone():
     lazy = emptied(model)
     assert sorted(fastinit.initialize(lazy[1])) == ["bias", "weight"]
     assert same_bits(lazy[1].weight, built(model)[1].weight)

@@ -189,7 +189,7 @@ def test_a_model_that_is_passed_is_loaded_in_place(tmp_path, name):
 
 
 @over_formats
-def test_what_is_missing_has_the_bits_of_a_full_initialisation(tmp_path, name):
+def test_what_is_missing_has_the_bits_of_a_full_initialization(tmp_path, name):
     class Larger(Net):
         def __init__(self):
             super().__init__()
@@ -1050,7 +1050,7 @@ def test_of_a_window_no_more_is_read(tmp_path, monkeypatch):
 # A model without values, reports, bars --------------------------------------------------------------------------------
 
 
-def test_a_model_made_empty_is_loaded_and_its_missing_tensors_are_initialised(tmp_path):
+def test_a_model_made_empty_is_loaded_and_its_missing_tensors_are_initialized(tmp_path):
     state = trained().state_dict()
     del state["body.0.weight"], state["table"]
     path = saved(tmp_path, state)

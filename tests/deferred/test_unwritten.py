@@ -366,7 +366,7 @@ def test_torchscript_saves_no_memory_of_what_is_unwritten(make):
         torch.jit.load(file)
 
 
-def test_whoever_asks_for_an_address_gets_initialised_memory():
+def test_whoever_asks_for_an_address_gets_initialized_memory():
     with fastinit.on("cpu", seed=SEED, empty=True):
         model = Net()
     assert model.first.weight.data_ptr() == model.first.weight.untyped_storage().data_ptr()

@@ -168,7 +168,7 @@ def test_ranks_together_read_a_file_about_once(ranks, folder, shard, world):
 
 
 @pytest.mark.parametrize("shard", SHARDINGS)
-def test_a_model_without_values_is_loaded_and_what_the_file_lacks_is_initialised(folder, shard):
+def test_a_model_without_values_is_loaded_and_what_the_file_lacks_is_initialized(folder, shard):
     width = SHARDINGS[shard]
     state = made(2, width).state_dict()
     new = made(1, width).state_dict()

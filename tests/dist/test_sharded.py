@@ -44,7 +44,7 @@ def ranks(tmp_path_factory):
 
 
 class Block(nn.Module):
-    """A block whose fused projection is initialised in slices."""
+    """A block whose fused projection is initialized in slices."""
 
     def __init__(self, width):
         super().__init__()
@@ -115,7 +115,7 @@ def assert_same_shards(ours, reference):
 
 
 def assert_created_sharded(shard, constructor, dtype, **how):
-    """Shard a deferred model, materialise it, and compare it with the unsharded one that torch shards; returns it."""
+    """Shard a deferred model, materialize it, and compare it with the unsharded one that torch shards; returns it."""
     reference, model = unsharded(constructor, dtype), deferred(constructor, dtype)
     reference, model = shard(reference), shard(model)
     sharded = dict(model.named_parameters())
@@ -463,7 +463,7 @@ def _check_copy():
         assert_same_shards(each, reference)
 
 
-def test_copies_of_a_deferred_model_are_sharded_and_materialised_like_it(ranks):
+def test_copies_of_a_deferred_model_are_sharded_and_materialized_like_it(ranks):
     ranks.run(_check_copy, world=2)
 
 
@@ -484,7 +484,7 @@ def _check_submodules(dtype):
 
 
 @HALF_AND_FULL
-def test_a_model_is_materialised_module_by_module_with_the_same_bits(ranks, dtype):
+def test_a_model_is_materialized_module_by_module_with_the_same_bits(ranks, dtype):
     ranks.run(_check_submodules, dtype, world=2)
 
 
@@ -673,7 +673,7 @@ def _check_partial_load(directory, dtype, finish):
 
 @pytest.mark.parametrize("world, dtype", [(2, "fp32"), (2, "bf16"), (4, "bf16")])
 @pytest.mark.parametrize("finish", [fastinit.materialize, fastinit.initialize])
-def test_what_a_distributed_checkpoint_does_not_supply_is_initialised_and_nothing_else(
+def test_what_a_distributed_checkpoint_does_not_supply_is_initialized_and_nothing_else(
     ranks, tmp_path, world, dtype, finish
 ):
     ranks.run(_check_partial_load, str(tmp_path), dtype, finish, world=world)
@@ -688,7 +688,7 @@ def test_a_deferred_model_that_is_not_sharded_gets_the_values_that_it_would_have
     assert {tensor.device.type for tensor in registered(model).values()} == {"cpu"}
 
 
-def test_a_deferred_model_takes_another_dtype_and_other_flags_before_it_is_materialised():
+def test_a_deferred_model_takes_another_dtype_and_other_flags_before_it_is_materialized():
     model = deferred(Model, "fp32")
     model.mixer.weight.requires_grad_(False)
     model.blocks.to(torch.bfloat16)
@@ -1015,7 +1015,7 @@ def _check_refusals_of_shards():
     partial = deferred(Model)
     whole = DTensor.from_local(partial.mixer.weight.detach(), mesh, [Partial()], run_check=False)
     partial.mixer.weight = nn.Parameter(whole)
-    with pytest.raises(ValueError, match=r"contain Partial.*initialise the tensor as Shard or Replicate"):
+    with pytest.raises(ValueError, match=r"contain Partial.*initialize the tensor as Shard or Replicate"):
         fastinit.materialize(partial)
     assert _still_deferred(partial)
 
@@ -1053,5 +1053,5 @@ def _check_failure(step):
 
 
 @pytest.mark.parametrize("step", ["allocate", "write_pieces"])
-def test_after_a_failure_parameters_are_as_before_and_can_be_materialised(ranks, step):
+def test_after_a_failure_parameters_are_as_before_and_can_be_materialized(ranks, step):
     ranks.run(_check_failure, step, world=2)

@@ -535,7 +535,7 @@ def test_a_partial_placement_is_refused_by_name():
     def check(rank):
         mesh = init_device_mesh("cpu", (2,))
         dtensor = DTensor.from_local(torch.zeros(3), mesh, [Partial()], run_check=False)
-        with pytest.raises(ValueError, match=r"contain Partial.*initialise the tensor as Shard or Replicate"):
+        with pytest.raises(ValueError, match=r"contain Partial.*initialize the tensor as Shard or Replicate"):
             local_boxes(dtensor)
 
     on_every_rank(2, check)

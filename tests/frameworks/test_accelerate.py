@@ -1,6 +1,6 @@
 """Accelerate: models on meta, checkpoints that it loads and dispatches, offloading, `Accelerator.prepare`, and FSDP2.
 
-What Accelerate does without fastinit, on a model that torch made, is what is expected; values that fastinit initialises
+What Accelerate does without fastinit, on a model that torch made, is what is expected; values that fastinit initializes
 are those of a model that it makes alone. FSDP2 runs on gloo processes (see ranks.py).
 """
 
@@ -159,7 +159,7 @@ def test_a_model_on_meta_is_loaded_inside_of_the_block_and_after_it(checkpoints,
 @over_dtypes
 @pytest.mark.parametrize("device_map", [None, {"": "cpu"}], ids=str)
 @pytest.mark.parametrize("kind", ["whole", "files", "part"])
-def test_what_is_loaded_inside_of_the_block_is_not_initialised(checkpoints, dtype, kind, device_map):
+def test_what_is_loaded_inside_of_the_block_is_not_initialized(checkpoints, dtype, kind, device_map):
     load = functools.partial(dispatched, checkpoints[kind], Net, device_map=device_map)
     with fastinit.on("cpu", dtype, seed=SEED) as report:
         model = load()
@@ -188,7 +188,7 @@ def test_models_of_every_kind_are_loaded_after_the_block(checkpoints, dtype, kin
 
 
 @over_dtypes
-def test_what_a_checkpoint_lacks_is_named_and_initialised_after_it(checkpoints, dtype):
+def test_what_a_checkpoint_lacks_is_named_and_initialized_after_it(checkpoints, dtype):
     with fastinit.on("cpu", dtype, seed=SEED, empty=True):
         model = Net()
     model = accelerate.load_checkpoint_and_dispatch(model, checkpoints["part"], device_map={"": "cpu"})
@@ -199,7 +199,7 @@ def test_what_a_checkpoint_lacks_is_named_and_initialised_after_it(checkpoints, 
     assert_same_bits(model, built(lambda: dispatched(checkpoints["part"], Net), dtype))
 
 
-def test_a_model_on_meta_is_materialised_after_a_checkpoint_that_lacks_some(checkpoints):
+def test_a_model_on_meta_is_materialized_after_a_checkpoint_that_lacks_some(checkpoints):
     with fastinit.on("cpu", "bf16", seed=SEED, shard=True):
         model = Net()
     accelerate.load_checkpoint_in_model(model, checkpoints["part"], device_map={"": "cpu"})
@@ -252,7 +252,7 @@ def test_what_is_unwritten_is_refused_although_it_is_offloaded():
         model(TOKENS)
 
 
-def test_what_is_offloaded_to_the_cpu_is_initialised_there():
+def test_what_is_offloaded_to_the_cpu_is_initialized_there():
     with fastinit.on("cpu", seed=SEED, empty=True):
         model = Net()
     model = to_cpu(model, None)
@@ -434,7 +434,7 @@ def with_accelerate(accelerator, *objects):
 
 
 def sharded_before(accelerator, model, optimizer):
-    """The same in steps, with Accelerate's own function: shard, materialise, then an optimizer."""
+    """The same in steps, with Accelerate's own function: shard, materialize, then an optimizer."""
     accelerate.utils.fsdp2_prepare_model(accelerator, model)
     fastinit.materialize(model)
     return accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.5))

@@ -626,7 +626,7 @@ def _check_traces():
 REFUSED = {
     "stage": ({"stage": 2}, r"zero_optimization\.stage=2"),
     "nvme": ({"offload_param": {"device": "nvme", "nvme_path": "/tmp"}}, r"offload_param\.device='nvme'"),
-    "quantised weights": ({"zero_quantized_weights": True}, r"zero_optimization\.zero_quantized_weights=True"),
+    "quantized weights": ({"zero_quantized_weights": True}, r"zero_optimization\.zero_quantized_weights=True"),
     "frozen": (
         {"zero_quantized_nontrainable_weights": True},
         r"zero_optimization\.zero_quantized_nontrainable_weights=True",
@@ -640,9 +640,9 @@ def test_what_is_not_supported_is_refused_before_a_model_is_built(two_ranks, nam
     two_ranks.run(_check_refused, config(**zero), message)
 
 
-def test_quantised_initialisation_is_refused(two_ranks):
-    quantised = {**config(), "weight_quantization": {"quantized_initialization": {"num_bits": 4}}}
-    two_ranks.run(_check_refused, quantised, r"ds_config has weight_quantization=")
+def test_quantized_initialization_is_refused(two_ranks):
+    quantized = {**config(), "weight_quantization": {"quantized_initialization": {"num_bits": 4}}}
+    two_ranks.run(_check_refused, quantized, r"ds_config has weight_quantization=")
 
 
 def _check_refused(ds_config, message):

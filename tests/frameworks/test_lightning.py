@@ -55,7 +55,7 @@ def enabled():
 
 
 class Net(nn.Module):
-    """Every kind of initialisation that Lightning's empty_init knows or misses, ties, buffers, a named dtype."""
+    """Every kind of initialization that Lightning's empty_init knows or misses, ties, buffers, a named dtype."""
 
     def __init__(self, width=6):
         super().__init__()
@@ -337,7 +337,7 @@ def test_load_from_checkpoint_in_init_module_gives_the_checkpoints_values_and_tr
     assert host.global_step == 2
 
 
-def test_what_the_checkpoint_lacks_is_initialised_or_named(enabled, checkpoint):
+def test_what_the_checkpoint_lacks_is_initialized_or_named(enabled, checkpoint):
     path, _ = checkpoint
     host = trainer(precision="bf16-true")
     torch.manual_seed(SEED)
@@ -345,7 +345,7 @@ def test_what_the_checkpoint_lacks_is_initialised_or_named(enabled, checkpoint):
         model = Larger.load_from_checkpoint(path, strict=False)
     expected = reference(Larger, "bf16")
     assert fastinit.uninitialized(model) == ["extra.weight", "extra.bias"]
-    assert same_bits(model.scale, expected.scale), "nothing calls the LightningModule: what it owns is initialised"
+    assert same_bits(model.scale, expected.scale), "nothing calls the LightningModule: what it owns is initialized"
     with pytest.raises(RuntimeError, match=r"extra\.(weight|bias) .*was created without values"):
         host.fit(model, data())
     fastinit.initialize(model)
@@ -353,7 +353,7 @@ def test_what_the_checkpoint_lacks_is_initialised_or_named(enabled, checkpoint):
     torch.manual_seed(SEED)
     with host.init_module():
         whole = Larger.load_from_checkpoint(path, strict=False)
-    assert same_bits(whole.extra.weight, expected.extra.weight), "without empty_init it has been initialised"
+    assert same_bits(whole.extra.weight, expected.extra.weight), "without empty_init it has been initialized"
 
 
 # --- configure_model --------------------------------------------------------------------------------------------------
@@ -689,7 +689,7 @@ def _check_fsdp_of_what_was_created_on_meta():
     assert all(0 < p.abs().max() <= 0.5 for p in wrapped.parameters() if p.numel()), "reset_parameters was called"
 
 
-def test_what_the_code_puts_on_meta_is_initialised_as_fsdp_does_it(ranks):
+def test_what_the_code_puts_on_meta_is_initialized_as_fsdp_does_it(ranks):
     ranks.run(_check_fsdp_of_what_was_created_on_meta, world=2)
 
 

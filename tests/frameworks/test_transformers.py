@@ -234,7 +234,7 @@ def test_the_model_trains_a_step(name):
 
 
 @over_models
-def test_each_parameter_is_filled_once_although_it_is_initialised_twice(name):
+def test_each_parameter_is_filled_once_although_it_is_initialized_twice(name):
     constructor = MODELS[name][0]
     _, random = reference(name)
     with fastinit.on("cpu", "bf16", seed=SEED) as report:
@@ -393,7 +393,7 @@ LACKING = (
 )
 
 
-def test_missing_keys_get_their_recorded_initialisation(saved):
+def test_missing_keys_get_their_recorded_initialization(saved):
     cls, folder = saved("llama", LACKING)
 
     def load(dtype="fp32", **options):

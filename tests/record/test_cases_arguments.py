@@ -555,7 +555,7 @@ def test_a_parameter_says_that_it_is_one_and_loses_its_gradient(dtype):
 
 
 @over_dtypes
-def test_in_deterministic_mode_what_nobody_initialises_is_what_torch_makes_it(dtype):
+def test_in_deterministic_mode_what_nobody_initializes_is_what_torch_makes_it(dtype):
     def run():
         torch.use_deterministic_algorithms(True)
         try:

@@ -125,7 +125,7 @@ def test_a_leaf_that_functions_use_gets_its_gradient(leaf, kind, dtype):
     assert_as_torch(inside(run, dtype), plain(run, dtype), "bf16" if kind else dtype)
 
 
-class Penalised(nn.Module):
+class Penalized(nn.Module):
     def __init__(self, kind):
         super().__init__()
         self.w = nn.Parameter(torch.full((2,), 3.0, dtype=kind))
@@ -139,7 +139,7 @@ class Penalised(nn.Module):
 @over_dtypes
 def test_a_penalty_reaches_weights_of_every_precision(kind, dtype):
     def run():
-        model = Penalised(kind)
+        model = Penalized(kind)
         model.penalty().backward()
         return model.w.grad, model.head.grad
 

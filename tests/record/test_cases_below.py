@@ -263,8 +263,8 @@ class Plain(torch.Tensor):
     """A subclass without a word of its own."""
 
 
-class Quantised(torch.Tensor):
-    """A wrapper as libraries of quantised weights have."""
+class Quantized(torch.Tensor):
+    """A wrapper as libraries of quantized weights have."""
 
     @staticmethod
     def __new__(cls, data, scale):
@@ -310,7 +310,7 @@ def test_a_tensor_of_a_subclass_has_its_class_and_its_values(name, dtype, source
 
 
 @over_dtypes
-def test_a_registered_parameter_of_a_subclass_is_initialised_as_any_other(dtype):
+def test_a_registered_parameter_of_a_subclass_is_initialized_as_any_other(dtype):
     def construct(make):
         module = nn.Module()
         module.weight = make(torch.empty(4, 3))
@@ -403,11 +403,11 @@ def test_the_parts_of_a_wrapper_have_values(dtype, source):
 
 
 @over_dtypes
-def test_a_quantised_weight_has_the_scale_of_the_weight(dtype):
+def test_a_quantized_weight_has_the_scale_of_the_weight(dtype):
     def construct():
         weight = nn.Linear(8, 8).weight.detach()
         scale = weight.abs().amax(1, keepdim=True) / 127
-        return nn.Parameter(Quantised((weight / scale).round().to(torch.int8), scale), requires_grad=False)
+        return nn.Parameter(Quantized((weight / scale).round().to(torch.int8), scale), requires_grad=False)
 
     made, weight = inside(construct, dtype), inside(lambda: nn.Linear(8, 8)).weight.detach()
     scale = weight.abs().amax(1, keepdim=True) / 127

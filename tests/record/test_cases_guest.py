@@ -113,7 +113,7 @@ INITS = {
 
 @pytest.mark.parametrize("name", INITS)
 @over_dtypes
-def test_a_mode_of_the_users_own_sees_what_initialises(name, dtype):
+def test_a_mode_of_the_users_own_sees_what_initializes(name, dtype):
     def watched():
         parameter = nn.Parameter(torch.empty(4, 4))
         with Watching() as mode:
@@ -128,7 +128,7 @@ def test_a_mode_of_the_users_own_sees_what_initialises(name, dtype):
 
 
 @over_dtypes
-def test_a_mode_of_the_users_own_may_change_what_initialises(dtype):
+def test_a_mode_of_the_users_own_may_change_what_initializes(dtype):
     def zeros(*args, **kwargs):
         return kwargs.get("tensor", *args[:1]).data.zero_()
 
@@ -231,8 +231,8 @@ def test_a_module_may_hand_on_what_it_loads_by_name(assign, dtype):
 class KeepsItsInit(nn.Module):
     def __init__(self, function):
         super().__init__()
-        self.initialise, self.w = function, nn.Parameter(torch.empty(3, 3))
-        self.initialise(self.w)
+        self.initialize, self.w = function, nn.Parameter(torch.empty(3, 3))
+        self.initialize(self.w)
 
 
 FUNCTIONS = ["normal_", "uniform_", "ones_", "zeros_", "trunc_normal_", "xavier_normal_", "kaiming_uniform_"]
@@ -246,7 +246,7 @@ def test_a_module_that_keeps_a_function_of_torch_nn_init_is_pickled(name, dtype)
         lambda: (lambda model: (model, pickle.loads(pickle.dumps(model))))(KeepsItsInit(getattr(init, name))), dtype
     )
     again = pickle.loads(pickle.dumps(model))
-    assert model.initialise is again.initialise is copy_inside.initialise is before is getattr(init, name)
+    assert model.initialize is again.initialize is copy_inside.initialize is before is getattr(init, name)
     assert same_bits(again.w.detach(), model.w.detach()) and same_bits(copy_inside.w.detach(), model.w.detach())
 
 

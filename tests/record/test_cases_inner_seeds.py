@@ -170,7 +170,7 @@ CHAINS = {
 
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_whether_steps_are_recognised_does_not_change_a_value(name, dtype):
+def test_whether_steps_are_recognized_does_not_change_a_value(name, dtype):
     def construct():
         module = nn.Module()
         module.weight, module.next = nn.Parameter(torch.zeros(6, 4)), nn.Parameter(torch.zeros(6, 4))

@@ -104,7 +104,7 @@ WRITERS = {
     "addmm_": lambda t: torch.zeros(2, 2).addmm_(t(2, 3), t(3, 2)),
     "foreach": lambda t: _foreach([torch.ones(2), torch.ones(3)], [t(2), t(3)]),
     "a view of an expanded one": lambda t: torch.zeros(2, 3).add_(t(3).expand(2, 3)),
-    "running statistics": lambda t: _normalised(t(3), t(3), t(4, 3)),
+    "running statistics": lambda t: _normalized(t(3), t(3), t(4, 3)),
     "set_": lambda t: torch.empty(0).set_(t(3)),
     "resized": lambda t: torch.empty(0).resize_(3).copy_(t(3)),
 }
@@ -168,7 +168,7 @@ OPERATIONS = {
     "mse_loss": lambda t: F.mse_loss(t(3), torch.arange(3.0)),
     "cosine_similarity": lambda t: F.cosine_similarity(t(2, 3), torch.arange(1.0, 4.0).expand(2, 3)),
     "attention": lambda t: F.scaled_dot_product_attention(t(1, 2, 4), t(1, 2, 4), t(1, 2, 4), attn_mask=t(2, 2)),
-    "quantised": lambda t: torch.quantize_per_tensor(t(4).float(), t().item(), 0, torch.qint8).int_repr(),
+    "quantized": lambda t: torch.quantize_per_tensor(t(4).float(), t().item(), 0, torch.qint8).int_repr(),
 }
 
 OUT = {
@@ -266,7 +266,7 @@ def _foreach(tensors, others):
     return tensors
 
 
-def _normalised(mean, variance, batch):
+def _normalized(mean, variance, batch):
     F.batch_norm(batch, mean, variance, training=True, momentum=0.5)
     return mean, variance
 
@@ -306,7 +306,7 @@ def test_pending_tensors_are_found_in_any_container(name, dtype, source):
     check(CONTAINERS[name], dtype, source)
 
 
-# Initialisations whose parameters are tensors -------------------------------------------------------------------------
+# Initializations whose parameters are tensors -------------------------------------------------------------------------
 
 BOUNDED = {
     "uniform_": lambda w, a: nn.init.uniform_(w, -a, a),

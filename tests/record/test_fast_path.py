@@ -134,7 +134,7 @@ def test_a_mode_of_the_caller_sees_functions_of_init_with_the_fast_path():
     assert "uniform_" in seen
 
 
-def test_an_initialiser_that_raises_leaves_the_modes_as_they_were():
+def test_an_initializer_that_raises_leaves_the_modes_as_they_were():
     def make():
         with fastinit.on("cpu", seed=SEED):
             parameter = nn.Parameter(torch.empty(3, 4))

@@ -417,7 +417,7 @@ def lazy():
 
 @over_dtypes
 @pytest.mark.parametrize("way", WAYS)
-def test_lazy_modules_are_initialised_by_torch_if_the_first_forward_is_after_the_block(way, dtype):
+def test_lazy_modules_are_initialized_by_torch_if_the_first_forward_is_after_the_block(way, dtype):
     model, theirs = made(lazy, way, dtype), plain(lazy, dtype)
     assert_same_structure(model, theirs)
     assert nn.parameter.is_lazy(model[0].weight)
@@ -432,7 +432,7 @@ def test_lazy_modules_are_initialised_by_torch_if_the_first_forward_is_after_the
 
 
 @over_dtypes
-def test_lazy_modules_are_initialised_by_the_block_if_the_first_forward_is_in_it(dtype):
+def test_lazy_modules_are_initialized_by_the_block_if_the_first_forward_is_in_it(dtype):
     def construct():
         model = lazy()
         model(X.to(DTYPES[dtype]))
@@ -517,11 +517,11 @@ def test_what_skip_init_leaves_out_is_zero_unless_it_is_written(dtype):
         model = built(skipped, dtype)
     messages = sorted(str(warning.message) for warning in warned)
     for message, shape in zip(messages, ["(200, 300)", "(200,)"], strict=True):
-        assert f"a parameter of shape {shape} is never initialised" in message
+        assert f"a parameter of shape {shape} is never initialized" in message
     assert_same_structure(model, plain(skipped, dtype))
     assert not model.weight.any() and not model.bias.any()
 
-    def initialised():
+    def initialized():
         model = skipped()
         nn.init.normal_(model.weight, std=0.02)
         nn.init.zeros_(model.bias)
@@ -529,7 +529,7 @@ def test_what_skip_init_leaves_out_is_zero_unless_it_is_written(dtype):
 
     with fastinit.on("cpu", dtype, seed=SEED) as report, warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = initialised()
+        model = initialized()
     assert report.fills_executed == 2 and report.fills_dropped == 0
     # The layer's own init has drawn two streams on meta.
     weight = fastinit.fill_(torch.empty(200, 300), fastinit.Normal(0, 0.02), seed=SEED, stream=2)
@@ -541,7 +541,7 @@ def test_what_skip_init_leaves_out_is_named_where_it_may_come_later(way):
     with fastinit.on("cpu", "bf16", **WAYS[way]):
         model = skipped()
     assert fastinit.uninitialized(model) == ["weight", "bias"]
-    with pytest.warns(UserWarning, match="never initialised"):
+    with pytest.warns(UserWarning, match="never initialized"):
         assert fastinit.materialize(model) == ["weight", "bias"]
     assert not model.weight.any()
 
@@ -563,7 +563,7 @@ def test_a_model_that_skip_init_made_is_loaded_in_the_block(dtype):
 
 
 @over_dtypes
-def test_a_module_that_comes_off_meta_in_the_block_is_initialised_by_its_own_functions(dtype):
+def test_a_module_that_comes_off_meta_in_the_block_is_initialized_by_its_own_functions(dtype):
     def construct():
         with torch.device("meta"):
             model = nn.Sequential(nn.Linear(30, 20), nn.LayerNorm(20))

@@ -76,22 +76,22 @@ over_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
 class Weight(nn.Module):
-    """A parameter of a shape, initialised by a function."""
+    """A parameter of a shape, initialized by a function."""
 
-    def __init__(self, shape, initialise):
+    def __init__(self, shape, initialize):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            initialise(self.weight)
+            initialize(self.weight)
 
 
 def calling(name, keywords, shape):
     return lambda: Weight(shape, lambda weight: getattr(init, name)(weight, **keywords))
 
 
-def weight(initialise, shape=MATRIX, dtype="fp32", seed=SEED):
-    return built(lambda: Weight(shape, initialise), dtype, seed=seed).weight.detach()
+def weight(initialize, shape=MATRIX, dtype="fp32", seed=SEED):
+    return built(lambda: Weight(shape, initialize), dtype, seed=seed).weight.detach()
 
 
 def is_random(constructor):
@@ -221,7 +221,7 @@ def test_init_of_slices_uses_the_fans_of_the_slice_and_leaves_the_rest(dtype):
 
 
 @over_dtypes
-def test_a_fused_projection_initialised_in_many_slices(dtype):
+def test_a_fused_projection_initialized_in_many_slices(dtype):
     # More slices than a recipe keeps apart, some of them written twice.
     def by_head(w):
         init.normal_(w, std=1.0)
@@ -259,7 +259,7 @@ def test_init_through_a_view_or_an_alias_reaches_the_parameter(dtype, view):
 
 
 @over_dtypes
-def test_a_tensor_from_outside_the_context_is_initialised_at_once(dtype):
+def test_a_tensor_from_outside_the_context_is_initialized_at_once(dtype):
     target = torch.full(MATRIX, math.nan, dtype=DTYPES[dtype])
     bystander = torch.full(MATRIX, 2.5, dtype=DTYPES[dtype])
     with fastinit.on("cpu", dtype, seed=SEED):
@@ -369,7 +369,7 @@ def test_tensors_without_elements_are_accepted_where_torch_accepts_them(dtype, s
 
 
 @over_dtypes
-def test_scalars_are_initialised(dtype):
+def test_scalars_are_initialized(dtype):
     model = built(lambda: Weight((), lambda w: init.uniform_(w, 2.0, 3.0)), dtype)
     assert model.weight.shape == () and 2 <= model.weight.item() <= 3
     assert_rounded_once(model, built(lambda: Weight((), lambda w: init.uniform_(w, 2.0, 3.0))))

@@ -11,7 +11,7 @@ Every model is made in fp32 and bf16, in each of MODES. The file has a digest fo
 shorter one, so that a failure can say which tensors changed. Modes promise equal bits: tensors are listed once for all.
 
 Random numbers of the native stream and IEEE operations such as products are the same on any machine. What torch
-computes by a library is not: sines and logarithms, sums, factorisations may have other last bits with another
+computes by a library is not: sines and logarithms, sums, factorizations may have other last bits with another
 instruction set, another maker's processor or another torch. Such tensors are named as computed where the model is
 defined, and are compared only on a machine like the one that wrote the file.
 """
@@ -518,7 +518,7 @@ class Alibi(nn.Module):
 
 @model()
 class TiedLanguageModel(nn.Module):
-    """As nanoGPT has it: tied after both were initialised, and projections scaled by depth."""
+    """As nanoGPT has it: tied after both were initialized, and projections scaled by depth."""
 
     def __init__(self, width: int = 24, layers: int = 2, vocabulary: int = 61) -> None:
         super().__init__()
@@ -667,7 +667,7 @@ class ManyDtypes(nn.Module):
         self.named = nn.Parameter(torch.randn(11, 3, dtype=torch.bfloat16))
         self.converted = nn.Parameter(torch.randn(11, 3).to(torch.float16))
         self.register_buffer("bytes", torch.zeros(6, dtype=torch.uint8))
-        self.register_buffer("quantised", torch.full((3, 4), -7, dtype=torch.int8))
+        self.register_buffer("quantized", torch.full((3, 4), -7, dtype=torch.int8))
         self.register_buffer("flags", torch.ones(5, dtype=torch.bool))
         self.router = nn.Linear(9, 4).to(torch.float32)
         self.plain = nn.Linear(9, 7)

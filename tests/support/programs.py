@@ -640,13 +640,13 @@ def drop_a_buffer(state, tensor, other, index, value):
 
 @operation
 def apply_init(state, tensor, other, index, value):
-    def initialise(module):
+    def initialize(module):
         if isinstance(module, (nn.Linear, nn.Embedding)) and module.weight.dtype != torch.float64:
             init.normal_(module.weight, 0.0, 0.02)
             if getattr(module, "bias", None) is not None:
                 init.constant_(module.bias, value)
 
-    last_child(state).apply(initialise)
+    last_child(state).apply(initialize)
 
 
 @operation

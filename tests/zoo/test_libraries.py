@@ -40,7 +40,7 @@ def test_a_model_is_what_torch_makes(model, mode):
         compare.MODES[mode](model.make)
 
 
-# Quantisers -----------------------------------------------------------------------------------------------------------
+# Quantizers -----------------------------------------------------------------------------------------------------------
 
 
 def network():
@@ -77,7 +77,7 @@ def bitsandbytes(name, **options):
     return quantize
 
 
-QUANTISERS = {
+QUANTIZERS = {
     "torchao-int8": lambda: torchao("Int8WeightOnlyConfig"),
     "torchao-int8 activations": lambda: torchao("Int8DynamicActivationInt8WeightConfig"),
     "torchao-float8": lambda: torchao("Float8WeightOnlyConfig"),
@@ -92,22 +92,22 @@ QUANTISERS = {
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", QUANTISERS)
-def test_a_model_is_quantised_in_the_block_as_after_it(name, way, dtype):
-    quantize = QUANTISERS[name]()
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_model_is_quantized_in_the_block_as_after_it(name, way, dtype):
+    quantize = QUANTIZERS[name]()
 
-    def quantised():
+    def quantized():
         model = network()
         quantize(model)
         return model
 
     after = built(network, dtype)
     quantize(after)
-    inside = made(quantised, way, dtype)
+    inside = made(quantized, way, dtype)
     assert [type(each) for each in inside.parameters()] == [type(each) for each in after.parameters()]
     x = torch.linspace(-1, 1, 192, dtype=DTYPES[dtype]).view(3, 64)
     got, right = inside(x), after(x)
     if dtype == "fp32":
         assert torch.equal(got, right)
-    else:  # in the block the weights that are quantised are those in fp32
+    else:  # in the block the weights that are quantized are those in fp32
         assert torch.allclose(got, right, rtol=0, atol=0.05 * right.abs().max().item())

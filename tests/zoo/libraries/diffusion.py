@@ -1,4 +1,4 @@
-"""Diffusion models and quantised codes."""
+"""Diffusion models and quantized codes."""
 
 from __future__ import annotations
 

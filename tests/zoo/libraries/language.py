@@ -33,7 +33,7 @@ def peft_models() -> Mapping[str, Model]:
 
     configurations = {
         "LoRA": lambda: peft.LoraConfig(**linears),
-        "LoRA, rank-stabilised, embedding": lambda: peft.LoraConfig(
+        "LoRA, rank-stabilized, embedding": lambda: peft.LoraConfig(
             target_modules=["embed_tokens", "v_proj"], use_rslora=True
         ),
         "LoRA, gaussian": lambda: peft.LoraConfig(init_lora_weights="gaussian", **linears),
@@ -118,7 +118,7 @@ def x_transformers_models() -> Mapping[str, Model]:
         "memory keys and values": model(attn_num_mem_kv=4),
         "gated, GLU, RMSNorm": model(attn_gate_values=True, ff_glu=True, use_rmsnorm=True),
         "sandwich norm, scaled residuals": model(sandwich_norm=True, scale_residual=True, residual_attn=True),
-        "normalised queries and keys": model(attn_qk_norm=True, attn_qk_norm_dim_scale=True),
+        "normalized queries and keys": model(attn_qk_norm=True, attn_qk_norm_dim_scale=True),
         "talking heads": model(attn_pre_talking_heads=True),
         "one head of keys and values": model(attn_one_kv_head=True),
         "hyper connections": model(num_residual_streams=2),

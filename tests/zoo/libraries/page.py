@@ -15,8 +15,8 @@ Written by `make test-libraries`: small models of other libraries, made of their
 models that are called, too. In fp32, with torch's values, they give torch's results bit for bit; in bf16, where torch's
 own model runs, results of the same kind. Fp64: the structure, and what torch computes or fixes in that default dtype.
 
-torchao, optimum-quanto and bitsandbytes quantise a model in the block as they do after it
-(`tests/zoo/test_libraries.py::test_a_model_is_quantised_in_the_block_as_after_it`).
+torchao, optimum-quanto and bitsandbytes quantize a model in the block as they do after it
+(`tests/zoo/test_libraries.py::test_a_model_is_quantized_in_the_block_as_after_it`).
 """
 MODES = ("device", "bf16", "fp64", "empty", "shard", "load", "forward")
 

@@ -57,7 +57,7 @@ def speechbrain_models() -> Mapping[str, Model]:
                 kernel_size=3,
             )
         ),
-        "random projection quantiser": Model(lambda: quantisers.RandomProjectionQuantizer(8, 4, 16)),
+        "random projection quantizer": Model(lambda: quantisers.RandomProjectionQuantizer(8, 4, 16)),
         "RelPosMHAXL": Model(lambda: attention.RelPosMHAXL(16, 2)),
     }
 

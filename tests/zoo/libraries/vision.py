@@ -163,7 +163,7 @@ def vit_pytorch_models() -> Mapping[str, Model]:
         ),
         "XCiT": model("xcit", "XCiT", cls_depth=1, local_patch_kernel_size=3, **small),
         "ViT for small datasets": model("vit_for_small_dataset", "ViT", **small),
-        "normalised ViT": model("normalized_vit", "nViT", **small),
+        "normalized ViT": model("normalized_vit", "nViT", **small),
         "parallel ViT": model("parallel_vit", "ViT", **small),
         "3D ViT": Model(
             model(
