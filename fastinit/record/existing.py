@@ -17,15 +17,15 @@ import torch
 from ..distributed import from_rank_0, is_distributed
 from ..execution import Fills, can_fill, copy_part
 from ..layout import Box
-from ..native import UNIFORM
+from ..native import CONSTANT, UNIFORM
 from ..recipe import Region, Write
 from ..sharding import is_dtensor, local_boxes, local_tensor
 from .block import Block
 from .dispatch import create
 from .factories import in_functorch
-from .records import Record, modes_off, view_of
+from .records import Record, is_in_order, is_whole, modes_off, view_of
 from .tensors import Placeholder, stand_for
-from .unwritten import Key, Unwritten, memory_to_write, record_again, rest_of, wrote
+from .unwritten import Key, Unwritten, memory_to_write, region_of, rest_of, wrote
 
 
 def takes(block: Block, tensor: Any) -> bool:
@@ -82,7 +82,27 @@ def _record_again(block: Block, tensor: torch.Tensor, local: Unwritten, record: 
         )
     block.keep_order(record.recipe, record)
     shape = None if tensor is local else tuple(tensor.shape)
-    record_again(local, record.recipe, Key(block.seed, block.seed_agreed), shape)
+    _replace_recipe(local, record.recipe, Key(block.seed, block.seed_agreed), shape)
+
+
+def _replace_recipe(
+    tensor: Unwritten, recipe: tuple[Write, ...], key: Key, distributed: tuple[int, ...] | None
+) -> None:
+    """Let a tensor on the meta device have another recipe; for a shard, that of the distributed tensor of a shape.
+
+    A part of one can only become constant: what else it is to have would depend on another key than the rest has.
+    """
+    rest, region = rest_of(tensor), region_of(tensor)
+    origin = rest.origin
+    if distributed is None and not is_whole(rest, region):
+        is_constant = all(write.kind == CONSTANT and write.region is None for write in recipe)
+        if not is_constant or rest.place is not None or origin.placeless or rest.shape != origin.shape:
+            rest.with_memory()  # the refusal for what is on the meta device
+        rest.origin = origin._replace(recipe=origin.recipe + tuple(each._replace(region=region) for each in recipe))
+        return
+    rest.place = None if distributed is not None or is_in_order(rest, region) else region
+    shape = tuple(tensor.shape) if distributed is None else distributed
+    rest.origin = origin._replace(shape=shape, recipe=recipe, key=key, placeless=False, zeros=False)
 
 
 def _write(block: Block, memory: torch.Tensor, boxes: list[Box] | None, whole: torch.Tensor, *, zeros: bool) -> None:

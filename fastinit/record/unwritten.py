@@ -20,10 +20,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..execution import DTYPES, Fills, Timing, allocate
 from ..layout import Box, numel
 from ..log import logger
-from ..native import CONSTANT
 from ..recipe import Region, Write
 from ..runs import Runs
-from .records import is_in_order, is_whole, lock, modes_off, view_of
+from .records import lock, modes_off, view_of
 from .tensors import attributes_of, deep_copy, is_leaf, swap_impl, swap_in, without_storage
 
 
@@ -418,26 +417,6 @@ def memory_to_write(tensor: Unwritten) -> torch.Tensor | None:
     with lock, modes_off():
         rest = tensor._record
         return None if rest.device.type == "meta" else view_of(rest.with_memory(), tensor._region)
-
-
-def record_again(
-    tensor: Unwritten, recipe: tuple[Write, ...], key: Key, distributed: tuple[int, ...] | None = None
-) -> None:
-    """Let a tensor on the meta device have another recipe; for a shard, that of the distributed tensor of a shape.
-
-    A part of one can only become constant: what else it is to have would depend on another key than the rest has.
-    """
-    rest, region = tensor._record, tensor._region
-    origin = rest.origin
-    if distributed is None and not is_whole(rest, region):
-        is_constant = all(write.kind == CONSTANT and write.region is None for write in recipe)
-        if not is_constant or rest.place is not None or origin.placeless or rest.shape != origin.shape:
-            rest.with_memory()  # the refusal for what is on the meta device
-        rest.origin = origin._replace(recipe=origin.recipe + tuple(each._replace(region=region) for each in recipe))
-        return
-    rest.place = None if distributed is not None or is_in_order(rest, region) else region
-    shape = tuple(tensor.shape) if distributed is None else distributed
-    rest.origin = origin._replace(shape=shape, recipe=recipe, key=key, placeless=False, zeros=False)
 
 
 def wrote(tensor: Unwritten) -> None:
