@@ -140,12 +140,9 @@ def with_fabric(name, precision, path):
     return before, after, whole(other, module._forward_module)
 
 
-class Texts(torch.utils.data.Dataset):
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, index):
-        return {"input_ids": torch.arange(8) + index, "labels": index % 3}
+def texts(classes):
+    tokens = torch.arange(8) + torch.arange(16)[:, None]
+    return [{"input_ids": each, "labels": index % 3 if classes else each} for index, each in enumerate(tokens)]
 
 
 class Notes(transformers.TrainerCallback):
@@ -180,14 +177,16 @@ def with_transformers(engine, create, context, folder):
     with context():
         model = create(folder)
     notes = Notes()
-    trainer = transformers.Trainer(model, arguments, train_dataset=Texts(), callbacks=[notes])
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=texts(classes=create is from_checkpoint), callbacks=[notes]
+    )
     trainer.train()
     trainer.save_model(f"{folder}/saved")
     return notes.before, notes.after
 
 
 def from_configuration(folder):
-    return transformers.LlamaForSequenceClassification(llama())
+    return transformers.LlamaForCausalLM(llama())
 
 
 def from_checkpoint(folder):

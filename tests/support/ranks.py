@@ -47,8 +47,8 @@ class Ranks:
         With joined=False there is no group yet: the function is given the arguments of init_process_group first.
         """
         outcomes = self.outcomes(function, *args, world=world, joined=joined)
-        for rank, (error, _) in enumerate(outcomes):
-            assert error is None, f"rank {rank} of {world}: {error}"
+        errors = [f"rank {rank} of {world}: {error}" for rank, (error, _) in enumerate(outcomes) if error is not None]
+        assert not errors, "\n".join(errors)
         return [result for _, result in outcomes]
 
     def outcomes(self, function, *args, world, joined=True):
