@@ -275,11 +275,11 @@ class on:
                 found = written(block)
             if report is not None:
                 look(report, block, found)
-            if block.shard or block.empty:
-                leave_unwritten(block)
+            key = leave_unwritten(block) if block.shard or block.empty else None
             block.settle()
-            if self._shard is True:
-                keep_values(block)
+            if key is not None and self._shard is True:
+                keep_values(block, key)
+            del key  # which lives as long as something is unwritten
             if outer is not None and outer.is_reported():
                 hand_over(found, outer)
             if exc_type is None and not isinstance(self._shard, bool):

@@ -127,7 +127,10 @@ def uninitialized(model: nn.Module) -> list[str]:
     """
     _require_module("uninitialized", model)
     with lock, modes_off():
-        return [each.name for each in unwritten_tensors(model)]
+        names = [each.name for each in unwritten_tensors(model)]
+    if not names:
+        _release(model)  # parameters that others have replaced may wait for the garbage collector
+    return names
 
 
 def initialize(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:

@@ -1,11 +1,14 @@
 """What a block with `shard=True` leaves with values: buffers, mostly, of a model that is not materialized yet.
 
 Such a model is often given memory by `torch.nn.Module.to_empty`, which would leave these tensors without their values.
+Once nothing of the block is unwritten any more, whoever has written it, they are ordinary tensors again.
 """
 
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ import torch
 from .block import Block
 from .records import modes_off
 from .tensors import tensors_in
+from .unwritten import Key
 
 _TENSOR: Any = torch.Tensor
 
@@ -87,10 +91,26 @@ def release(tensor: torch.Tensor) -> None:
         tensor.__class__ = kind
 
 
-def keep_values(block: Block) -> None:
-    """Let the modules of a block keep what they have with values, whatever gives them memory before `materialize`."""
-    for ref in block.modules.values():
+def keep_values(block: Block, key: Key) -> None:
+    """Let the modules of a block keep what they have with values, until nothing of it is unwritten.
+
+    Args:
+        block: what is at its end.
+        key: what all that it has left unwritten refers to.
+    """
+    modules = list(block.modules.values())
+    for tensor in _tensors(modules):
+        _keep(tensor)
+    weakref.finalize(key, _release_all, modules).atexit = False
+
+
+def _tensors(modules: list[Any]) -> Iterator[Any]:
+    for ref in modules:
         module = ref()
         if module is not None:
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                _keep(tensor)
+            yield from (*module._parameters.values(), *module._buffers.values())
+
+
+def _release_all(modules: list[Any]) -> None:
+    for tensor in _tensors(modules):
+        release(tensor)

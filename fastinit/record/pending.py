@@ -13,8 +13,10 @@ from .tensors import Placeholder
 from .unwritten import Key, Origin, Rest, Unwritten, move
 
 
-def leave_unwritten(block: Block) -> None:
+def leave_unwritten(block: Block) -> Key:
     """Let what a state dict holds and is still pending outlive the block, as `empty` and `shard` ask for.
+
+    Returns the key that all of it refers to.
 
     With `shard`, parameters only, and on the meta device; with `empty`, what is random or never written. What was
     computed, or has memory because the constructor asked for it, is left alone.
@@ -44,6 +46,7 @@ def leave_unwritten(block: Block) -> None:
             record.tensors = []  # torch.utils.swap_tensors refuses what has weak references
             if block.shard:
                 move(rest, device)
+    return key
 
 
 _INITIALIZE = "Load a checkpoint that supplies it, or call fastinit.initialize(model)"

@@ -131,6 +131,9 @@ class Placeholder(torch.Tensor):
             return result
 
 
+# What Python's and torch's errors call it: the class that it stands for.
+Placeholder.__name__ = "Tensor"
+
 _torch_base: Any = torch.Tensor._base
 _torch_grad: Any = torch.Tensor.grad
 _torch_data: Any = torch.Tensor.data

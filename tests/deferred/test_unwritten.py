@@ -5,6 +5,7 @@ and never raw memory.
 """
 
 import copy
+import gc
 import io
 import pickle
 import re
@@ -479,3 +480,22 @@ def test_fully_sharded_parameters_stay_unwritten(make, one_rank):
     for name, parameter in model.named_parameters():
         assert same_bits(parameter.to_local(), whole.get_parameter(name)), name
     assert torch.equal(model(X), whole(X))
+
+
+def test_what_was_kept_is_ordinary_once_nothing_is_unwritten():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.register_buffer("table", torch.arange(3.0).cos(), persistent=False)
+
+    state = nn.Linear(3, 3).state_dict(prefix="linear.")
+    for assign in (False, True):
+        with fastinit.on("cpu", "fp32", shard=True):
+            model = Net()
+        model.to_empty(device="cpu")
+        model.load_state_dict(state, assign=assign)
+        if assign:
+            gc.collect()  # the parameters that were replaced
+        assert type(model.table) is torch.Tensor and not vars(model.table)
+        assert torch.equal(model.table, torch.arange(3.0).cos())
