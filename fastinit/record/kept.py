@@ -1,7 +1,8 @@
 """What a block with `shard=True` leaves with values: buffers, mostly, of a model that is not materialized yet.
 
 Such a model is often given memory by `torch.nn.Module.to_empty`, which would leave these tensors without their values.
-Once nothing of the block is unwritten any more, whoever has written it, they are ordinary tensors again.
+Once nothing of the block is unwritten any more, whoever has written it, they are ordinary tensors again, at the next
+garbage collection at the latest.
 """
 
 from __future__ import annotations
