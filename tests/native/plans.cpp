@@ -1,4 +1,5 @@
-// Which launches the planner of the CUDA half makes of fills, without a GPU. Compiled and run by tests/native/test_plan.py.
+// Which launches the planner of the CUDA half makes of fills, without a GPU. Compiled and run by
+// tests/native/test_plan.py.
 //
 // Each line of standard input is a fill: its address, dtype, kind, the number of parameters and these, seed, stream,
 // the number of steps and these (op, a, b), the first index, the number of dimensions, and their sizes, index strides

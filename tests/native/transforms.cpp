@@ -1,5 +1,6 @@
 // Every input that exists, once: the vector transforms and roundings against the scalar ones, over all 2^32 words and
-// all 2^32 float32 bit patterns. Compiled and run by tests/native/test_native_exhaustive.py, with -DSIMD_HEADER and -DSIMD.
+// all 2^32 float32 bit patterns. Compiled and run by tests/native/test_native_exhaustive.py, with -DSIMD_HEADER and
+// -DSIMD.
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
