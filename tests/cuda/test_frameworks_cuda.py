@@ -264,6 +264,8 @@ def test_lightning(ranks, script, name, precision, tmp_path):
     if name.startswith("DeepSpeed") and precision == "bf16-mixed":
         # DeepSpeed keeps the weights in bf16 then, and its optimizer those of fp32; stage 2 leaves buffers in fp32.
         expected = of_the_cpu("bf16") | ({"table": expected["table"]} if name == "DeepSpeed 2" else {})
+    if name == "FSDP1" and precision == "bf16-mixed":
+        expected["table"] = expected["table"].bfloat16()  # FSDP1 casts buffers itself
     before, after, loaded = one
     assert before == digest(expected)
     assert after != before and loaded == after
