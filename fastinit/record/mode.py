@@ -174,6 +174,9 @@ class Mode(native.Mode, TorchFunctionMode):
             # the code of a class that answers functions of torch itself.
             for each in tensors:
                 become_real(each)
+        elif torch._C._is_any_autocast_enabled() and any(each.requires_grad for each in tensors):
+            for each in tensors:  # autocast remembers leaves by their C++ objects
+                become_real(each)
         elif func is torch._make_dual:
             for each in tensors:
                 use_values(each)  # for another C++ object would not know the tangent

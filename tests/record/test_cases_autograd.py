@@ -369,3 +369,22 @@ def test_a_method_whose_argument_makes_its_tensor_real_goes_on_with_that(name):
         lambda: (lambda weight: getattr(weight, name)(weight.numpy().sum().item()))(torch.ones(3, 4)), "fp32"
     )
     assert torch.equal(weight, getattr(torch.ones(3, 4), name)(12.0))
+
+
+@pytest.mark.parametrize("quietly", [False, True])
+def test_a_model_is_run_under_autocast_in_the_block_and_after_it(quietly):
+    def run():
+        layer = nn.Linear(3, 2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if quietly:
+                with torch.no_grad():
+                    layer(torch.ones(1, 3))
+            inside = layer(torch.ones(1, 3))
+        inside.float().sum().backward()
+        return layer, inside
+
+    layer, result = built(run, "fp32")
+    assert result.dtype == torch.bfloat16 and type(layer.weight) is nn.Parameter
+    assert layer.weight.grad.tolist() == [[1.0] * 3] * 2
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(torch.ones(1, 3)), result)
