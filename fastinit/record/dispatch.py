@@ -165,6 +165,10 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return waiting
     if block.ran is not None:
         block.ran[str(func.overloadpacket)] += 1
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type == "meta":  # as init_empty_weights asks: no values for that
+        args, kwargs = map_tensors(_like_on_meta, (args, kwargs))
+        return func(*args, **kwargs)
     operator = operator_of(func)
     if (kwargs.get("generator") is not None or func in _DRAWS_BY_DTYPE) and has_master(args[0]) and operator.is_mutable:
         return _run_in_its_dtype(func, args, kwargs)
@@ -244,9 +248,6 @@ def _run_on_masters(
     values: dict[int, torch.Tensor],
 ) -> Any:
     device = kwargs.get("device")
-    if device is not None and torch.device(device).type == "meta":
-        args, kwargs = map_tensors(_like_on_meta, (args, kwargs))
-        return func(*args, **kwargs)
     given = dict(kwargs)
     if device is not None:
         given["device"] = _HOST
