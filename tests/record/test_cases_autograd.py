@@ -380,11 +380,14 @@ def test_a_model_is_run_under_autocast_in_the_block_and_after_it(quietly):
                 with torch.no_grad():
                     layer(torch.ones(1, 3))
             inside = layer(torch.ones(1, 3))
-        inside.float().sum().backward()
+        if inside.requires_grad:
+            inside.float().sum().backward()
         return layer, inside
 
     layer, result = built(run, "fp32")
     assert result.dtype == torch.bfloat16 and type(layer.weight) is nn.Parameter
-    assert layer.weight.grad.tolist() == [[1.0] * 3] * 2
+    assert result.requires_grad == plain(run, "fp32")[1].requires_grad  # torch 2.6 remembers what it cast quietly
+    if result.requires_grad:
+        assert layer.weight.grad.tolist() == [[1.0] * 3] * 2
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer(torch.ones(1, 3)), result)

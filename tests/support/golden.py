@@ -667,7 +667,7 @@ class ManyDtypes(nn.Module):
         self.named = nn.Parameter(torch.randn(11, 3, dtype=torch.bfloat16))
         self.converted = nn.Parameter(torch.randn(11, 3).to(torch.float16))
         self.register_buffer("bytes", torch.zeros(6, dtype=torch.uint8))
-        self.register_buffer("quantized", torch.full((3, 4), -7, dtype=torch.int8))
+        self.register_buffer("quantised", torch.full((3, 4), -7, dtype=torch.int8))
         self.register_buffer("flags", torch.ones(5, dtype=torch.bool))
         self.router = nn.Linear(9, 4).to(torch.float32)
         self.plain = nn.Linear(9, 7)
