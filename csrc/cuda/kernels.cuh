@@ -205,7 +205,7 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
     end_launch();
 }
 
-// The lopsided form needs the registers that 40 are.
+// The lopsided form needs 40 registers.
 template <Form kForm, Dtype kDtype>
 __global__ void __launch_bounds__(kForm == Form::lopsided ? kThreads : kRunThreads,
                                   kForm == Form::lopsided ? kRowsBlocks : kRunBlocks)

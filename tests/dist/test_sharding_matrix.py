@@ -7,13 +7,12 @@ That of ZeRO-3, which needs processes of its own, is in test_deepspeed.py. Ranks
 import pytest
 import torch
 import torch.distributed as dist
-from models import SEED, registered, same_bits
+from models import SEED, Block, registered, same_bits
 from ranks import Ranks
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn import functional
 
 import fastinit
 
@@ -27,25 +26,13 @@ def ranks(tmp_path_factory):
     four.end()
 
 
-class Layer(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 2 * width + 1)
-        self.down = nn.Linear(2 * width + 1, width, bias=False)
-        nn.init.trunc_normal_(self.down.weight, std=0.02)
-
-    def forward(self, hidden):
-        return hidden + self.down(functional.gelu(self.up(self.norm(hidden))))
-
-
 class Net(nn.Module):
     """Sizes that 2, 3 and 4 do not divide, an orthogonal matrix, a tie, a buffer, and fewer elements than ranks."""
 
     def __init__(self, width=11):
         super().__init__()
         self.embedding = nn.Embedding(13, width, padding_idx=3)
-        self.layers = nn.ModuleList(Layer(width) for _ in range(4))
+        self.layers = nn.ModuleList(Block(width) for _ in range(4))
         self.mixer = nn.Linear(width, width, bias=False)
         nn.init.orthogonal_(self.mixer.weight)
         self.head = nn.Linear(width, 13, bias=False)

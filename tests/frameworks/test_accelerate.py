@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from models import DTYPES, SEED, assert_same_bits, assert_same_structure, built, plain, registered, same_bits
+from models import DTYPES, SEED, Block, assert_same_bits, assert_same_structure, built, plain, registered, same_bits
 from ranks import Ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -336,18 +336,6 @@ def ranks(tmp_path_factory):
     two = Ranks(2, tmp_path_factory)
     yield two
     two.end()
-
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 2 * width + 1)
-        self.down = nn.Linear(2 * width + 1, width, bias=False)
-        nn.init.trunc_normal_(self.down.weight, std=0.02)
-
-    def forward(self, hidden):
-        return hidden + self.down(nn.functional.gelu(self.up(self.norm(hidden))))
 
 
 class Decoder(nn.Module):

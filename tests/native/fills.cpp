@@ -13,34 +13,16 @@
 #include "cpu/fill.h"
 #include "cpu/float_environment.h"
 #include "cpu/isa.h"
-#include "validation.h"
+#include "lines.h"
 
 using namespace fastinit;
 
 namespace {
 
-template <class T>
-T read(std::istream& in) {
-    T value{};
-    if (!(in >> value)) throw std::runtime_error("a line is not a fill");
-    return value;
-}
-
 void run(std::istream& in) {
     const FloatEnvironment environment;
-    Values values{};
-    values.dtype = make_dtype(read<int64_t>(in));
-    const auto kind = read<int64_t>(in);
-    std::vector<double> parameters(read<size_t>(in));
-    for (double& parameter : parameters) parameter = std::stod(read<std::string>(in));
-    values.distribution = make_distribution(kind, parameters);
-    values.seed = read<uint64_t>(in);
-    const auto stream = read<uint64_t>(in);
-    for (auto steps = read<size_t>(in); steps > 0; --steps) {
-        const auto op = read<int64_t>(in);
-        const double a = std::stod(read<std::string>(in)), b = std::stod(read<std::string>(in));
-        append_step(values.steps, make_step(op, a, b));
-    }
+    uint64_t stream;
+    const Values values = read_values(in, stream);
     const auto index = read<uint64_t>(in);
     const auto count = read<int64_t>(in);
     const Box box = make_box(index, {count}, {1}, {1});

@@ -14,40 +14,16 @@
 
 #include "batch.h"
 #include "cuda/plan.h"
+#include "lines.h"
 
 using namespace fastinit;
 
 namespace {
 
-template <class T>
-T read(std::istream& in) {
-    T value{};
-    if (!(in >> value)) throw std::runtime_error("a line is not a fill");
-    return value;
-}
-
-template <class T>
-std::vector<T> read_many(std::istream& in, size_t count) {
-    std::vector<T> values(count);
-    for (T& value : values) value = read<T>(in);
-    return values;
-}
-
 void append(Batch& batch, std::istream& in) {
     auto* data = reinterpret_cast<void*>(read<uintptr_t>(in));
-    Values values{};
-    values.dtype = make_dtype(read<int64_t>(in));
-    const auto kind = read<int64_t>(in);
-    std::vector<double> parameters;
-    for (const std::string& word : read_many<std::string>(in, read<size_t>(in))) parameters.push_back(std::stod(word));
-    values.distribution = make_distribution(kind, parameters);
-    values.seed = read<uint64_t>(in);
-    const auto stream = read<uint64_t>(in);
-    for (auto steps = read<size_t>(in); steps > 0; --steps) {
-        const auto op = read<int64_t>(in);
-        const double a = std::stod(read<std::string>(in)), b = std::stod(read<std::string>(in));
-        append_step(values.steps, make_step(op, a, b));
-    }
+    uint64_t stream;
+    const Values values = read_values(in, stream);
     const auto index = read<uint64_t>(in);
     const auto dims = read<size_t>(in);
     const auto sizes = read_many<int64_t>(in, dims), index_strides = read_many<int64_t>(in, dims);

@@ -23,6 +23,20 @@ HALVES = ("bf16", "fp16")
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class Block(nn.Module):
+    """A residual block, of an odd number of hidden units."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width + 1)
+        self.down = nn.Linear(2 * width + 1, width, bias=False)
+        nn.init.trunc_normal_(self.down.weight, std=0.02)
+
+    def forward(self, hidden):
+        return hidden + self.down(nn.functional.gelu(self.up(self.norm(hidden))))
+
+
 # Building -------------------------------------------------------------------------------------------------------------
 
 
