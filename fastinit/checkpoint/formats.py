@@ -54,21 +54,27 @@ class SafetensorsFile:
         self._file: Any = None
         self._stored = StoredFile.at(path)
         self.files = [self._stored]
-        file = self._opened()
-        offsets = self._offsets()
-        self.tensors = {
-            name: info._replace(offset=offsets.get(name))
-            for name, info in _in_order({name: file.get_tensor(name) for name in file.keys()}).items()
-        }
+        self.tensors = self._infos()
 
-    def _offsets(self) -> dict[str, int]:
-        """From the header, which safetensors has checked."""
-        if sys.byteorder != "little":
-            return {}
-        with self._path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+    def _infos(self) -> dict[str, Info]:
+        """Of all tensors, in their order in the file; from the header, which safetensors has checked."""
+        file = self._opened()
+        with self._path.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length))
+        header.pop("__metadata__", None)
+        # What a name of the format means is asked of safetensors, with one tensor of each.
+        example = {entry["dtype"]: name for name, entry in header.items()}
+        dtypes = {stored: file.get_tensor(name).dtype for stored, name in example.items()}
+        infos = {}
+        known = sys.byteorder == "little"
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = entry["data_offsets"]
+            info = Info(tuple(entry["shape"]), dtypes[entry["dtype"]], 8 + length + start if known else None)
+            # Two numbers of four bits are one element in torch, and two in the header.
+            packed = info.nbytes != end - start
+            infos[name] = info._replace(shape=tuple(file.get_tensor(name).shape)) if packed else info
+        return infos
 
     def _opened(self) -> Any:
         if self._file is None:

@@ -230,6 +230,16 @@ def test_an_error_of_the_bar_stops_it(file):
 # Where tensors lie in files ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="torch 2.8 has them")
+def test_two_numbers_of_four_bits_are_one_element(tmp_path):
+    """As in torch, whatever the header of the file counts."""
+    packed = torch.arange(32, dtype=torch.uint8).view(4, 8).view(torch.float4_e2m1fn_x2)
+    save_file({"packed": packed, "other": torch.ones(3)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path / "model.safetensors")
+    assert {name: info.shape for name, info in checkpoint.tensors.items()} == {"packed": (4, 8), "other": (3,)}
+    assert torch.equal(checkpoint.read("packed").view(torch.uint8), packed.view(torch.uint8))
+
+
 def stored():
     return {
         "odd": torch.arange(3, dtype=torch.uint8),
