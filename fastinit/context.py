@@ -65,6 +65,9 @@ _DTYPES = {
 class Partitioner(Protocol):
     """What `on(shard=...)` takes for engines that partition parameters when they are created."""
 
+    def begin(self) -> Callable[[], None]:
+        """Prepare for a context that is being entered; what is returned undoes that, when it is left."""
+
     def place(
         self, parameters: list[tuple[torch.nn.Module, str, torch.nn.Parameter, Origin | None]], timing: Timing
     ) -> None:
@@ -85,6 +88,7 @@ class _Entered(NamedTuple):
     report: Report | None  # held if it is to be logged
     token: Token[Block | None]
     compiler: Any
+    end_of_shard: Callable[[], None] | None
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -235,7 +239,8 @@ class on:
             guest.remove()
             raise
         kept = None if block.ran is None else report
-        _entered.set((*_entered.get(), _Entered(self, block, mode, kept, current.set(block), compiler)))
+        end = None if isinstance(self._shard, bool) else self._shard.begin()
+        _entered.set((*_entered.get(), _Entered(self, block, mode, kept, current.set(block), compiler, end)))
         return report
 
     @not_compiled
@@ -260,7 +265,7 @@ class on:
                 "fastinit.on: left where it was not entered, or before a block inside of it; use it in a with "
                 "statement, in the thread and coroutine that enter it"
             )
-        _, block, mode, _, token, compiler = entered[-1]
+        _, block, mode, _, token, compiler, end_of_shard = entered[-1]
         _entered.set(entered[:-1])
         mode.__exit__()
         current.reset(token)
@@ -296,6 +301,8 @@ class on:
             if exc_type is None:
                 block.warn_of_order()
         finally:
+            if end_of_shard is not None:
+                end_of_shard()
             block.generator.leave(None if outer is None else outer.generator)
             guest.remove()
             if report is not None:

@@ -9,7 +9,8 @@ doing. It has no public function for that: hence the range of versions.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -83,6 +84,25 @@ class Zero3:
         self.dtype: torch.dtype = init.dtype
         self.device: torch.device = init.local_device
         self.slice_device = torch.device("cpu") if init.remote_device == "cpu" else self.device
+
+    def begin(self) -> Callable[[], None]:
+        """Have Transformers create models as it does without ZeRO-3, until what is returned is called.
+
+        While a configuration of its own says stage 3, it enters a zero.Init for every model that it creates, also for
+        one that the constructor of another makes. What this partitions, rank 0 alone initializes, and the other ranks
+        miss that when the outer model initializes what is left.
+        """
+        transformers: Any = sys.modules.get("transformers.integrations.deepspeed")
+        active = getattr(transformers, "_hf_deepspeed_config_weak_ref", None)
+        if active is None:
+            return lambda: None
+        transformers.unset_hf_deepspeed_config()
+
+        def put_back() -> None:
+            if transformers._hf_deepspeed_config_weak_ref is None:
+                transformers._hf_deepspeed_config_weak_ref = active
+
+        return put_back
 
     def place(self, parameters: Sequence[_Owned], timing: Timing) -> None:
         """Turn parameters into ZeRO-3 partitions, in this order, which has to be the same on all ranks.

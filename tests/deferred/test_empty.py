@@ -553,6 +553,9 @@ def test_a_context_inside_of_an_empty_one_has_its_own_mode():
 
 def test_an_engine_is_given_every_parameter_and_the_report_counts_what_it_takes_over():
     class Engine:
+        def begin(self):
+            return lambda: None
+
         def place(self, parameters, timing):
             self.parameters = [(type(owner), name, deferred is not None) for owner, name, _, deferred in parameters]
             for *_, parameter, _ in parameters:

@@ -595,6 +595,46 @@ def _check_blocks():
         assert_gathers_to(engine(model, config("bf16")).module, whole, torch.bfloat16)
 
 
+@pytest.mark.parametrize("how", ["constructor", "from_config", "from_pretrained"])
+def test_transformers_leaves_the_partitions_to_the_block(two_ranks, tmp_path, how):
+    """Its own zero.Init, for the model in the constructor of another, would leave ranks that wait for each other."""
+    transformers = pytest.importorskip("transformers")
+    with fastinit.on("cpu", "bf16", seed=7):
+        transformers.LlamaModel(_llama_config()).save_pretrained(tmp_path)
+    two_ranks.run(_check_transformers, how, str(tmp_path))
+
+
+def _llama_config():
+    import transformers
+
+    return transformers.LlamaConfig(
+        vocab_size=21, hidden_size=8, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_labels=3,
+        pad_token_id=0,
+    )  # fmt: skip
+
+
+def _check_transformers(how, checkpoint):
+    import transformers
+    from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+    def constructor():
+        if how == "constructor":
+            return transformers.LlamaForSequenceClassification(_llama_config())
+        if how == "from_config":
+            return transformers.AutoModelForSequenceClassification.from_config(_llama_config(), dtype="bfloat16")
+        return transformers.LlamaForSequenceClassification.from_pretrained(checkpoint, num_labels=3, dtype="bfloat16")
+
+    whole = unsharded(constructor, "bf16")
+    active = HfDeepSpeedConfig(config("bf16"))  # as TrainingArguments(deepspeed=...) holds one
+    model = created(constructor, config("bf16"), "bf16")
+    assert_slices_of(model, whole, ranks=2, index=dist.get_rank())
+    assert_gathers_to(model, whole, torch.bfloat16)
+    assert is_deepspeed_zero3_enabled() and active.is_zero3()
+    with pytest.raises(ZeroDivisionError):
+        created(lambda: 1 / 0, config("bf16"))
+    assert is_deepspeed_zero3_enabled()
+
+
 def test_linear_layers_save_memory_unless_the_configuration_forbids_it(two_ranks):
     two_ranks.run(_check_linear)
 
