@@ -22,6 +22,9 @@ device = start()
 os.environ["DS_ACCELERATOR"] = device.type  # before DeepSpeed looks for a GPU by itself
 import deepspeed  # noqa: E402
 
+if device.type == "cpu":  # it would compile an all-reduce through shared memory, for minutes
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 ds_config = {
     "train_micro_batch_size_per_gpu": 2,
     "bf16": {"enabled": True},

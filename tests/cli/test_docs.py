@@ -18,16 +18,19 @@ import doctest
 import gc
 import importlib
 import importlib.util
+import os
 import random
 import re
 import sys
 import urllib.parse
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 
 import fastinit
 
@@ -95,8 +98,10 @@ def prose_of(text):
 def clean(tmp_path, monkeypatch):
     """A folder of its own, and none of what a page leaves behind."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(functional, "linear", functional.linear)  # DeepSpeed replaces it
     state = torch.random.get_rng_state(), random.getstate()
-    yield
+    with mock.patch.dict(os.environ):
+        yield
     torch.random.set_rng_state(state[0])
     random.setstate(state[1])
     if dist.is_initialized():
