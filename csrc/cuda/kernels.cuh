@@ -90,16 +90,10 @@ __device__ __forceinline__ Tile tile_of_rows(const Launch& launch, const Work& w
                 min((group + 1) * groups, work.size)};
 }
 
-// Where an aligned slot lies: its first Philox block and its address, as distances from the entry's.
-struct Spot {
-    uint32_t block;
-    uint32_t slot;
-};
-
-__device__ __forceinline__ Spot spot_in_box(const Geometry& g, uint32_t slot, uint32_t blocks) {
+__device__ __forceinline__ Spot spot_in_box(const Geometry& g, uint32_t slot, uint32_t blocks, uint32_t block) {
     uint32_t row = divide(slot, g.slots_per_run);
     const uint32_t at = slot - row * g.slots_per_run.divisor;
-    Spot spot{at * blocks, at};
+    Spot spot{block + at * blocks, at};
 #pragma unroll 1
     for (int d = g.outer_dims - 1; d > 0; --d) {
         const uint32_t quotient = divide(row, g.size[d]);
@@ -122,7 +116,7 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
     constexpr bool kAffine = kPath == Path::affine_rows || kPath == Path::affine_planes;
     constexpr bool kAny = kPath == Path::any || kPath == Path::any_erfinv;
     __shared__ float4 table[kTabulated<kForm> ? kTableRows * kCopies : 1];
-    const float4* const rows = kTabulated<kForm> ? load_rows<kForm>(table) : table;
+    const float4* rows = kTabulated<kForm> ? load_rows<kForm>(table) : table;
     const Shared& shared = launch.shared;
     const Geometry& g = shared.geometry;
     Distribution d = shared.distribution;
@@ -136,6 +130,10 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < 6; ++i) *operands[i] = kept[i];
+        // The table's address would be computed anew for every slot, in seven instructions.
+        auto address = static_cast<uint32_t>(__cvta_generic_to_shared(rows));
+        asm volatile("" : "+r"(address));
+        rows = static_cast<const float4*>(__cvta_shared_to_generic(address));
     }
     S out;
     if constexpr (kForm == Form::constant) out.set_constant(shared);
@@ -151,32 +149,30 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
         uint32_t slot = t.begin + threadIdx.x, stride = t.stride, end = t.end, block = work.block;
         // These, too, would be computed anew for every slot.
         if constexpr (kPath == Path::run) asm volatile("" : "+r"(stride), "+r"(end), "+r"(block));
-        uint32_t plane = 0, row = 0, at = slot;
+        Spot spot{block, 0};
+        uint32_t at = slot, row = 0;  // in the row, in the plane
         if constexpr (kRows) {
             row = divide(slot, g.slots_per_run);
-            at = slot - row * g.slots_per_run.divisor;
-        }
-        if constexpr (kPlanes) {
-            plane = divide(row, g.size[1]);
-            row -= plane * g.size[1].divisor;
-        }
-        for (; slot < end; slot += stride) {
-            Spot spot{slot * S::kBlocks, slot};
-            if constexpr (kRows) {
-                constexpr int kRow = kPlanes ? 1 : 0;  // the dimension
-                spot = Spot{at * S::kBlocks + row * g.block_stride[kRow], at + row * g.slot_stride[kRow]};
-            }
+            at -= row * g.slots_per_run.divisor;
             if constexpr (kPlanes) {
+                const uint32_t plane = divide(row, g.size[1]);
+                row -= plane * g.size[1].divisor;
                 spot.block += plane * g.block_stride[0];
                 spot.slot += plane * g.slot_stride[0];
             }
-            if constexpr (kAny) spot = spot_in_box(g, slot, S::kBlocks);
+            constexpr int kRow = kPlanes ? 1 : 0;  // the dimension
+            spot.block += row * g.block_stride[kRow] + at * S::kBlocks;
+            spot.slot += row * g.slot_stride[kRow] + at;
+        }
+        for (; slot < end; slot += stride) {
+            if constexpr (!kRows && !kAny) spot = Spot{block + slot * S::kBlocks, slot};
+            if constexpr (kAny) spot = spot_in_box(g, slot, S::kBlocks, block);
             if constexpr (kForm != Form::constant) {
                 float x[S::kLanes];
 #pragma unroll
                 for (int b = 0; b < S::kBlocks; ++b) {
                     uint32_t w[4];
-                    philox_block(shared, run, block + spot.block + b, w);
+                    philox_block(shared, run, spot.block + b, w);
 #pragma unroll
                     for (int i = 0; i < 4; ++i) x[4 * b + i] = value<kForm, true>(d, shared.centre, w[i], rows);
                 }
@@ -185,19 +181,28 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
                 out.set(x);
             }
             out.store(launch.data[work.entry] + uint64_t{spot.slot} * 16);
+            // The empty asm keeps a carry a branch, which ptxas makes predicated additions of. As a choice between an
+            // addend and zero it would take another instruction for each of them.
             if constexpr (kRows) {
-                row += launch.step.rows;
-                at += launch.step.at;
+                const RowStep& step = launch.step;
+                at += step.at;
+                if constexpr (kPlanes) row += step.rows;
+                spot.block += step.distance.block;
+                spot.slot += step.distance.slot;
                 if (at >= g.slots_per_run.divisor) {
+                    asm volatile("");
                     at -= g.slots_per_run.divisor;
-                    ++row;
+                    if constexpr (kPlanes) ++row;
+                    spot.block += step.next_row.block;
+                    spot.slot += step.next_row.slot;
                 }
-            }
-            if constexpr (kPlanes) {
-                plane += launch.step.planes;
-                if (row >= g.size[1].divisor) {
-                    row -= g.size[1].divisor;
-                    ++plane;
+                if constexpr (kPlanes) {
+                    if (row >= g.size[1].divisor) {
+                        asm volatile("");
+                        row -= g.size[1].divisor;
+                        spot.block += step.next_plane.block;
+                        spot.slot += step.next_plane.slot;
+                    }
                 }
             }
         }

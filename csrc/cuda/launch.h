@@ -92,13 +92,22 @@ struct Shared {
     Geometry geometry;
 };
 
-// From one pass over rows to the next: so many slots, which are so many planes of rows (in boxes of three dimensions),
-// so many rows and so far in a row. The same for all entries of a launch, so that constants serve.
+// Where an aligned slot lies: the low word of its first Philox block, and its 16 bytes, counted from the entry's first.
+struct Spot {
+    uint32_t block;
+    uint32_t slot;
+};
+
+// From one pass over rows to the next: `stride` slots, which are so many rows (in boxes of three dimensions, those
+// beyond whole planes) and so far in a row, and the distance to there. Behind the end of a row or a plane what it is to
+// the next one is added. The same for all entries of a launch, so that constants serve; distances are modulo 2^32.
 struct RowStep {
     uint32_t stride;
-    uint32_t planes;
     uint32_t rows;
     uint32_t at;
+    Spot distance;
+    Spot next_row;
+    Spot next_plane;
 };
 
 // Where in its stream an entry begins, and how much there is of it.

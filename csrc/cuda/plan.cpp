@@ -501,7 +501,7 @@ private:
         launch.tile_slots = pass * static_cast<uint32_t>(std::min<uint64_t>(std::max<uint64_t>(passes, 1), kMaxTile));
         launch.group_log2 = 0;
         if (key.path != Path::run && !is_unaligned(key.path))
-            set_row_step(key.geometry, slots / entries.size(), threads);
+            set_row_step(key.geometry, key.dtype, slots / entries.size(), threads);
         const uint32_t group_slots = launch.tile_slots << launch.group_log2;
         launch.tiles = 0;
         uint32_t next[kSections] = {};  // the place of the section's next entry
@@ -536,18 +536,26 @@ private:
     }
 
     // Of a launch of fill_rows or fill_any, with entries of `slots` slots on average: group_log2 and RowStep.
-    void set_row_step(const Geometry& g, uint64_t slots, uint32_t threads) {
+    void set_row_step(const Geometry& g, Dtype dtype, uint64_t slots, uint32_t threads) {
         while (2u << launch_.group_log2 <= kGroup && uint64_t{launch_.tile_slots} << (launch_.group_log2 + 2) <= slots)
             ++launch_.group_log2;
         RowStep& step = launch_.step;
+        const bool boxes = g.outer_dims == 2;
+        const uint32_t per_run = g.slots_per_run.divisor, per_plane = g.size[1].divisor;
         step.stride = threads << launch_.group_log2;
-        step.rows = step.stride / g.slots_per_run.divisor;
-        step.planes = 0;
-        if (g.outer_dims == 2) {
-            step.planes = step.rows / g.size[1].divisor;
-            step.rows %= g.size[1].divisor;
-        }
-        step.at = step.stride % g.slots_per_run.divisor;
+        step.at = step.stride % per_run;
+        step.rows = step.stride / per_run;
+        const uint32_t over = boxes ? step.rows / per_plane : 0;
+        step.rows -= over * per_plane;
+        const auto distance = [&](uint32_t at, uint32_t rows, uint32_t planes) {
+            const int row = boxes ? 1 : 0;                                    // the dimension
+            const auto blocks = static_cast<uint32_t>(4 / item_size(dtype));  // of a slot
+            return Spot{at * blocks + rows * g.block_stride[row] + planes * g.block_stride[0],
+                        at + rows * g.slot_stride[row] + planes * g.slot_stride[0]};
+        };
+        step.distance = distance(step.at, step.rows, over);
+        step.next_row = distance(0 - per_run, 1, 0);
+        step.next_plane = distance(0, 0 - per_plane, 1);
     }
 
     // The threads of a block for entries of at most `largest` slots: as many as the kernel was compiled for, but no
