@@ -11,12 +11,12 @@ Private: it may change with any version.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Lock
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -86,16 +86,6 @@ class Transfer(NamedTuple):
     dtype: torch.dtype
     target: torch.Tensor
     stride: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.target.numel() * self.dtype.itemsize
-
-    @property
-    def is_direct(self) -> bool:
-        """Whether the file has the target's very bytes, and no other tensor's are read with them."""
-        same = self.target.dtype == self.dtype and self.target.is_contiguous()
-        return same and self.nbytes >= _SMALL_BYTES
 
     def split(self, nbytes: int) -> Iterator[Transfer]:
         """Parts of so many bytes at most, each of whole rows or of a part of one."""
@@ -195,24 +185,6 @@ def _chunks(transfers: Iterable[Transfer]) -> Iterator[_Chunk]:
         yield chunk
 
 
-class _Chunks:
-    """Hands out chunks to the readers, each made when one of them is free: the first is being read by then."""
-
-    def __init__(self, chunks: Iterator[_Chunk]) -> None:
-        self._chunks = chunks
-        self._lock = Lock()
-
-    def take(self) -> _Chunk | None:
-        """The next one; None if there is none."""
-        with self._lock, torch.inference_mode(False):
-            return next(self._chunks, None)
-
-    def stop(self) -> None:
-        """Have none from here on."""
-        with self._lock:
-            self._chunks = iter(())
-
-
 class _Lane(NamedTuple):
     """What a reader has of a GPU: a stream, and a share in memory for chunks that are not direct."""
 
@@ -231,10 +203,10 @@ class _Reader:
         self._stored: StoredFile | None = None
         self._file: Any = None
 
-    def run(self, chunks: _Chunks) -> None:
+    def run(self, chunks: deque[_Chunk]) -> None:
         """Carry out chunks until there is none."""
         try:
-            while (chunk := chunks.take()) is not None:
+            while (chunk := _next(chunks)) is not None:
                 if chunk.device.type == "cuda":
                     self._carry_to_gpu(chunk)
                 elif chunk.is_direct:
@@ -300,13 +272,19 @@ def _check_read(chunk: _Chunk, nbytes: int) -> None:
         raise OSError(f"{str(chunk.file.path)!r} ends at byte {end} while it is being read")
 
 
-def _readers(transfers: Sequence[Transfer]) -> list[_Reader]:
-    """As many as there is work for, whose streams are behind the current ones."""
-    count = min(_READERS, sum(each.nbytes for each in transfers) // _CONVERTED_BYTES + 1)
+def _next(chunks: deque[_Chunk]) -> _Chunk | None:
+    try:
+        return chunks.popleft()
+    except IndexError:
+        return None
+
+
+def _readers(chunks: Sequence[_Chunk], count: int) -> list[_Reader]:
+    """So many readers, whose streams are behind the current ones."""
     lanes: list[dict[torch.device, _Lane]] = [{} for _ in range(count)]
-    for device in {each.target.device for each in transfers if each.target.is_cuda}:
+    for device in {chunk.device for chunk in chunks if chunk.device.type == "cuda"}:
         current = torch.cuda.current_stream(device)
-        staged = any(each.target.device == device and not each.is_direct for each in transfers)
+        staged = any(chunk.device == device and not chunk.is_direct for chunk in chunks)
         staging: SimpleQueue[torch.Tensor] = SimpleQueue()
         # One piece of memory of the current stream, which is of use to others later.
         for part in torch.empty((_STAGED_CHUNKS if staged else 0, _CHUNK_BYTES), dtype=torch.uint8, device=device):
@@ -333,8 +311,10 @@ def stream(transfers: Sequence[Transfer], advance: Callable[[int], Any] = lambda
             copied any more.
     """
     with torch._C.DisableTorchFunction(), torch.inference_mode(False):
-        chunks = _Chunks(_chunks(transfers))
-        readers = _readers(transfers)
+        chunks = deque(_chunks(transfers))
+        readers = _readers(chunks, min(_READERS, len(chunks)))
+    if not readers:
+        return
     reported = 0
     with ThreadPoolExecutor(len(readers), "fastinit.load") as threads:
         try:
@@ -348,6 +328,6 @@ def stream(transfers: Sequence[Transfer], advance: Callable[[int], Any] = lambda
                     advance(done - reported)
                     reported = done
         finally:
-            chunks.stop()  # after an error, nobody begins another
+            chunks.clear()  # after an error, nobody begins another
     for transfer in transfers:
         torch.autograd.graph.increment_version(transfer.target)
