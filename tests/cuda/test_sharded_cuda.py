@@ -135,6 +135,8 @@ def ended_in(group, step):
     """Rank 0 ends at that step of `materialize`; rank 1 goes on to the first collective of training."""
     # Before there is a group, so that the seed is agreed on by `materialize`.
     model = recorded("cuda" if group["backend"] == "nccl" else "cpu", "bf16", shard=True)
+    # After a timeout NCCL's watchdog sleeps for four times as long, a minute if nobody says otherwise.
+    os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] = "500"
     dist.init_process_group(**group | {"timeout": datetime.timedelta(seconds=10)})
     shard(model, data=init_device_mesh(kind(), (2,)))
     if dist.get_rank() == 0:

@@ -1,12 +1,12 @@
 """What the tests on two GPUs share: a model, how it is sharded, its whole tensors."""
 
 import importlib.util
-import os
 from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
 from models import registered
+from ranks import launched, launched_by_deepspeed
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
@@ -74,20 +74,7 @@ def kind():
 
 def join():
     """Let frameworks take this process, which has its process group, for one that torchrun has started."""
-    rank = str(dist.get_rank())
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "0"}  # nobody connects
-    if kind() == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    if importlib.util.find_spec("deepspeed"):
-        import deepspeed
-
-        deepspeed.logger.setLevel("ERROR")
-        # It would compile an all-reduce through shared memory on the CPU, for a minute.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # What it keeps of an earlier process group.
-        deepspeed.comm.comm.cdb = None
-        importlib.reload(deepspeed.utils.groups)
+    (launched_by_deepspeed if importlib.util.find_spec("deepspeed") else launched)()
 
 
 def shard(model, data=None, tensor=None):

@@ -6,6 +6,7 @@ code, which cuts it. Ranks are gloo processes (see ranks.py).
 
 import copy
 import ctypes
+import datetime
 import functools
 import gc
 import math
@@ -832,7 +833,7 @@ def _check_end_of_a_rank(group, step):
     torch.manual_seed(group["rank"])
     with fastinit.on("cpu", shard=True):
         model = Model()
-    dist.init_process_group(**group)
+    dist.init_process_group(**group | {"timeout": datetime.timedelta(seconds=10)})
     _fully_sharded(model, mesh=init_device_mesh("cpu", (group["world_size"],)))
     if group["rank"] == 0:
         setattr(materialization, step, lambda *args, **kwargs: os._exit(1))

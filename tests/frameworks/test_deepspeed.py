@@ -1,25 +1,20 @@
 """ZeRO-3: partitions hold the bits of the unsharded model, and DeepSpeed takes them for those of its own zero.Init.
 
-Ranks are processes with gloo on the CPU, which stay for all tests of this file. A test gives them a function to run;
-what one of them raises fails the test, and so does one that takes too long, after which all are killed.
+Ranks are processes with gloo on the CPU, in which a test runs a function.
 """
 
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
-import time
-import traceback
 import types
-from multiprocessing import connection
 from pathlib import Path
 
 import pytest
 import safetensors.torch as safetensors_torch
 import torch
 import torch.distributed as dist
-from ranks import read_bytes
+from ranks import SECONDS, Ranks, launched_by_deepspeed, read_bytes
 from torch import nn
 from torch.nn import functional
 
@@ -29,96 +24,20 @@ import fastinit.deepspeed
 pytest.importorskip("deepspeed")
 
 SEED = 0x5EED
-SECONDS = 120
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-# --- ranks ----------------------------------------------------------------------------------------------------------
-
-
-class Ranks:
-    """Processes of one process group, in which DeepSpeed runs; started when they are needed."""
-
-    def __init__(self, world, directories):
-        self.world, self.directories = world, directories
-        self.processes, self.pipes = [], []
-
-    def run(self, function, *args):
-        """What function(*args) returns on each rank."""
-        if not self.processes:
-            self._start()
-        for pipe in self.pipes:
-            pipe.send((function, args))
-        deadline = time.monotonic() + SECONDS
-        results = {}
-        while len(results) < self.world:
-            # Any of them: one that has failed leaves the others waiting.
-            ready = connection.wait(set(self.pipes) - set(results), max(deadline - time.monotonic(), 0))
-            error = None if ready else f"not all ranks were done after {SECONDS} s"
-            for pipe in ready:
-                try:
-                    failed, results[pipe] = pipe.recv()
-                except EOFError:
-                    failed = "the process has ended"
-                error = error or (failed and f"rank {self.pipes.index(pipe)}: {failed}")
-            if error:
-                self.end()
-                pytest.fail(error, pytrace=False)
-        return [results[pipe] for pipe in self.pipes]
-
-    def _start(self):
-        context = multiprocessing.get_context("spawn")
-        store = str(self.directories.mktemp("ranks") / "store")
-        for rank in range(self.world):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world, store, there), daemon=True)
-            process.start()
-            there.close()
-            self.pipes.append(here)
-            self.processes.append(process)
-
-    def end(self):
-        for pipe in self.pipes:
-            pipe.close()
-        for process in self.processes:
-            process.join(2)  # by itself, so that its coverage is kept, if it does not wait for another rank
-            process.kill()
-            process.join()
-        self.processes, self.pipes = [], []
-
-
-def _serve(rank, world, store, pipe):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), DS_ACCELERATOR="cpu")
-    torch.set_num_threads(1)
-    import deepspeed
-
-    deepspeed.logger.setLevel("ERROR")
-    # It would compile an all-reduce through shared memory now, for a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    while True:
-        try:
-            function, args = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send((None, function(*args)))
-        except BaseException:
-            pipe.send((traceback.format_exc(), None))
-
-
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    ranks = Ranks(2, tmp_path_factory)
-    yield ranks
-    ranks.end()
-
-
-@pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory):
+def run_on(tmp_path_factory):
+    """What a function returns on each of so many ranks, which DeepSpeed takes for those of a launcher of its own."""
     ranks = Ranks(4, tmp_path_factory)
-    yield ranks
+    yield lambda world, function, *args: ranks.run(_run, function, *args, world=world)
     ranks.end()
+
+
+def _run(function, *args):
+    launched_by_deepspeed()
+    return function(*args)
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -271,8 +190,8 @@ def train_unsharded(model, steps=3):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gathered_parameters_are_the_unsharded_models_bit_for_bit(two_ranks, dtype):
-    two_ranks.run(_check_values, dtype)
+def test_gathered_parameters_are_the_unsharded_models_bit_for_bit(run_on, dtype):
+    run_on(2, _check_values, dtype)
 
 
 def _check_values(dtype):
@@ -287,8 +206,8 @@ def _check_values(dtype):
             assert buffer.dtype == buffers[name].dtype and torch.equal(buffer, buffers[name]), name
 
 
-def test_parameters_of_a_partition_have_no_memory_but_their_slice(two_ranks):
-    two_ranks.run(_check_memoryless)
+def test_parameters_of_a_partition_have_no_memory_but_their_slice(run_on):
+    run_on(2, _check_memoryless)
 
 
 def _check_memoryless():
@@ -297,8 +216,8 @@ def _check_memoryless():
         assert parameter.ds_tensor.untyped_storage().nbytes() == parameter.ds_tensor.nbytes
 
 
-def test_tied_parameters_are_one_partition_and_references_stay_valid(two_ranks):
-    two_ranks.run(_check_identity)
+def test_tied_parameters_are_one_partition_and_references_stay_valid(run_on):
+    run_on(2, _check_identity)
 
 
 def _check_identity():
@@ -317,8 +236,8 @@ def _check_identity():
     assert len({parameter.ds_id for parameter in references}) == len(references)
 
 
-def test_ranks_that_were_seeded_differently_agree(two_ranks):
-    two_ranks.run(_check_agreement)
+def test_ranks_that_were_seeded_differently_agree(run_on):
+    run_on(2, _check_agreement)
 
 
 def _check_agreement():
@@ -328,8 +247,8 @@ def _check_agreement():
     assert_gathers_to(model, unsharded(Model, seed=None), torch.float32)
 
 
-def test_creation_with_a_seed_does_not_communicate(two_ranks):
-    two_ranks.run(_check_silence)
+def test_creation_with_a_seed_does_not_communicate(run_on):
+    run_on(2, _check_silence)
 
 
 def _check_silence():
@@ -343,8 +262,8 @@ def _check_silence():
     assert_gathers_to(model, unsharded(Model), torch.float32)
 
 
-def test_one_object_serves_any_number_of_models_and_leaves_partitions_alone(two_ranks):
-    two_ranks.run(_check_several)
+def test_one_object_serves_any_number_of_models_and_leaves_partitions_alone(run_on):
+    run_on(2, _check_several)
 
 
 def _check_several():
@@ -357,8 +276,8 @@ def _check_several():
     assert_gathers_to(outer[1], unsharded(lambda: nn.Linear(3, 5), seed=2), torch.float32)
 
 
-def test_a_parameter_whose_dtype_the_code_names_is_trained_like_the_others(two_ranks):
-    two_ranks.run(_check_named_dtype)
+def test_a_parameter_whose_dtype_the_code_names_is_trained_like_the_others(run_on):
+    run_on(2, _check_named_dtype)
 
 
 def _check_named_dtype():
@@ -368,8 +287,8 @@ def _check_named_dtype():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_peak_memory_is_the_slices(two_ranks):
-    two_ranks.run(_check_memory)
+def test_peak_memory_is_the_slices(run_on):
+    run_on(2, _check_memory)
 
 
 def _check_memory():
@@ -391,10 +310,10 @@ def _check_memory():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_each_rank_loads_its_slices_and_reads_no_more(four_ranks, tmp_path, dtype):
+def test_each_rank_loads_its_slices_and_reads_no_more(run_on, tmp_path, dtype):
     whole = unsharded(lambda: Model(333), seed=7)
     safetensors_torch.save_model(whole, tmp_path / "model.safetensors")
-    read = four_ranks.run(_check_load, dtype, tmp_path / "model.safetensors")
+    read = run_on(4, _check_load, dtype, tmp_path / "model.safetensors")
     size = (tmp_path / "model.safetensors").stat().st_size
     assert 0.9 * size < sum(read) <= 1.1 * size and max(read) <= 0.3 * size
 
@@ -414,10 +333,10 @@ def _check_load(dtype, path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
-def test_every_kind_of_parameter_is_loaded_into_slices(two_ranks, tmp_path, name):
+def test_every_kind_of_parameter_is_loaded_into_slices(run_on, tmp_path, name):
     state = {key: value.contiguous() for key, value in unsharded(Unusual, seed=7).state_dict().items()}
     {"model.safetensors": safetensors_torch.save_file, "model.pt": torch.save}[name](state, tmp_path / name)
-    two_ranks.run(_check_load_of_unusual, tmp_path / name)
+    run_on(2, _check_load_of_unusual, tmp_path / name)
 
 
 def _check_load_of_unusual(path):
@@ -426,10 +345,10 @@ def _check_load_of_unusual(path):
     assert_gathers_to(model, unsharded(Unusual, seed=7), torch.float32)
 
 
-def test_what_does_not_fit_slices_is_refused_and_they_stay(two_ranks, tmp_path):
+def test_what_does_not_fit_slices_is_refused_and_they_stay(run_on, tmp_path):
     for name, width in (("other", 34), ("model", 33)):
         safetensors_torch.save_model(unsharded(lambda: Model(width)), tmp_path / f"{name}.safetensors")  # noqa: B023
-    two_ranks.run(_check_refused_loads, tmp_path)
+    run_on(2, _check_refused_loads, tmp_path)
 
 
 def _check_refused_loads(folder):
@@ -450,9 +369,9 @@ class OwnCode(Model):
         super()._load_from_state_dict(*args)
 
 
-def test_a_model_is_trained_from_a_checkpoint_as_without_shards(two_ranks, tmp_path):
+def test_a_model_is_trained_from_a_checkpoint_as_without_shards(run_on, tmp_path):
     safetensors_torch.save_model(unsharded(Model, seed=7), tmp_path / "model.safetensors")
-    two_ranks.run(_check_training_from_a_checkpoint, tmp_path / "model.safetensors")
+    run_on(2, _check_training_from_a_checkpoint, tmp_path / "model.safetensors")
 
 
 def _check_training_from_a_checkpoint(path):
@@ -465,8 +384,8 @@ def _check_training_from_a_checkpoint(path):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_training_goes_as_with_zero_init_and_without_shards(two_ranks, dtype):
-    two_ranks.run(_check_training, dtype)
+def test_training_goes_as_with_zero_init_and_without_shards(run_on, dtype):
+    run_on(2, _check_training, dtype)
 
 
 def _check_training(dtype):
@@ -488,8 +407,8 @@ def _check_training(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_checkpoints_are_interchanged_with_models_of_zero_init(two_ranks, tmp_path, dtype):
-    two_ranks.run(_check_checkpoints, dtype, str(tmp_path))
+def test_checkpoints_are_interchanged_with_models_of_zero_init(run_on, tmp_path, dtype):
+    run_on(2, _check_checkpoints, dtype, str(tmp_path))
 
 
 def _check_checkpoints(dtype, directory):
@@ -511,8 +430,8 @@ def _check_checkpoints(dtype, directory):
             assert torch.equal(bits(value), bits(values[name])), (tag, name)
 
 
-def test_the_attributes_are_those_of_zero_init(two_ranks):
-    two_ranks.run(_check_attributes)
+def test_the_attributes_are_those_of_zero_init(run_on):
+    run_on(2, _check_attributes)
 
 
 def _check_attributes():
@@ -529,8 +448,8 @@ def _check_attributes():
 
 
 @pytest.mark.parametrize("pin", [False, True])
-def test_slices_that_are_offloaded_to_the_cpu_are_filled_there(two_ranks, pin):
-    two_ranks.run(_check_offload, pin)
+def test_slices_that_are_offloaded_to_the_cpu_are_filled_there(run_on, pin):
+    run_on(2, _check_offload, pin)
 
 
 def _check_offload(pin):
@@ -543,8 +462,8 @@ def _check_offload(pin):
 
 
 @pytest.mark.slow
-def test_hpz_has_its_secondary_partition(four_ranks):
-    four_ranks.run(_check_secondary)
+def test_hpz_has_its_secondary_partition(run_on):
+    run_on(4, _check_secondary)
 
 
 def _check_secondary():
@@ -565,8 +484,8 @@ def _check_secondary():
     assert train(engine(model, ds_config)) == pytest.approx(train_unsharded(whole), rel=1e-5)  # see _check_training
 
 
-def test_four_ranks_gather_what_two_gather(four_ranks):
-    four_ranks.run(_check_four)
+def test_four_ranks_gather_what_two_gather(run_on):
+    run_on(4, _check_four)
 
 
 def _check_four():
@@ -578,12 +497,8 @@ def _check_four():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_from_every_kind_of_block_the_engine_gathers_the_unsharded_model(world, tmp_path_factory):
-    ranks = Ranks(world, tmp_path_factory)
-    try:
-        ranks.run(_check_blocks)
-    finally:
-        ranks.end()
+def test_from_every_kind_of_block_the_engine_gathers_the_unsharded_model(run_on, world):
+    run_on(world, _check_blocks)
 
 
 def _check_blocks():
@@ -596,12 +511,12 @@ def _check_blocks():
 
 
 @pytest.mark.parametrize("how", ["constructor", "from_config", "from_pretrained"])
-def test_transformers_leaves_the_partitions_to_the_block(two_ranks, tmp_path, how):
+def test_transformers_leaves_the_partitions_to_the_block(run_on, tmp_path, how):
     """Its own zero.Init, for the model in the constructor of another, would leave ranks that wait for each other."""
     transformers = pytest.importorskip("transformers")
     with fastinit.on("cpu", "bf16", seed=7):
         transformers.LlamaModel(_llama_config()).save_pretrained(tmp_path)
-    two_ranks.run(_check_transformers, how, str(tmp_path))
+    run_on(2, _check_transformers, how, str(tmp_path))
 
 
 def _llama_config():
@@ -635,8 +550,8 @@ def _check_transformers(how, checkpoint):
     assert is_deepspeed_zero3_enabled()
 
 
-def test_linear_layers_save_memory_unless_the_configuration_forbids_it(two_ranks):
-    two_ranks.run(_check_linear)
+def test_linear_layers_save_memory_unless_the_configuration_forbids_it(run_on):
+    run_on(2, _check_linear)
 
 
 def _check_linear():
@@ -651,8 +566,8 @@ def _check_linear():
         functional.linear = before
 
 
-def test_a_model_leaves_no_trace_of_recipes(two_ranks):
-    two_ranks.run(_check_traces)
+def test_a_model_leaves_no_trace_of_recipes(run_on):
+    run_on(2, _check_traces)
 
 
 def _check_traces():
@@ -675,14 +590,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_supported_is_refused_before_a_model_is_built(two_ranks, name):
+def test_what_is_not_supported_is_refused_before_a_model_is_built(run_on, name):
     zero, message = REFUSED[name]
-    two_ranks.run(_check_refused, config(**zero), message)
+    run_on(2, _check_refused, config(**zero), message)
 
 
-def test_quantized_initialization_is_refused(two_ranks):
+def test_quantized_initialization_is_refused(run_on):
     quantized = {**config(), "weight_quantization": {"quantized_initialization": {"num_bits": 4}}}
-    two_ranks.run(_check_refused, quantized, r"ds_config has weight_quantization=")
+    run_on(2, _check_refused, quantized, r"ds_config has weight_quantization=")
 
 
 def _check_refused(ds_config, message):
@@ -690,8 +605,8 @@ def _check_refused(ds_config, message):
         fastinit.deepspeed.zero3(ds_config)
 
 
-def test_another_dtype_than_the_configurations_is_refused_and_nothing_is_changed(two_ranks):
-    two_ranks.run(_check_dtype)
+def test_another_dtype_than_the_configurations_is_refused_and_nothing_is_changed(run_on):
+    run_on(2, _check_dtype)
 
 
 def _check_dtype():
@@ -703,8 +618,8 @@ def _check_dtype():
     assert torch.equal(model.weight, unsharded(lambda: nn.Linear(3, 4)).weight)
 
 
-def test_parameters_that_the_code_puts_on_the_meta_device_are_refused(two_ranks):
-    two_ranks.run(_check_meta)
+def test_parameters_that_the_code_puts_on_the_meta_device_are_refused(run_on):
+    run_on(2, _check_meta)
 
 
 def _check_meta():

@@ -6,7 +6,6 @@ methods that Trainer and Fabric call, in the order in which they do.
 """
 
 import doctest
-import os
 import subprocess
 import sys
 import types
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from models import same_bits
-from ranks import Ranks
+from ranks import Ranks, launched, launched_by_deepspeed
 from torch import nn
 from torch.nn import init
 
@@ -495,11 +494,9 @@ def ranks(tmp_path_factory):
 
 def _join():
     """Make this process, which has its process group, one that Lightning takes for a launched one."""
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), NODE_RANK="0")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # nobody connects: there is a group
+    launched()
     warnings.simplefilter("ignore")
-    torch.manual_seed(100 + rank)
+    torch.manual_seed(100 + torch.distributed.get_rank())
     fastinit.lightning.enable()
 
 
@@ -802,18 +799,13 @@ def deepspeed_ranks(tmp_path_factory):
 
 
 def _check_deepspeed(precision):
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    launched_by_deepspeed()
     _join()
-    import deepspeed
     from lightning.fabric.plugins.precision import DeepSpeedPrecision as FabricPrecision
     from lightning.fabric.strategies import DeepSpeedStrategy as FabricDeepSpeed
     from lightning.pytorch.plugins import DeepSpeedPrecision
     from lightning.pytorch.strategies import DeepSpeedStrategy
 
-    deepspeed.logger.setLevel("ERROR")
-    # It would compile an all-reduce through shared memory now, for a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.comm.comm.cdb = None  # that of an earlier process group
     for stage in (1, 2, 3):
         _check_fabrics_deepspeed(_strategy(FabricDeepSpeed, FabricPrecision(precision), stage=stage), precision)
         strategy = _strategy(DeepSpeedStrategy, DeepSpeedPrecision(precision), stage=stage)
@@ -876,7 +868,7 @@ def test_deepspeed_of_every_stage_creates_the_values_of_one_model(deepspeed_rank
 
 
 def _check_what_zero3_does_not_support():
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    launched_by_deepspeed()
     _join()
     from lightning.fabric.plugins.precision import DeepSpeedPrecision
     from lightning.fabric.strategies import DeepSpeedStrategy

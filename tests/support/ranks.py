@@ -9,11 +9,14 @@ nothing: a hundred meshes take a second.
 """
 
 import datetime
+import importlib
 import math
 import multiprocessing
+import os
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import connection
 from pathlib import Path
 
 import torch
@@ -25,7 +28,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 SECONDS = 120  # for a function to run in all ranks
-TIMEOUT = 10  # seconds of a collective
+TIMEOUT = 60  # seconds of a collective
 
 
 def read_bytes():
@@ -46,13 +49,17 @@ class Ranks:
 
         With joined=False there is no group yet: the function is given the arguments of init_process_group first.
         """
-        outcomes = self.outcomes(function, *args, world=world, joined=joined)
+        # Not as long as a collective waits: of a rank that has failed, the others need not say that it did not come.
+        outcomes = self.outcomes(function, *args, world=world, joined=joined, patience=5)
         errors = [f"rank {rank} of {world}: {error}" for rank, (error, _) in enumerate(outcomes) if error is not None]
         assert not errors, "\n".join(errors)
         return [result for _, result in outcomes]
 
-    def outcomes(self, function, *args, world, joined=True):
-        """The same as (error or None, result) of each rank; a rank may raise, or end its process."""
+    def outcomes(self, function, *args, world, joined=True, patience=SECONDS):
+        """The same as (error or None, result) of each rank; a rank may raise, or end its process.
+
+        The others have so many seconds after that.
+        """
         if not self._processes:
             self._start()
         self._stores += 1
@@ -61,13 +68,17 @@ class Ranks:
             group |= {"backend": self._backend, "timeout": datetime.timedelta(seconds=self._timeout)}
             self._pipes[rank].send((function, args, group, joined))
         deadline = time.monotonic() + SECONDS
-        outcomes = []
-        for pipe in self._pipes[:world]:
-            try:
-                in_time = pipe.poll(max(deadline - time.monotonic(), 0))
-                outcomes.append(pipe.recv() if in_time else (f"no answer within {SECONDS} s", None))
-            except EOFError:
-                outcomes.append(("the process has ended", None))
+        outcomes = [("no answer in time", None)] * world
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes[:world])}
+        while waiting and (ready := connection.wait(waiting, max(deadline - time.monotonic(), 0))):
+            for pipe in ready:
+                try:
+                    outcome = pipe.recv()
+                except EOFError:
+                    outcome = "the process has ended", None
+                if outcome[0] is not None:
+                    deadline = min(deadline, time.monotonic() + patience)
+                outcomes[waiting.pop(pipe)] = outcome
         if any(error for error, _ in outcomes):
             self.end()  # whoever waits for the one that failed
         return outcomes
@@ -118,6 +129,27 @@ def _serve(pipe, rank, backend):
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def launched():
+    """Let frameworks take this rank, which has its process group, for a process that torchrun has started."""
+    rank, world = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "0"}  # nobody connects
+
+
+def launched_by_deepspeed():
+    """The same for DeepSpeed, which keeps much of an earlier process group."""
+    launched()
+    if dist.get_backend() == "gloo":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.logger.setLevel("ERROR")
+    # It would compile an all-reduce through shared memory on the CPU, for minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.comm.comm.cdb = None
+    importlib.reload(deepspeed.utils.groups)
 
 
 def on_every_rank(world, function):
