@@ -217,6 +217,7 @@ def decoder_file(tmp_path_factory, main_device, quick):
         model = Decoder(config)
     path = tmp_path_factory.mktemp("ranks") / "model.safetensors"
     save_file({name: tensor.cpu() for name, tensor in model.state_dict().items()}, path, {"format": "pt"})
+    del model
     yield config, path
     path.unlink()
 
@@ -283,7 +284,7 @@ def test_ranks(record, absent, main_device, quick, decoder_file, tmp_path, kind,
     if ranks == 1:
         absent(case, way, "unsupported: 1 rank is too few")
     job = (RANK_WAYS[kind][way], config, path, main_device.type, f"file://{tmp_path}/store", ranks, 1 if quick else 3)
-    of_ranks = measure.in_new_processes(run_rank, [(*job, rank) for rank in range(ranks)])
+    of_ranks = measure.in_new_processes(run_rank, [(*job, rank) for rank in range(ranks)], timeout=120)
     record(case, way, [max(each) for each in zip(*of_ranks, strict=True)][1:], bytes=path.stat().st_size)
 
 
