@@ -22,7 +22,8 @@ constexpr int kRunBlocks = 3;
 constexpr int kRunThreads = 1024;
 constexpr int kRunBlocks = 2;
 #endif
-constexpr int kRowsBlocks = 3;
+constexpr int kRowsThreads = 768;
+constexpr int kRowsBlocks = 2;
 constexpr int kAnyBlocks = 3;
 constexpr int kPlainBlocks = 4;
 constexpr int kGeneralBlocks = 2;
@@ -212,14 +213,14 @@ __device__ __forceinline__ void fill_aligned(const Launch& launch) {
 
 // The lopsided form needs 40 registers.
 template <Form kForm, Dtype kDtype>
-__global__ void __launch_bounds__(kForm == Form::lopsided ? kThreads : kRunThreads,
+__global__ void __launch_bounds__(kForm == Form::lopsided ? kRowsThreads : kRunThreads,
                                   kForm == Form::lopsided ? kRowsBlocks : kRunBlocks)
     fill_run(const __grid_constant__ Launch launch) {
     fill_aligned<kForm, kDtype, Path::run>(launch);
 }
 
 template <Form kForm, Dtype kDtype, Path kPath>
-__global__ void __launch_bounds__(kThreads, kRowsBlocks) fill_rows(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kRowsThreads, kRowsBlocks) fill_rows(const __grid_constant__ Launch launch) {
     fill_aligned<kForm, kDtype, kPath>(launch);
 }
 

@@ -14,7 +14,7 @@
 
 namespace fastinit::cuda {
 
-// Threads of a block of all kernels but fill_run.
+// Threads of a block of all kernels but fill_run and fill_rows, and of those for small entries.
 constexpr int kThreads = 512;
 constexpr uint32_t kWarp = 32;
 // A tile, at most, in slots for each thread of a block: finding a tile's entry and preparing its Philox rounds is a
@@ -25,14 +25,15 @@ constexpr uint32_t kGroup = 64;
 // Slots in a table entry, at most. Keeps slot and tile numbers of a launch and the elements of a run within 32 bits.
 constexpr uint64_t kMaxSlots = uint64_t{1} << 27;
 // Kernel parameters may take 32,764 bytes from CUDA 12.1, 4 KB before; CMakeLists.txt says which by defining
-// FASTINIT_SMALL_LAUNCHES. A launch of one fill carries the whole table, too: it should not grow to all that it may.
+// FASTINIT_SMALL_LAUNCHES. The table takes what it may: what thousands of small fills wait for is the number of
+// launches.
 #if defined(FASTINIT_SMALL_LAUNCHES)
 constexpr size_t kMaxParameters = 4096;
 constexpr uint32_t kEntries = 144;
 constexpr uint32_t kSections = 24;
 #else
 constexpr size_t kMaxParameters = 32764;
-constexpr uint32_t kEntries = 1024;
+constexpr uint32_t kEntries = 2560;
 constexpr uint32_t kSections = 32;
 #endif
 

@@ -453,7 +453,8 @@ private:
 
     void push(KeyedGroup& keyed, const Fill& fill, char* data, uint32_t extent) {
         std::vector<Entry>& entries = keyed.second.entries;
-        entries.emplace_back();  // and not push_back: see docs/performance.md
+        if (entries.size() == 64) entries.reserve(kEntries);  // many: their growth would be copies, and new memory
+        entries.emplace_back();                               // and not push_back: see docs/performance.md
         entries.back() = Entry{data, static_cast<uint32_t>(fill.stream), extent};
         if (entries.size() == kEntries) launch_group(keyed);
     }
@@ -516,16 +517,23 @@ private:
             launch.tiles += counts[i] * tiles;
         }
         section->first_tile = launch.tiles;
-        // Most entries are of the extent of the one before: its next place stays in a register.
-        uint32_t extent = entries[0].extent, at = next[extent];
-        for (const Entry& entry : entries) {
-            if (entry.extent != extent) {
-                next[extent] = at;
-                extent = entry.extent;
-                at = next[extent];
+        if (extents.size() == 1) {
+            for (size_t i = 0; i < entries.size(); ++i) {
+                launch.data[i] = entries[i].data;
+                launch.stream[i] = entries[i].stream;
             }
-            launch.data[at] = entry.data;
-            launch.stream[at++] = entry.stream;
+        } else {
+            // Most entries are of the extent of the one before: its next place stays in a register.
+            uint32_t extent = entries[0].extent, at = next[extent];
+            for (const Entry& entry : entries) {
+                if (entry.extent != extent) {
+                    next[extent] = at;
+                    extent = entry.extent;
+                    at = next[extent];
+                }
+                launch.data[at] = entry.data;
+                launch.stream[at++] = entry.stream;
+            }
         }
         // As many blocks as run at a time, where each has a table to load. Without one, a block for each tile: the
         // device then hands them out as multiprocessors become free, and these do not all write equally fast.

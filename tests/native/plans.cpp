@@ -35,7 +35,7 @@ class Printer : public cuda::Device {
 public:
     uint32_t multiprocessors() override { return 132; }
     uint32_t max_threads(const cuda::KernelId& kernel) override {
-        return kernel.path == cuda::Path::run ? 1024 : cuda::kThreads;
+        return kernel.path == cuda::Path::run ? 1024 : kernel.path <= cuda::Path::affine_planes ? 768 : cuda::kThreads;
     }
     uint32_t blocks_per_multiprocessor(const cuda::KernelId&, uint32_t threads) override { return 2048 / threads; }
 
