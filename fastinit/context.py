@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .compiler import go_on_compiling, not_compiled, stop_compiling
 from .distributed import from_rank_0, is_distributed
-from .execution import NATIVE_DEVICES, Timing, refuse_capture
+from .execution import NATIVE_DEVICES, Timing, concrete, refuse_capture
 from .log import logger
 from .record import guest
 from .record.block import Block, Empty, current
@@ -37,7 +37,6 @@ from .record.mode import Mode
 from .record.names import name_streams
 from .record.pending import leave_unwritten
 from .record.records import modes_off
-from .record.tensors import concrete
 from .record.unwritten import Origin, origin_of
 from .report import Report, finish, look, start
 

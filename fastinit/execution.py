@@ -31,6 +31,14 @@ NATIVE_DEVICES = {"cpu", "cuda"} if native.build_info()["cuda"] and not torch.ve
 _HUGE_PAGES_FROM = 8 << 20
 
 
+def concrete(device: str | int | torch.device) -> torch.device:
+    """A device with its index: ``cuda`` means the current one."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def can_fill(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether random fills reach tensors of this dtype and device, by native code or by another way."""
     return (dtype in DTYPES or dtype == torch.float64) and device.type != "meta"

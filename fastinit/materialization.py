@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from .distributed import from_rank_0, is_distributed
-from .execution import Timing, allocate, refuse_capture, reserve
+from .execution import Timing, allocate, concrete, refuse_capture, reserve
 from .layout import Box, Slices, contiguous_strides, numel, slices_of
 from .recipe import Region
 from .record.block import warn_never_initialized
 from .record.kept import release
 from .record.records import lock, modes_off, view_of
-from .record.tensors import concrete, swap_in
+from .record.tensors import swap_in
 from .record.unwritten import (
     Key,
     Origin,

@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..execution import concrete
 from ..layout import contiguous_strides, numel
 from ..recipe import COMPUTED, Region, Write
 from .block import Block
 from .calls import evaluate, is_elementwise, record_call
+from .nested import map_tensors, tensors_in
 from .precision import SINGLE, WHOLE, in_doubles, result_dtypes
 from .records import HALVES, Record, is_in_order, modes_off, view_of
-from .tensors import Placeholder, concrete, has_master, map_tensors, stand_for, tensors_in
+from .tensors import Placeholder, has_master, stand_for
 
 aten = torch.ops.aten
 

@@ -15,15 +15,16 @@ import torch
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_map_only
 
-from ..execution import DTYPES, is_native
+from ..execution import DTYPES, concrete, is_native
 from ..layout import numel
 from ..native import CONSTANT, NORMAL, UNIFORM
 from ..recipe import Region, Write
 from .dispatch import RECORDED, create, wrap
+from .nested import tensors_in
 from .precision import complex_of
 from .recorded import fills_what_is_empty, is_worth_recording
 from .records import HALVES, view_of
-from .tensors import Placeholder, become_real, concrete, tensors_in
+from .tensors import Placeholder, become_real
 
 if TYPE_CHECKING:
     from .mode import Mode

@@ -32,14 +32,16 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from .. import native
+from ..execution import concrete
 from . import fast, methods
 from .block import current
 from .factories import legacy_tensor
-from .mode import Mode, truncated_normal
+from .mode import Mode, has_layout_of, truncated_normal
 from .names import name_streams
+from .nested import tensors_in
 from .pending import leave_unwritten
 from .records import modes_off
-from .tensors import Placeholder, become_real, before_graph, concrete, has_layout_of, has_master, tensors_in
+from .tensors import Placeholder, become_real, before_graph, has_master
 from .unwritten import Unwritten, readable, refuse
 
 # Python objects made between two runs of the garbage collector while a model is created.

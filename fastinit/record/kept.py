@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from .block import Block
+from .nested import tensors_in
 from .records import modes_off
-from .tensors import tensors_in
 from .unwritten import Key
 
 _TENSOR: Any = torch.Tensor

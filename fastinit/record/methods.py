@@ -19,10 +19,10 @@ from ..native import CONSTANT, NORMAL, UNIFORM
 from ..recipe import Write
 from . import fast as fast_path
 from .block import current
-from .mode import INITIALIZERS, TAKES_OVER, Mode
+from .mode import INITIALIZERS, TAKES_OVER, Mode, graph_of
 from .operators import OPERATORS
 from .records import Record, lock
-from .tensors import Placeholder, graph_of, leave_behind, stand_for, swap_impl
+from .tensors import Placeholder, leave_behind, stand_for, swap_impl
 
 _in_python: Any = Mode.__torch_function__
 

@@ -16,28 +16,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
 from .. import native
-from ..execution import can_fill
+from ..execution import can_fill, concrete
 from ..native import NORMAL, TRUNCATED_NORMAL, UNIFORM
 from . import existing
 from .block import Block, current
 from .dispatch import wrap
 from .factories import FACTORIES, in_functorch, with_torchs_dtype
+from .nested import tensors_in
 from .precision import SINGLE, WHOLE, in_doubles, of_default
 from .recorded import fill
 from .records import HALVES, modes_off
-from .tensors import (
-    Placeholder,
-    become_real,
-    become_torchs_view,
-    before_graph,
-    concrete,
-    graph_of,
-    has_layout_of,
-    has_master,
-    is_leaf,
-    tensors_in,
-    use_values,
-)
+from .tensors import Placeholder, become_real, become_torchs_view, before_graph, has_master, is_leaf, use_values
 
 _TENSOR: Any = torch.Tensor
 
@@ -271,6 +260,21 @@ def _device_context() -> DeviceContext | None:
 def _is_recorded(args: tuple[Any, ...]) -> bool:
     """Whether autograd records a function of these."""
     return torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in args)
+
+
+def graph_of(tensor: Placeholder) -> Any:
+    """``tensor.grad_fn`` of what a graph leads to: whoever asks may keep nodes, which are to be those of later on."""
+    become_real(tensor)
+    return tensor.grad_fn
+
+
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+def has_layout_of(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """What torch says to whether a tensor can take the data of another one, whatever stands for them."""
+    has: bool = torch.ops.aten._has_compatible_shallow_copy_type.default.redispatch(_CPU, tensor, other)
+    return has
 
 
 def _answers_itself(kind: type[torch.Tensor]) -> bool:

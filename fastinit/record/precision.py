@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from .nested import map_tensors, tensors_in
 from .records import HALVES, view_of
-from .tensors import Placeholder, map_tensors, tensors_in
+from .tensors import Placeholder
 
 # What torch has answered, by the operator and what the dtype of its results can depend on.
 _answers: dict[Any, list[torch.dtype]] = {}

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from ..execution import concrete
 from ..native import CONSTANT
 from ..recipe import Region, Write
 from . import fast
 from .block import current
 from .dispatch import RECORDED, operator_of
+from .nested import map_tensors, tensors_in
 from .records import is_in_order, is_whole, lock, modes_off, view_of
-from .tensors import concrete, map_tensors, tensors_in
 from .unwritten import Rest, Unwritten, readable, refuse, region_of, rest_of, stand_for
 
 aten = torch.ops.aten

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import native
-from ..execution import DTYPES, allocate, can_fill
+from ..execution import DTYPES, allocate, can_fill, concrete
 from ..layout import contiguous_strides, numel
 from ..native import ADD, CLAMP, CONSTANT, DIVIDE, MULTIPLY, NORMAL, UNIFORM
 from ..recipe import COMPUTED, COPIED, ERFINV, Region, Write, with_step
@@ -18,7 +18,7 @@ from .calls import record_call
 from .dispatch import RECORDED, create, on_meta, values_dtype
 from .precision import WHOLE
 from .records import LARGEST_MASTER, Record, is_dense, is_in_order, is_whole, view_of
-from .tensors import Placeholder, concrete, has_master, stand_for
+from .tensors import Placeholder, has_master, stand_for
 
 aten = torch.ops.aten
 

@@ -23,14 +23,6 @@ from . import fast
 from .records import Record, is_in_order, lock, modes_off, view_of
 
 
-def concrete(device: str | int | torch.device) -> torch.device:
-    """A device with its index: ``cuda`` means the current one."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
 class Placeholder(torch.Tensor):
     """A tensor without storage that stands for a region of a record; see the module's docstring.
 
@@ -245,44 +237,6 @@ def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
     return {name: value for name, value in tensor.__dict__.items() if name not in own}
 
 
-# What operators are mostly given beside tensors: torch takes its time to say that something is no tensor.
-_ATOMS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
-_CONTAINERS = frozenset({tuple, list, dict})
-
-
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors among the arguments or results of an operator; much sooner than by torch's pytrees."""
-    kind = type(value)
-    if kind in _ATOMS:
-        return []
-    if kind not in _CONTAINERS:
-        if isinstance(value, torch.Tensor):
-            return [value]
-        if not isinstance(value, (dict, list, tuple)):
-            return []
-    found: list[torch.Tensor] = []
-    for each in value.values() if isinstance(value, dict) else value:
-        if type(each) is Placeholder or type(each) is torch.Tensor:
-            found.append(each)
-        elif type(each) not in _ATOMS:
-            found += tensors_in(each)
-    return found
-
-
-def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
-    """The arguments or results of an operator with a function of each of their tensors in its place."""
-    kind = type(value)
-    if kind in _ATOMS:
-        return value
-    if kind not in _CONTAINERS and isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {name: map_tensors(function, each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return kind([map_tensors(function, each) for each in value])
-    return value
-
-
 def has_master(tensor: torch.Tensor) -> bool:
     """Whether torch computes with other values of a tensor than those in its final memory."""
     return type(tensor) is Placeholder and tensor._record.needs_master and tensor._record.memory is None
@@ -334,12 +288,6 @@ def before_graph(tensors: list[torch.Tensor]) -> None:
         become_torchs_view(each)
         if each.requires_grad:
             use_values(each)
-
-
-def graph_of(tensor: Placeholder) -> Any:
-    """``tensor.grad_fn`` of what a graph leads to: whoever asks may keep nodes, which are to be those of later on."""
-    become_real(tensor)
-    return tensor.grad_fn
 
 
 def new_memory(tensor: Placeholder) -> torch.Tensor | None:
@@ -536,15 +484,6 @@ def leave_behind(
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
 
     old.register_post_accumulate_grad_hook(pass_on)
-
-
-_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-
-
-def has_layout_of(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """What torch says to whether a tensor can take the data of another one, whatever stands for them."""
-    has: bool = torch.ops.aten._has_compatible_shallow_copy_type.default.redispatch(_CPU, tensor, other)
-    return has
 
 
 def set_data(tensor: Placeholder, value: torch.Tensor) -> None:
