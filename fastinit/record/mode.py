@@ -11,6 +11,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
@@ -18,6 +19,7 @@ from torch.utils._device import DeviceContext
 from .. import native
 from ..execution import can_fill, concrete
 from ..native import NORMAL, TRUNCATED_NORMAL, UNIFORM
+from ..recipe import COMPUTED
 from . import existing
 from .block import Block, current
 from .dispatch import wrap
@@ -25,7 +27,7 @@ from .factories import FACTORIES, in_functorch, with_torchs_dtype
 from .nested import tensors_in
 from .precision import SINGLE, WHOLE, in_doubles, of_default
 from .recorded import fill
-from .records import HALVES, modes_off
+from .records import HALVES, lock, modes_off, view_of
 from .tensors import Placeholder, become_real, become_torchs_view, before_graph, has_master, is_leaf, use_values
 
 _TENSOR: Any = torch.Tensor
@@ -145,6 +147,8 @@ class Mode(native.Mode, TorchFunctionMode):
             if args[0]._record.memory is not None and not has_master(args[0]):
                 # It has all that makes a tensor, and constructors that fill tables one by one do a lot to it.
                 become_real(args[0])
+            elif is_mine() and not _is_recorded(args) and _set_element(*args):
+                return None
         name = AS_METHODS.get(func)
         if name is not None and args and not kwargs and type(args[0]) is Placeholder and not _is_recorded(args):
             method = vars(Placeholder).get(name)
@@ -262,6 +266,16 @@ def _is_recorded(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in args)
 
 
+def is_mine() -> bool:
+    """Whether nobody else's mode or transform would see a call."""
+    modes = torch._C._len_torch_function_stack()
+    if modes and not isinstance(torch._C._get_function_stack_at(modes - 1), Mode):
+        return False
+    if forward_ad._current_level >= 0:  # a tensor may have a tangent
+        return False
+    return not (torch._C._len_torch_dispatch_stack() or in_functorch() or torch._C._get_tracing_state())
+
+
 def graph_of(tensor: Placeholder) -> Any:
     """``tensor.grad_fn`` of what a graph leads to: whoever asks may keep nodes, which are to be those of later on."""
     become_real(tensor)
@@ -287,6 +301,33 @@ def _initializes(func: Any, kwargs: dict[str, Any]) -> bool:
     # torch.nn.init hands a mode whatever has its public name, which a library may have replaced for a while; it is
     # called with `tensor` by name.
     return func in INITIALIZERS or (type(func) is FunctionType and "tensor" in kwargs)
+
+
+def _set_element(tensor: Placeholder, index: Any, value: Any) -> bool:
+    """Write to one place of master values that are there already; False if it is not so plain."""
+    block = tensor._record.block
+    parts = index if type(index) is tuple else (index,)
+    if block.defers or not any(type(each) is int for each in parts):
+        return False
+    if not all(each is None or each is Ellipsis or type(each) in (int, slice) for each in parts):
+        return False
+    with lock, modes_off():
+        if type(value) is Placeholder:
+            computed = value._record.compute()
+            if not has_master(value):
+                return False
+            value = view_of(computed, value._region)
+        elif isinstance(value, torch.Tensor):
+            if type(value) is not torch.Tensor or not value.is_cpu or value.dtype in HALVES:
+                return False
+        elif type(value) not in (int, float, bool):
+            return False
+        if tensor._record.values is None:
+            return False
+        view_of(tensor._record.values, tensor._region)[index] = value
+        tensor._record.did(COMPUTED)
+    torch.autograd.graph.increment_version(tensor)
+    return True
 
 
 # --- fills of tensors that exist already ---------------------------------------------------------------------------

@@ -12,12 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from ..execution import DTYPES
 from .dispatch import dispatch, take_view
-from .factories import in_functorch
-from .mode import AS_METHODS, Mode
+from .mode import AS_METHODS, is_mine
 from .records import Record, lock, modes_off
 from .tensors import Placeholder, note_view, stand_for
 
@@ -26,16 +24,6 @@ aten = torch.ops.aten
 _torch: Any = torch.Tensor
 
 OPERATORS: dict[str, Any] = {}
-
-
-def is_mine() -> bool:
-    """Whether nobody else's mode or transform would see a call."""
-    modes = torch._C._len_torch_function_stack()
-    if modes and not isinstance(torch._C._get_function_stack_at(modes - 1), Mode):
-        return False
-    if forward_ad._current_level >= 0:  # a tensor may have a tangent
-        return False
-    return not (torch._C._len_torch_dispatch_stack() or in_functorch() or torch._C._get_tracing_state())
 
 
 def _is_plain(*tensors: Any) -> bool:
@@ -71,7 +59,7 @@ def _on_values(function: Callable[..., torch.Tensor], operands: tuple[Any, ...])
             if type(each) is not Placeholder:
                 return None
             record = each._record
-            if record.values is None or each._region is not None or not record.shape:
+            if record.values is None or each._region is not None:
                 return None
             first = first or record
             if record.dtype not in DTYPES or record.dtype != first.dtype or record.device != first.device:

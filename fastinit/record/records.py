@@ -103,8 +103,9 @@ class Record(native.Record):
 
     def placeholders(self) -> list[Any]:
         """The tensors that still stand for it."""
-        alive = {id(tensor): tensor for ref in self.tensors if (tensor := ref()) is not None}
-        return [each for each in alive.values() if getattr(each, "_record", None) is self]
+        alive = {id(tensor): (ref, tensor) for ref in self.tensors if (tensor := ref()) is not None}
+        self.tensors = [ref for ref, _ in alive.values()]  # a loop may have made a view for each element
+        return [tensor for _, tensor in alive.values() if getattr(tensor, "_record", None) is self]
 
     def overwrite(self, recipe: tuple[Write, ...]) -> None:
         """Replace all of its content by a recipe; what is resident stays so, and is written at once."""

@@ -79,6 +79,18 @@ WRITERS = {
     "a mask": lambda t: _assigned(torch.zeros(4), torch.arange(4) > 1, t(2)),
     "a mask of values": lambda t: _assigned(t(4), t(4) > 0.5, t()),
     "an index": lambda t: _assigned(torch.zeros(4), torch.tensor([3, 0]), t(2)),
+    "elements of a table": lambda t: _filled(torch.zeros(12), lambda table, i: _assigned(table, i, math.sin(i))),
+    "elements of rows": lambda t: _filled(torch.zeros(3, 4), lambda table, i: _assigned(table[i % 3], i // 3, t())),
+    "whole numbers of a table": lambda t: _filled(torch.zeros(12).long(), lambda table, i: _assigned(table, i, i)),
+    "rows of a table": lambda t: _filled(torch.zeros(12, 3), lambda table, i: _assigned(table, i, t(3) * i)),
+    "rows that are one number": lambda t: _filled(t(12, 3), lambda table, i: _assigned(table, i, True)),
+    "columns of a table": lambda t: _filled(t(2, 12), lambda table, i: _assigned(table, (..., i), t() / (i + 1))),
+    "every other element of rows": lambda t: _filled(
+        torch.zeros(12, 4), lambda table, i: _assigned(table, (i, slice(0, None, 2)), torch.arange(2) / (i + 1))
+    ),
+    "rows of their own": lambda t: _filled(t(12, 3), lambda table, i: _assigned(table, i, table[i - 1])),
+    "elements of a transposed table": lambda t: _filled(t(4, 12).t(), lambda table, i: _assigned(table, (i, 3), 0.1)),
+    "elements of data": lambda t: _filled(nn.Parameter(t(12)), lambda table, i: _assigned(table.data, i, 0.1 * i)),
     "an ellipsis": lambda t: _assigned(torch.zeros(2, 3), (..., 0), t(2)),
     "data": lambda t: _with_data(torch.zeros(3), t(3)),
     "index_put_": lambda t: torch.zeros(4).index_put_((torch.tensor([1, 1]),), t(2), accumulate=True),
@@ -251,6 +263,12 @@ def _assigned(tensor, index, value):
     return tensor
 
 
+def _filled(table, write):
+    for i in range(12):  # so many that they are not kept as a recipe
+        write(table, i)
+    return table
+
+
 def _written(write, tensor):
     write(tensor)
     return tensor
@@ -406,3 +424,35 @@ def test_an_array_that_is_converted_stays_what_it_is(function):
         tensor = function(array, dtype=torch.bfloat16).mul_(2)
     assert tensor.tolist() == [2.0] * 4
     assert array.tolist() == [1.0] * 4
+
+
+@over_dtypes
+def test_what_torch_refuses_to_write_to_an_element_leaves_the_table_as_it_was(dtype):
+    def program():
+        table = torch.arange(12.0) / 7
+        table[0] = 0.5
+        for index, value in ((12, 1.0), (0, torch.ones(2)), ((0, 0), 1.0), (slice(0, 12), torch.ones(5))):
+            with pytest.raises((IndexError, RuntimeError)):
+                table[index] = value
+        version = table._version
+        table[1] = 0.25
+        assert table._version > version
+        return table
+
+    assert_rounded(inside(program, dtype), torch.tensor([0.5, 0.25, *(torch.arange(12.0) / 7)[2:]]), dtype)
+
+
+@over_dtypes
+def test_a_table_that_requires_grad_is_torchs_to_write(dtype):
+    def program():
+        table = nn.Parameter(torch.arange(12.0) / 7)
+        with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
+            table[0] = 1.0
+        with torch.no_grad():
+            table[0] = 1.0
+        copy = table.clone()
+        copy[1] = 2.0
+        assert copy.grad_fn is not None
+        return table
+
+    assert inside(program, dtype)[:2].tolist() == [1.0, torch.tensor(1 / 7).to(DTYPES[dtype]).item()]
