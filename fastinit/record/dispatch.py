@@ -160,6 +160,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Let torch run an operator on the values of placeholders."""
     tensors = tensors_in((args, kwargs))
     placeholders = [each for each in tensors if type(each) is Placeholder]
+    if not placeholders:  # while this thread waited for the lock, another one has made them real
+        return func(*args, **kwargs)
     block = placeholders[0]._record.block
     if block.defers:
         waiting = record_call(func, args, kwargs, tensors)

@@ -101,7 +101,7 @@ def _fill(func: Any, tensor: Any, value: Any) -> Any:
 
 @_records(aten.zero_.default)
 def _zero(func: Any, tensor: Any) -> Any:
-    return fill(tensor, CONSTANT, (0.0,))
+    return fill(tensor, CONSTANT, (0.0,)) if type(tensor) is Placeholder else NotImplemented
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------

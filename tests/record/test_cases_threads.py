@@ -4,7 +4,9 @@ import asyncio
 import copy
 import io
 import pickle
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,6 +18,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import fastinit
+from fastinit.record.records import lock
+from fastinit.record.tensors import Placeholder, become_real
 
 
 def in_thread(function, *args):
@@ -136,6 +140,43 @@ def test_threads_may_read_and_write_while_the_block_goes_on(dtype):
     assert_same_bits(there, here)
     for ours, (_, right) in zip(sums, results, strict=True):  # which of them came after the end is a matter of time
         assert ours == pytest.approx(right, abs=0.05)
+
+
+MEANWHILE = {
+    "a sum": lambda w: w.sum(),
+    "zero_": lambda w: torch.no_grad()(torch.ops.aten.zero_)(w),
+    "a fill": lambda w: torch.no_grad()(torch.ops.aten.fill_)(w, 2.0),
+    "a step": lambda w: torch.no_grad()(torch.ops.aten.mul_)(w, 2.0),
+    "a clone": lambda w: w.clone(),
+    "a view": lambda w: torch.ops.aten.t(w),
+    "one like it": lambda w: torch.ops.aten.ones_like(w),
+    "a copy": lambda w: torch.no_grad()(torch.ops.aten.copy_)(w, torch.ones(4, 4)),
+    "a product": lambda w: w @ w,
+}
+
+
+@pytest.mark.parametrize("name", MEANWHILE)
+@over_dtypes
+def test_what_has_become_real_while_another_thread_waited_is_an_ordinary_tensor(name, dtype):
+    def waits(thread):
+        frame = sys._current_frames().get(thread.ident)
+        return frame is not None and frame.f_code is Placeholder.__torch_dispatch__.__func__.__code__
+
+    results = []
+    with fastinit.on("cpu", dtype, seed=SEED):
+        layer = nn.Linear(4, 4)
+        thread = threading.Thread(target=lambda: results.append(MEANWHILE[name](layer.weight)))
+        with lock:
+            thread.start()
+            for _ in range(10_000):
+                if waits(thread):
+                    break
+                time.sleep(0.001)
+            become_real(layer.weight)
+        thread.join(60)
+    usual = inside(lambda: nn.Linear(4, 4), dtype)
+    assert_as_torch(results, [MEANWHILE[name](usual.weight)], dtype)
+    assert_same_bits(layer, usual)
 
 
 @over_dtypes
