@@ -43,7 +43,7 @@ _ABOUT_TENSORS = frozenset(
     for name in (
         *"__hash__ __len__ detach dim element_size get_device is_complex is_contiguous is_floating_point".split(),
         *"is_inference is_same_size is_signed ndimension nelement numel register_hook".split(),
-        *"register_post_accumulate_grad_hook requires_grad_ retain_grad size storage_offset stride to type_as".split(),
+        *"register_post_accumulate_grad_hook requires_grad_ size storage_offset stride to type_as".split(),
     )
 ) | {
     *(torch.detach, torch.numel, torch.is_floating_point, torch.is_complex, torch.is_same_size, torch.is_signed),

@@ -127,6 +127,7 @@ class Placeholder(torch.Tensor):
 Placeholder.__name__ = "Tensor"
 
 _torch_base: Any = torch.Tensor._base
+_torch_grad_fn: Any = torch.Tensor.grad_fn
 _torch_grad: Any = torch.Tensor.grad
 _torch_data: Any = torch.Tensor.data
 
@@ -157,8 +158,8 @@ for _name in ("_base", "_version"):
 # Methods that no dispatcher sees, or only after an address was taken: they find a tensor with memory and values.
 for _name in (
     *"__array__ __dlpack__ __dlpack_device__ __reduce_ex__ as_subclass backward data_ptr".split(),
-    *"detach_ is_pinned is_set_to is_shared numpy pin_memory record_stream resize_ resize_as_ share_memory_".split(),
-    *"storage storage_type untyped_storage _typed_storage".split(),
+    *"detach_ is_pinned is_set_to is_shared numpy pin_memory record_stream resize_ resize_as_ retain_grad".split(),
+    *"share_memory_ storage storage_type untyped_storage _typed_storage".split(),
 ):
     setattr(Placeholder, _name, _real_first(_name))
 
@@ -279,14 +280,15 @@ def use_values(tensor: torch.Tensor) -> None:
 
 def before_graph(tensors: list[torch.Tensor]) -> None:
     """Prepare tensors for what autograd may record of them."""
-    if any(each.requires_grad for each in tensors):
+    is_recorded = any(each.requires_grad for each in tensors)
+    if is_recorded:
         for each in tensors:
             if type(each) is Placeholder and len(each._record.tensors) > 1:
                 for other in each._record.placeholders():
                     become_torchs_view(other)
     for each in tensors:
         become_torchs_view(each)
-        if each.requires_grad:
+        if is_recorded:  # those without gradient, too: one that is written in place gets a node
             use_values(each)
 
 
@@ -327,10 +329,41 @@ def take_record_memory(tensor: Placeholder) -> None:
             return
     others = record.placeholders() if len(record.tensors) > 1 else []
     views = [(each, meta) for each in others for of, meta in (_view_of(each),) if of is tensor]
+    edges = {_edge_of(each): each for each in (tensor, *others) if each.requires_grad and not is_leaf(each)}
+    viewed = [_viewed(each, tensor, edges) if each.requires_grad else tensor for each, _ in views]
     assert record.memory is not None
     swap_in(tensor, view_of(record.memory, tensor._region))
-    for each, meta in views:
-        swap_in(each, view_of(record.memory, each._region), base=tensor, meta=meta)
+    for (each, meta), of in zip(views, viewed, strict=True):
+        swap_in(each, view_of(record.memory, each._region), viewed=of, meta=meta)
+
+
+_Edge = tuple[Any, int]
+
+
+def _edge_of(tensor: torch.Tensor) -> _Edge:
+    """Where a graph of autograd leads to a tensor, as the nodes behind it have it."""
+    return _torch_grad_fn.__get__(tensor), tensor.output_nr
+
+
+def _viewed(view: torch.Tensor, base: torch.Tensor, edges: dict[_Edge, torch.Tensor]) -> torch.Tensor | None:
+    """The tensor from which a view of a graph was taken, the nearest that anybody has; None if it was made otherwise.
+
+    Whoever differentiates by that tensor is to find it in the graph.
+
+    Args:
+        view: with a graph.
+        base: of which it is a view, by however many steps.
+        edges: those of the tensors that become real with it.
+    """
+    node = None if is_leaf(view) else _torch_grad_fn.__get__(view)
+    while node is not None and len(node.next_functions) == 1:
+        edge = node.next_functions[0]
+        if edge in edges:
+            return edges[edge]
+        node = edge[0]
+        if node is not None and node.name() == "torch::autograd::AccumulateGrad":
+            return base if base.requires_grad and is_leaf(base) else None
+    return None
 
 
 def _view_of(tensor: Placeholder) -> tuple[torch.Tensor | None, Any]:
@@ -384,7 +417,7 @@ def swap_in(
     memory: torch.Tensor,
     kind: type[torch.Tensor] = Placeholder,
     *,
-    base: torch.Tensor | None = None,
+    viewed: torch.Tensor | None = None,
     meta: Any = None,
 ) -> None:
     """Let a tensor without storage, of this kind, have memory: torch's hooks, gradient and graph stay with it.
@@ -393,31 +426,34 @@ def swap_in(
         tensor: the tensor.
         memory: a tensor over that memory, of its shape and strides.
         kind: its class.
-        base: the tensor of which it is to be a view, over the same memory.
+        viewed: the tensor of which it is to be a view, over the same memory.
         meta: torch's word for how that view was made.
     """
     record, region = tensor._record, tensor._region
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            swap_in(tensor, memory, kind, base=base, meta=meta)
+            swap_in(tensor, memory, kind, viewed=viewed, meta=meta)
         return
     requires_grad = tensor.requires_grad
     graph = requires_grad and not is_leaf(tensor)
-    if graph and (base is None or not _is_view_in_graph(tensor, base, meta)):
-        base = None
-    if base is None:
+    if graph and meta not in _KNOWN_VIEWS:
+        viewed = None
+    if viewed is None:
         real = memory.detach()
     else:
         with torch.set_grad_enabled(graph):
-            real = base.as_strided(memory.size(), memory.stride(), memory.storage_offset())
+            real = viewed.as_strided(memory.size(), memory.stride(), memory.storage_offset())
         torch._C._autograd._set_creation_meta(real, meta)
     hooks = post = grad = None
+    keeps_graph = graph and viewed is None
+    if requires_grad and not keeps_graph:
+        hooks = tensor._backward_hooks
     if requires_grad and not graph:
         real.requires_grad_()
-        hooks, post, grad = tensor._backward_hooks, tensor._post_accumulate_grad_hooks, tensor.grad
+        post, grad = tensor._post_accumulate_grad_hooks, tensor.grad
         if grad is not None:
             become_real(grad)
-    elif graph and base is None:
+    elif keeps_graph:
         with torch.enable_grad():
             # Not as Function.apply does it, which would have the tensor become real first.
             real = super(torch.autograd.Function, _WithMemory).apply(tensor, real)  # type: ignore[no-untyped-call]
@@ -437,11 +473,8 @@ def swap_in(
         leave_behind(real, record, region, tensor if requires_grad and tensor.is_leaf else None, kind)
 
 
-def _is_view_in_graph(tensor: Any, base: torch.Tensor, meta: Any) -> bool:
-    """Whether all that a graph knows of a tensor is that it is a view of a leaf."""
-    metas = torch._C._autograd.CreationMeta
-    known = meta in (metas.DEFAULT, metas.MULTI_OUTPUT_NODE) and base.requires_grad and is_leaf(base)
-    return known and not tensor._backward_hooks and not tensor.retains_grad
+# Views in a graph that are nothing but that: torch has made them itself, and of the tensor as it was.
+_KNOWN_VIEWS = (torch._C._autograd.CreationMeta.DEFAULT, torch._C._autograd.CreationMeta.MULTI_OUTPUT_NODE)
 
 
 def is_leaf(tensor: torch.Tensor) -> bool:

@@ -84,6 +84,46 @@ def test_a_graph_is_the_one_that_torch_records(name, dtype, source):
     check_recorded(PROGRAMS[name], dtype, source)
 
 
+STEPS = {
+    "narrow": lambda x: x.narrow(0, 0, 3),
+    "view_as": lambda x: x.view_as(x),
+    "in two steps": lambda x: x.unsqueeze(0)[0],
+    "chunk": lambda x: x.chunk(2)[1],
+    "as_strided": lambda x: x.as_strided((3,), (1,), 0),
+    "product": lambda x: x * 2,
+}
+
+
+def _derivatives(p, first, second, hooks):
+    view = first(p)
+    last = second(view)
+    if hooks:
+        view.register_hook(lambda gradient: gradient * 3)
+        last.retain_grad()
+    y = (last * last * last).sum()
+    gradients = torch.autograd.grad(y, [view, last, p], create_graph=True)
+    again = [torch.autograd.grad(each.sum(), view, retain_graph=True)[0] for each in (gradients[0], gradients[2])]
+    return [*gradients, *again, *_backward(y, p), *([last.grad] if hooks else [])]
+
+
+@pytest.mark.parametrize("hooks", [False, True], ids=["plain", "hooks"])
+@pytest.mark.parametrize("second", STEPS)
+@pytest.mark.parametrize("first", STEPS)
+def test_a_view_of_a_view_is_differentiated_by_every_step(first, second, hooks):
+    def run(t):
+        return _derivatives(nn.Parameter(t(12)), STEPS[first], STEPS[second], hooks)
+
+    check_recorded(run, "fp32", "random")
+
+
+def test_views_of_a_result_in_half_precision_are_differentiated_by_it():
+    def run(t):
+        made = nn.Parameter(t(12)) * 2
+        return _derivatives(made, STEPS["narrow"], STEPS["view_as"], hooks=False)[:5]
+
+    check_recorded(run, "bf16", "random")
+
+
 LEAVES = {
     "tensor": lambda kind: torch.tensor([-2.0, 2.0], dtype=kind, requires_grad=True),
     "full": lambda kind: torch.full((2,), 3.0, dtype=kind, requires_grad=True),
@@ -146,7 +186,28 @@ def test_a_penalty_reaches_weights_of_every_precision(kind, dtype):
     assert_as_torch(inside(run, dtype), plain(run, dtype), dtype)
 
 
+def test_what_becomes_part_of_a_graph_has_the_node_that_torch_gives_it():
+    def run():
+        p, x, y = nn.Parameter(torch.ones(3)), torch.rand(3), torch.rand(3)
+        x.mul_(p)
+        made, _ = AddsInPlace.apply(y, p)
+        return x.grad_fn.name(), made.grad_fn.name(), made is y
+
+    assert inside(run, "fp32") == plain(run, "fp32") == ("MulBackward0", "AddsInPlaceBackward", True)
+
+
 # Functions of autograd ------------------------------------------------------------------------------------------------
+
+
+class AddsInPlace(torch.autograd.function.InplaceFunction):
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.mark_dirty(a)
+        return a.add_(b), b + 2
+
+    @staticmethod
+    def backward(ctx, g, h):
+        return g, g + h
 
 
 class SavesItsInput(torch.autograd.Function):
