@@ -385,6 +385,7 @@ def _tensor(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
         # An array or a buffer: the dtype is its own, and so may be the memory.
         dtype, its = kwargs.get("dtype"), getattr(data, "dtype", None)
         own = dtype is None or (its is not None and str(dtype).endswith(str(its)))
+        own = own or isinstance(data, torch.UntypedStorage)
         if (own or (func is torch.asarray and _is_memory(data))) and _device(mode, kwargs).type == "cpu":
             return func(*args, **{**kwargs, "device": "cpu"})
     if kwargs.get("dtype") is None:
@@ -437,7 +438,7 @@ def _new(mode: Mode, func: Any, other: torch.Tensor, *args: Any, **kwargs: Any) 
         return NotImplemented
     if len(args) == 1 and isinstance(args[0], (list, tuple)) and not isinstance(args[0], torch.Size):
         return _tensor(mode, torch.tensor, args[0], dtype=other.dtype, device=other.device)
-    size = _size(args or (0,), kwargs)
+    size = _size(args or (() if "size" in kwargs else (0,)), kwargs)
     if size is not None:
         return create(mode.block, size, other.dtype, other.device, None)
     return NotImplemented

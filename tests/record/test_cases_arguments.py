@@ -387,6 +387,7 @@ LEGACY = {
     "new of a tuple": lambda make, t: t(2).new((1, 2)),
     "new of a size": lambda make, t: t(2).new(t(2, 3).size()).fill_(0.1),
     "new of sizes": lambda make, t: t(2).new(2, 3).fill_(0.1),
+    "new of a size by name": lambda make, t: t(2).new(size=(2, 3)).fill_(0.1),
     "a typed list of tensors": lambda make, t: torch.FloatTensor([t(), [*t(2)][1]]),
     "a typed list of integers": lambda make, t: torch.LongTensor([t().ceil().long(), torch.zeros(2).long()[1]]),
     "a typed list of bools": lambda make, t: torch.BoolTensor([t() > 0.1, torch.zeros(()).bool()]),
@@ -402,6 +403,14 @@ def test_the_legacy_constructor_makes_what_it_makes_in_torch(name, kind, dtype, 
     kept = inside(lambda: LEGACY[name](kind, SOURCES[source]), dtype)
     model = plain(lambda: LEGACY[name](kind, SOURCES["computed"]), dtype)
     assert type(kept) is type(model) and vars(kept) == vars(model)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32], ids=str)
+def test_a_tensor_of_a_storage_reads_its_bytes_as_the_dtype_that_is_named(kind):
+    def run():
+        return torch.tensor(torch.full((4, 3), 0.3, dtype=torch.bfloat16).untyped_storage(), dtype=kind)
+
+    assert same_bits(inside(run, "bf16"), plain(run, "bf16"))
 
 
 def test_what_the_legacy_constructor_refuses_is_refused_in_a_block():
