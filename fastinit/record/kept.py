@@ -3,6 +3,11 @@
 Such a model is often given memory by `torch.nn.Module.to_empty`, which would leave these tensors without their values.
 Once nothing of the block is unwritten any more, whoever has written it, they are ordinary tensors again, at the next
 garbage collection at the latest.
+
+Why they are no `Unwritten` tensors whose recipe is a known value: such a tensor has no storage, and all that is asked
+of it (`uninitialized`, `load`, FSDP2's copies into zeros) is asked of something without values. What has values is used
+before anything is materialized: autograd's graphs lead to its C++ object, which must stay what it is, and it may be of
+any dtype and layout, where recipes are for dense floating-point tensors alone.
 """
 
 from __future__ import annotations
