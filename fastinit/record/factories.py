@@ -385,7 +385,7 @@ def _tensor(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
         # An array or a buffer: the dtype is its own, and so may be the memory.
         dtype, its = kwargs.get("dtype"), getattr(data, "dtype", None)
         own = dtype is None or (its is not None and str(dtype).endswith(str(its)))
-        own = own or isinstance(data, torch.UntypedStorage)
+        own = own or isinstance(data, (torch.UntypedStorage, torch.TypedStorage))
         if (own or (func is torch.asarray and _is_memory(data))) and _device(mode, kwargs).type == "cpu":
             return func(*args, **{**kwargs, "device": "cpu"})
     if kwargs.get("dtype") is None:

@@ -443,9 +443,9 @@ def _wrap_constructors() -> None:
                 tensor = legacy_tensor(mode, args[1:], kwargs)
             if tensor is not NotImplemented:
                 return tensor if args[0] is torch.Tensor else make_subclass(args[0], tensor)
-            if args[0] is not torch.Tensor:
-                for each in _placeholders(args):
-                    become_real(each)
+        if block is not None and args[0] is not torch.Tensor:  # also where the mode itself is calling
+            for each in _placeholders(args):
+                become_real(each)
         return new_tensor(*args, **kwargs)
 
     def make_subclass(*args: Any, **kwargs: Any) -> Any:

@@ -411,6 +411,8 @@ def test_a_tensor_of_a_storage_reads_its_bytes_as_the_dtype_that_is_named(kind):
         return torch.tensor(torch.full((4, 3), 0.3, dtype=torch.bfloat16).untyped_storage(), dtype=kind)
 
     assert same_bits(inside(run, "bf16"), plain(run, "bf16"))
+    with pytest.raises(RuntimeError, match="Expected a Storage of type"):
+        inside(lambda: torch.tensor(torch.ones(2, dtype=torch.float64).storage(), dtype=kind), "bf16")
 
 
 def test_what_the_legacy_constructor_refuses_is_refused_in_a_block():

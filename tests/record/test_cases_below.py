@@ -373,6 +373,26 @@ def test_the_code_of_a_subclass_finds_tensors_of_torchs_own_classes(dtype):
     assert set(Watching.met) == {torch.Tensor, nn.Parameter, Watching}
 
 
+class Converting(torch.Tensor):
+    """A subclass whose own code makes one of a plain tensor."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.module_load:
+            return cls(cls.source)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@over_dtypes
+def test_the_code_of_a_subclass_makes_tensors_of_itself_of_what_is_pending(dtype):
+    def load():
+        Converting.source = torch.rand(3)
+        loaded = torch.ones(3).as_subclass(Converting).module_load(torch.ones(3))
+        return type(loaded), torch.equal(loaded.as_subclass(torch.Tensor), Converting.source), loaded.dtype
+
+    assert inside(load, dtype) == plain(load, dtype)
+
+
 @over_dtypes
 def test_a_factory_of_a_tensor_like_one_of_a_subclass_is_that_ones_to_answer(dtype):
     def run():
