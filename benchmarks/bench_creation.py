@@ -88,4 +88,4 @@ def measure_way(
 
     info = record(case, way, run, rounds=rounds, patience=3.0, scale=scale)
     last = created[-1]
-    info.update(parameters=last.parameters, beyond=last.beyond(), parts=last.parts)
+    info.update(parameters=last.parameters, beyond=last.beyond, parts=last.parts)

@@ -37,7 +37,7 @@ def test_first_model(record, absent, main_device, quick, library, way):
         return created[-1].seconds
 
     info = record(case, way, run, rounds=3, patience=60.0)
-    info.update(parameters=created[-1].parameters, beyond=created[-1].beyond(), parts=created[-1].parts)
+    info.update(parameters=created[-1].parameters, beyond=created[-1].beyond, parts=created[-1].parts)
 
 
 def create(way, library, config, device_name):

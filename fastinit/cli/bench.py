@@ -110,6 +110,4 @@ def creations(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
                 created[way].append(timed_creation(WAYS[way].prepare(device, BF16), build, device)[1])
                 parameters = created[way][0].parameters
         for way, runs in created.items():  # the first one imports what the model needs
-            last = runs[-1]
-            info = {"parameters": last.parameters, "beyond": last.beyond(), "parts": last.parts}
-            yield results.entry("creation in bf16", case, way, [each.seconds for each in runs[1:]], **info)
+            yield results.entry("creation in bf16", case, way, [each.seconds for each in runs[1:]], **runs[-1].info())

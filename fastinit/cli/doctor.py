@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,22 +48,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def self_checks(machine: dict[str, Any]) -> list[dict[str, Any]]:
     """Fill a little with each backend that is there and compare bits with the portable code."""
-    expected = torch.empty(1001)
-    run_normal(expected, "portable")
-    checks = []
-    for isa in machine["cpu_isas"]:
-        checks.append(check(f"cpu, {isa}", lambda isa=isa: run_normal(torch.empty(1001), isa), expected))
-    if machine["build"]["cuda"]:
-        for index, gpu in enumerate(machine["gpus"]):
-            device = f"cuda:{index}"
-            checks.append(
-                check(
-                    f"{device}, {gpu['name']}",
-                    lambda device=device: fastinit.fill_(torch.empty(1001, device=device), fastinit.Normal(), seed=1),
-                    expected,
-                )
-            )
-    return checks
+    fills: dict[str, Callable[[], torch.Tensor]] = {
+        f"cpu, {isa}": partial(run_normal, torch.empty(1001), isa) for isa in machine["cpu_isas"]
+    }
+    for index, gpu in enumerate(machine["gpus"] if machine["build"]["cuda"] else []):
+        fills[f"cuda:{index}, {gpu['name']}"] = partial(cuda_normal, index)
+    expected = run_normal(torch.empty(1001), "portable")
+    return [check(name, fill, expected) for name, fill in fills.items()]
 
 
 def run_normal(tensor: torch.Tensor, isa: str) -> torch.Tensor:
@@ -72,7 +64,13 @@ def run_normal(tensor: torch.Tensor, isa: str) -> torch.Tensor:
     return tensor
 
 
-def check(name: str, fill: Callable[..., Any], expected: torch.Tensor) -> dict[str, Any]:
+def cuda_normal(index: int) -> torch.Tensor:
+    tensor = torch.empty(1001, device=f"cuda:{index}")
+    fastinit.fill_(tensor, fastinit.Normal(), seed=1)
+    return tensor
+
+
+def check(name: str, fill: Callable[[], torch.Tensor], expected: torch.Tensor) -> dict[str, Any]:
     try:
         equal = torch.equal(fill().cpu(), expected)
     except RuntimeError as error:

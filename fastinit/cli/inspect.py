@@ -12,6 +12,8 @@ import importlib
 import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def find(name: str) -> Callable[[], Any]:
     """The function that "package.module:function" names; modules in the current folder are found, too.
 
     Raises:
-        ValueError: there is no such module or function.
+        ValueError: there is no such module or function, or it takes arguments.
     """
     module_name, colon, path = name.partition(":")
     if not (module_name and colon and path):
@@ -76,6 +78,11 @@ def find(name: str) -> Callable[[], Any]:
         raise ValueError(f"{name!r} is not there: {error}") from error
     if not callable(found):
         raise ValueError(f"{name!r} is {type(found).__name__} and no function; name what returns the model")
+    try:
+        with suppress(ValueError):  # some functions of C do not tell what they take
+            signature(found).bind()
+    except TypeError as error:
+        raise ValueError(f"{name!r} cannot be called as {path}(): {error}; name what takes no arguments") from None
     function: Callable[[], Any] = found
     return function
 

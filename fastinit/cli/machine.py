@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import collect_env
 
 import fastinit
 from fastinit import native
@@ -28,7 +29,7 @@ def describe() -> dict[str, Any]:
         "memory": total_memory(),
         "huge_pages": huge_pages(),
         "gpus": gpus(),
-        "driver": driver(),
+        "driver": collect_env.get_nvidia_driver_version(collect_env.run),  # whether or not this torch can use it
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "torch_threads": torch.get_num_threads(),
@@ -55,7 +56,7 @@ def cpu_name() -> str:
 
 def total_memory() -> int | None:
     """Bytes of memory that this process may use, the limit of its control group included; None if not known."""
-    return _smallest(_meminfo("MemTotal"), _cgroup("memory.max"))
+    return _smallest(kernel_bytes("/proc/meminfo", "MemTotal"), _cgroup("memory.max"))
 
 
 def available_memory() -> int | None:
@@ -64,7 +65,13 @@ def available_memory() -> int | None:
     # Pages of the file cache count as used, and are given back when memory is asked for.
     cached = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", _read("/sys/fs/cgroup/memory.stat"), re.MULTILINE)))
     unused = None if limit is None or used is None else limit - used + cached
-    return _smallest(_meminfo("MemAvailable"), unused)
+    return _smallest(kernel_bytes("/proc/meminfo", "MemAvailable"), unused)
+
+
+def kernel_bytes(file: str, field: str) -> int | None:
+    """The bytes that one of Linux's files in /proc has in a field; None elsewhere."""
+    kibibytes = re.search(rf"^{field}:\s*(\d+) kB$", _read(file), re.MULTILINE)
+    return int(kibibytes[1]) * 1024 if kibibytes else None
 
 
 def huge_pages() -> str | None:
@@ -83,16 +90,6 @@ def gpus() -> list[dict[str, Any]]:
     ]
 
 
-def driver() -> str | None:
-    """Version of the NVIDIA driver, whether or not this torch can use it."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True)
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None
-
-
 def git_commit() -> str | None:
     """The commit of the checkout that fastinit is imported from, with "+" if files differ; None outside a checkout.
 
@@ -104,11 +101,8 @@ def git_commit() -> str | None:
     git = shutil.which("git")
     if git is None or not (package.parent / ".git").exists():
         return None
-    outputs = [
-        subprocess.run([git, "-C", str(package), *command], capture_output=True, text=True).stdout.strip()
-        for command in (["rev-parse", "--verify", "--quiet", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-    ]
-    return outputs[0] + ("+" if outputs[1] else "") if outputs[0] else None
+    command = [git, "-C", str(package), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def installed(distribution: str) -> str | None:
@@ -130,11 +124,6 @@ def _read(path: str) -> str:
         return Path(path).read_text()
     except OSError:
         return ""
-
-
-def _meminfo(field: str) -> int | None:
-    kibibytes = re.search(rf"^{field}:\s*(\d+) kB$", _read("/proc/meminfo"), re.MULTILINE)
-    return int(kibibytes[1]) * 1024 if kibibytes else None
 
 
 def _cgroup(file: str) -> int | None:

@@ -17,6 +17,8 @@ import torch
 
 import fastinit
 
+from .machine import kernel_bytes
+
 T = TypeVar("T")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -141,11 +143,15 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(device)
             self._allocated = torch.cuda.memory_allocated(device)
         _trim_heap()
-        self._resident = _status("VmRSS") if _reset_peak_resident() else None
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts again
+            self._resident = kernel_bytes("/proc/self/status", "VmRSS")
+        except OSError:
+            self._resident = None
 
     def host_growth(self) -> int | None:
         """Of this process's resident memory; None if this system cannot reset the peak."""
-        peak = _status("VmHWM")
+        peak = kernel_bytes("/proc/self/status", "VmHWM")
         return None if self._resident is None or peak is None else peak - self._resident
 
     def device_peak(self) -> int | None:
@@ -158,6 +164,11 @@ class Memory:
         """Of the memory that the device has."""
         return self.host_growth() if self._device.type == "cpu" else self.device_peak()
 
+    def beyond(self, nbytes: int) -> int | None:
+        """By how much the peak of the device's own memory exceeds so many bytes, a model's."""
+        peak = self.host_growth() if self._device.type == "cpu" else self.device_peak()
+        return None if peak is None else max(peak - nbytes, 0)
+
 
 def warm_memory(nbytes: int) -> None:
     """Write so much memory of the host once and free it.
@@ -169,25 +180,7 @@ def warm_memory(nbytes: int) -> None:
     fastinit.empty(nbytes, dtype=torch.uint8, device="cpu").fill_(0)
 
 
-def _reset_peak_resident() -> bool:
-    """Make the peak of resident memory start again from now; False where the system has no such thing."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
 def _trim_heap() -> None:
     """Give freed memory back to the system, so that what is allocated next shows as growth (glibc keeps some)."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _status(field: str) -> int | None:
-    """Bytes, as Linux tells them of this process; None elsewhere."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
+_COUNTS = {"B": 1e9, "M": 1e6, "K": 1e3}
+
 
 def show_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
     """Print columns under a header, the first one aligned left, the others right.
@@ -46,32 +48,27 @@ def progress(items: Sequence[Item], description: str) -> Iterable[Item]:
 
 
 def seconds(value: float) -> str:
-    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value * 1e6:.3g} us"
+    return _scaled(value, {" s": 1.0, " ms": 1e-3, " us": 1e-6})
 
 
 def size(nbytes: float) -> str:
-    magnitude = abs(nbytes)
-    for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if magnitude >= 2**exponent:
-            return f"{nbytes / 2**exponent:.4g} {unit}"
-    return f"{nbytes:.0f} B"
+    return _scaled(nbytes, {" GiB": 2.0**30, " MiB": 2.0**20, " KiB": 2.0**10, " B": 1.0}, digits=4)
 
 
 def count(number: float) -> str:
     """A number of parameters the way people say it: 1.35B, 355M."""
-    for scale, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= scale:
-            return f"{number / scale:.3g}{unit}"
-    return f"{number:.0f}"
+    return _scaled(number, {**_COUNTS, "": 1.0})
+
+
+def _scaled(value: float, units: dict[str, float], digits: int = 3) -> str:
+    """In the first of the units that it has one of, or else in the last."""
+    unit = next((unit for unit, scale in units.items() if abs(value) >= scale), list(units)[-1])
+    return f"{value / units[unit]:.{digits}g}{unit}"
 
 
 def parse_count(argument: str) -> int:
     """The inverse of `count`, for the command line: "1.3B", "350M", "5e6"."""
-    scales = {"K": 1e3, "M": 1e6, "B": 1e9}
-    scale = scales.get(argument[-1:].upper(), 1.0)
+    scale = _COUNTS.get(argument[-1:].upper(), 1.0)
     try:
         number = float(argument[:-1] if scale > 1.0 else argument) * scale
     except ValueError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,37 +22,28 @@ SAMPLE = 2**20  # elements that values are judged by
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """Values to fill a tensor with: as fastinit says it, as torch does, and how they should come out."""
+    """Values to fill a tensor with: as fastinit says it, as torch does, and the mean that they should have."""
 
     ours: Distribution
     torch: Callable[[Tensor], Any]
-    mean: float
-    std: float
+    mean: float = 0.0
 
     def are_right(self, values: Tensor) -> bool:
-        """Whether values have this mean and standard deviation, within 5 %."""
-        tolerance = 0.05 * max(self.std, abs(self.mean))
-        sample = values.flatten()[:SAMPLE].double()
-        mean, std = sample.mean().item(), sample.std().item()
-        return abs(mean - self.mean) < tolerance and abs(std - self.std) < tolerance
-
-
-def _truncated_std(bound: float) -> float:
-    """Standard deviation of a standard normal distribution cut off at -bound and bound."""
-    density = math.exp(-(bound**2) / 2) / math.sqrt(2 * math.pi)
-    return math.sqrt(1 - 2 * bound * density / math.erf(bound / math.sqrt(2)))
+        """Whether values have the mean and the standard deviation that were asked for, within 5 %."""
+        expected = torch.tensor([self.mean, fastinit.FillReport(self.ours).std], dtype=torch.float64)
+        sample = values.flatten()[:SAMPLE].double().cpu()
+        found = torch.stack([sample.mean(), sample.std()])
+        return bool(((found - expected).abs() < 0.05 * expected.abs().max()).all())
 
 
 STD = 0.02
 FILLS = {
-    "constant": Fill(fastinit.Constant(0.5), lambda tensor: tensor.fill_(0.5), 0.5, 0.0),
-    "uniform": Fill(fastinit.Uniform(-1.0, 1.0), lambda tensor: tensor.uniform_(-1.0, 1.0), 0.0, 1 / math.sqrt(3)),
-    "normal": Fill(fastinit.Normal(0.0, STD), lambda tensor: tensor.normal_(0.0, STD), 0.0, STD),
+    "constant": Fill(fastinit.Constant(0.5), lambda tensor: tensor.fill_(0.5), mean=0.5),
+    "uniform": Fill(fastinit.Uniform(-1.0, 1.0), lambda tensor: tensor.uniform_(-1.0, 1.0)),
+    "normal": Fill(fastinit.Normal(0.0, STD), lambda tensor: tensor.normal_(0.0, STD)),
     "truncated normal": Fill(
         fastinit.TruncatedNormal(0.0, STD, -2 * STD, 2 * STD),
         lambda tensor: nn.init.trunc_normal_(tensor, 0.0, STD, -2 * STD, 2 * STD),
-        0.0,
-        STD * _truncated_std(2.0),
     ),
 }
 
@@ -129,6 +119,7 @@ class Created:
         host_growth: by which the peak of this process's resident memory exceeds what was resident before; None if this
             system cannot reset the peak.
         device_peak: peak of allocated memory beyond what was allocated before; None on the CPU.
+        beyond: bytes by which the peak of memory where the model is exceeds the model.
         parts: of the time, by fastinit's report.
     """
 
@@ -137,29 +128,24 @@ class Created:
     tensor_bytes: int
     host_growth: int | None
     device_peak: int | None
+    beyond: int | None
     parts: dict[str, float]
 
-    def beyond(self) -> int | None:
-        """Bytes by which the peak of memory where the model is exceeds the model."""
-        peak = self.host_growth if self.device_peak is None else self.device_peak
-        return None if peak is None else max(peak - self.tensor_bytes, 0)
+    def info(self) -> dict[str, Any]:
+        """What results have of it beside the seconds."""
+        return {"parameters": self.parameters, "beyond": self.beyond, "parts": self.parts}
 
 
 def timed_creation(create: Creator, build: Build, device: torch.device) -> tuple[nn.Module, Created]:
     """(model, what it took)."""
     memory = Memory(device)
     seconds, (model, report) = seconds_of(lambda: create(build), device)
-    host_growth, device_peak = memory.host_growth(), memory.device_peak()
+    peaks = memory.host_growth(), memory.device_peak()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tensor_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return model, Created(seconds, parameters, tensor_bytes, host_growth, device_peak, parts_of(report))
-
-
-def parts_of(report: fastinit.Report | None) -> dict[str, float]:
-    """Where fastinit's report says that the time went."""
-    if report is None:
-        return {}
-    return {"python": report.seconds_python, "allocation": report.seconds_allocation, "fills": report.seconds_fills}
+    names = () if report is None else ("python", "allocation", "fills")
+    parts = {name: getattr(report, f"seconds_{name}") for name in names}
+    return model, Created(seconds, parameters, tensor_bytes, *peaks, memory.beyond(tensor_bytes), parts)
 
 
 def make_ready(
