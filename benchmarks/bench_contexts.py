@@ -10,19 +10,16 @@ import torch
 import fastinit
 from fastinit.cli import measure
 
-BLOCKS = 1000
 COUNTED = {"about the tenth": slice(5, 25), "about the thousandth": slice(-20, None)}
-LIBRARIES = ("transformers", "timm", "torchvision")
+LOADED = [name for name in ("transformers", "timm", "torchvision") if importlib.util.find_spec(name)]
 
 
 @pytest.mark.parametrize("when", COUNTED)
 @pytest.mark.parametrize("classes", [0, 1000, 10_000, "libraries"])
-def test_empty_block(record, main_device, quick, classes, when):
-    blocks = 50 if quick else BLOCKS
-    seconds = all_blocks(classes, blocks, str(main_device))
-    loaded = [name for name in LIBRARIES if importlib.util.find_spec(name)]
-    what = f"{' and '.join(loaded) or 'no library'} imported" if classes == "libraries" else f"{classes:,} classes more"
-    record(f"an empty block, {what}, {main_device}", when, seconds[COUNTED[when]])
+def test_empty_block(figure, main_device, quick, classes, when):
+    what = f"{' and '.join(LOADED) or 'no library'} imported" if classes == "libraries" else f"{classes:,} classes more"
+    with figure(f"an empty block, {what}, {main_device}", when) as record:
+        record(all_blocks(classes, 50 if quick else 1000, str(main_device))[COUNTED[when]])
 
 
 @functools.cache
@@ -33,10 +30,7 @@ def all_blocks(classes, count, device_name):
 def empty_blocks(classes, count, device_name):
     """Seconds of each."""
     if classes == "libraries":
-        for name in LIBRARIES:
-            if importlib.util.find_spec(name):
-                importlib.import_module(name)
-        kept = []
+        kept = [importlib.import_module(name) for name in LOADED]
     else:
         kept = [type(f"Module{number}", (torch.nn.Module,), {}) for number in range(classes)]
     seconds = []

@@ -8,22 +8,14 @@ import pytest
 import torch
 
 from fastinit.cli import text
-from fastinit.cli.measure import DTYPES
-from fastinit.cli.models import LLAMA_7B, DecoderConfig
+from fastinit.cli.models import DecoderConfig
 from fastinit.cli.workloads import linears, make_ready, timed_creation
 
-BF16 = DTYPES["bf16"]
 SMALL_WAYS = ("fastinit", "torch")
 MODULE_WAYS = ("fastinit", "torch", "fastinit fp32", "torch fp32", "plain fp32")
-LIBRARY_WAYS = {
-    "torch.nn": ("fastinit", "torch", "naive", "fabric", "accelerate"),
-    "transformers": ("fastinit", "torch", "naive", "fabric", "accelerate", "transformers"),
-}
+WAYS = ("fastinit", "torch", "naive", "fabric", "accelerate")
+LIBRARY_WAYS = {"torch.nn": WAYS, "transformers": (*WAYS, "transformers")}
 SIZES = {"1M": 1_000_000, "10M": 10_000_000, "100M": 100_000_000}
-
-
-def one_linear():
-    return torch.nn.Linear(64, 64)
 
 
 def small_models():
@@ -33,59 +25,38 @@ def small_models():
 
 
 @pytest.mark.parametrize(("model", "way"), list(small_models()))
-def test_small_model(record, absent, device, quick, model, way):
+def test_small_model(figure, device, quick, model, way):
     if model == "Linear(64, 64)":
-        build, parameters = one_linear, 64 * 65
+        build = lambda: torch.nn.Linear(64, 64)  # noqa: E731
     elif model.startswith("2,000"):
-        build, parameters = linears(20 if quick else 2000), 2000 * 64 * 65
+        build = linears(20 if quick else 2000)
     else:
-        config = DecoderConfig.of_size(100_000 if quick else SIZES[model.split()[-1]])
-        build, parameters = peers.llama(config, "torch.nn"), config.parameters
-    measure_way(record, absent, f"{model}, {device}", way, build, parameters, device, rounds=20)
+        build = peers.llama(DecoderConfig.of_size(100_000 if quick else SIZES[model.split()[-1]]), "torch.nn")
+    with figure(f"{model}, {device}", way) as record:
+        measure_way(record, way, build, device, rounds=20)
 
 
 @pytest.mark.parametrize("cache", ["cold", "warm"])
 @pytest.mark.parametrize(("library", "way"), [(library, way) for library, ways in LIBRARY_WAYS.items() for way in ways])
-def test_model(record, absent, main_device, quick, library, way, cache):
+def test_model(figure, main_device, quick, library, way, cache):
     on_gpu = main_device.type == "cuda"
     if cache == "warm" and (not on_gpu or way == "naive"):
         pytest.skip("there is no such cache")
-    config = LLAMA_7B if on_gpu else DecoderConfig.of_size(350_000_000)
-    if quick:
-        config = DecoderConfig.of_size(1_000_000)
-    case = f"Llama, {text.count(config.parameters)}, {library}, {main_device}{f', {cache}' if on_gpu else ''}"
+    config = peers.shape_for(main_device, quick, on_cpu=350_000_000)
     part = config.with_layers(1) if way == "naive" else config  # each takes as long, some seconds in all
     scale = config.parameters / part.parameters if part != config else None
-    needed = "transformers" if library == "transformers" else None
-    measure_way(
-        record,
-        absent,
-        case,
-        way,
-        peers.llama(part, library),
-        part.parameters,
-        main_device,
-        cache == "warm",
-        needed,
-        scale,
-    )
+    case = f"Llama, {text.count(config.parameters)}, {library}, {main_device}{f', {cache}' if on_gpu else ''}"
+    with figure(case, way) as record:
+        measure_way(record, way, peers.llama(part, library), main_device, keep_cache=cache == "warm", scale=scale)
 
 
-def measure_way(
-    record, absent, case, way, build, parameters, device, keep_cache=False, requires=None, scale=None, rounds=5
-):
-    try:
-        peers.require(requires)
-        creator = peers.prepare_way(way, device, BF16)
-    except peers.Unavailable as why:
-        absent(case, way, str(why))
-    created = []
+def measure_way(record, way, build, device, *, keep_cache=False, rounds=5, scale=None):
+    creator, created = peers.prepare_way(way, device, torch.bfloat16), []
 
     def run():
-        make_ready(peers.ALL_WAYS[way], parameters, device, BF16, keep_cache=keep_cache)
+        parameters = created[-1].parameters if created else 0
+        make_ready(peers.ALL_WAYS[way], parameters, device, torch.bfloat16, keep_cache=keep_cache)
         created.append(timed_creation(creator, build, device)[1])
         return created[-1].seconds
 
-    info = record(case, way, run, rounds=rounds, patience=3.0, scale=scale)
-    last = created[-1]
-    info.update(parameters=last.parameters, beyond=last.beyond, parts=last.parts)
+    record(run, rounds=rounds, patience=3.0, scale=scale).update(created[-1].info())

@@ -5,7 +5,6 @@ Constants show what memory allows.
 
 import peers
 import pytest
-import torch
 
 import fastinit
 from fastinit.cli import measure
@@ -16,26 +15,17 @@ from fastinit.cli.workloads import FILLS, elements_to_fill
 @pytest.mark.parametrize("threads", ["one thread", "all threads"])
 @pytest.mark.parametrize("dtype", measure.DTYPES)
 @pytest.mark.parametrize("distribution", FILLS)
-def test_fill(record, absent, device, quick, distribution, dtype, threads, peer):
-    if device.type not in peers.PEERS[peer].devices or (device.type == "cuda" and threads == "one thread"):
+def test_fill(figure, device, quick, distribution, dtype, threads, peer):
+    on_gpu = device.type == "cuda"
+    if device.type not in peers.PEERS[peer].devices or (on_gpu and threads == "one thread"):
         pytest.skip("there is no such fill")
-    count = None if device.type == "cuda" else 1 if threads == "one thread" else torch.get_num_threads()
-    case = f"{distribution} {dtype}, {device}{'' if count is None else f', {threads}'}"
     tensor = fastinit.empty(elements_to_fill(device, quick), dtype=measure.DTYPES[dtype], device=device)
-    with measure.torch_threads(count):
-        try:
-            fill = peers.prepare(peer, distribution, tensor, count)
-        except peers.Unavailable as why:
-            absent(case, peer, str(why))
-        info = record(
-            case,
-            peer,
-            lambda: seconds_of(fill, device),
-            rounds=11,
-            patience=2.0 if count is None else 0.5,
-            elements=tensor.numel(),
-        )
-    info["wrong"] = not FILLS[distribution].are_right(fill.sample())
+    case = f"{distribution} {dtype}, {device}{'' if on_gpu else f', {threads}'}"
+    with figure(case, peer) as record, measure.torch_threads(1 if threads == "one thread" else None):
+        fill = peers.prepare(peer, distribution, tensor, None if on_gpu else threads)
+        patience = 2.0 if on_gpu else 0.5
+        info = record(lambda: seconds_of(fill, device), rounds=11, patience=patience, elements=tensor.numel())
+        info["wrong"] = not FILLS[distribution].are_right(fill.sample())
 
 
 def seconds_of(fill, device):

@@ -14,12 +14,11 @@ NAIVE_MOST = 4e8  # parameters: seconds each
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", SIZES["cuda"])
-def test_growth(record, absent, device, quick, size, way):
+def test_growth(figure, device, quick, size, way):
     if size not in SIZES[device.type] or (way == "naive" and size > NAIVE_MOST):
         pytest.skip("too large")
     if device.type == "cpu" and way in ("fabric", "accelerate"):
         pytest.skip("on the main device alone")
-    config = DecoderConfig.of_size(int(size / 1000 if quick else size))
-    case = f"{text.count(size)}, {device}"
-    build = peers.llama(config, "torch.nn")
-    measure_way(record, absent, case, way, build, config.parameters, device, rounds=3)
+    build = peers.llama(DecoderConfig.of_size(int(size / 1000 if quick else size)), "torch.nn")
+    with figure(f"{text.count(size)}, {device}", way) as record:
+        measure_way(record, way, build, device, rounds=3)

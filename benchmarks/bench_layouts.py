@@ -22,14 +22,12 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layout(record, device, quick, dtype, layout):
+def test_layout(figure, device, quick, dtype, layout):
     tensor = fastinit.empty(elements_to_fill(device, quick), dtype=measure.DTYPES[dtype], device=device)
     many = min(10_000, tensor.numel() // SMALL)
     elements, run, setup = work(layout, tensor, DTYPES[dtype], many)
-    record(
-        f"{layout}, {device}", dtype, lambda: measure.seconds_on_device(run, device, setup),
-        rounds=11, patience=2.0, elements=elements,
-    )  # fmt: skip
+    with figure(f"{layout}, {device}", dtype) as record:
+        record(lambda: measure.seconds_on_device(run, device, setup), rounds=11, patience=2.0, elements=elements)
 
 
 def work(layout, tensor, dtype, many):

@@ -30,19 +30,17 @@ class Tensors(nn.Module):
         self.layers = nn.ParameterList(nn.Parameter(torch.empty(shape)) for _ in range(count))
 
 
-def by_fastinit(path, expected, device):
-    shape = next(iter(expected.values()))[0]
-    build = lambda: Tensors(len(expected), shape)  # noqa: E731
-    return fastinit.load(build, path, device, "bf16", progress=False).state_dict()
+def by_fastinit(path, count, shape, device):
+    return fastinit.load(lambda: Tensors(count, shape), path, device, "bf16", progress=False).state_dict()
 
 
-def by_safetensors(path, expected, device):
+def by_safetensors(path, count, shape, device):
     from safetensors.torch import load_file
 
     return load_file(path, device=str(device))
 
 
-def by_runai(path, expected, device):
+def by_runai(path, count, shape, device):
     from runai_model_streamer import SafetensorsStreamer
 
     with SafetensorsStreamer() as streamer:
@@ -50,25 +48,24 @@ def by_runai(path, expected, device):
         return dict(streamer.get_tensors())
 
 
-def by_fastsafetensors(path, expected, device):
+def by_fastsafetensors(path, count, shape, device):
     from fastsafetensors import SafeTensorsFileLoader
 
     loader = SafeTensorsFileLoader(None, str(device), nogds=os.environ.get("NOGDS") == "1")
     loader.add_filenames({0: [str(path)]})
     buffers = loader.copy_files_to_device()
-    tensors = {name: buffers.get_tensor(name) for name in expected}
-    tensors["kept"] = (loader, buffers)  # which own the memory
-    return tensors
+    tensors = {f"layers.{number}": buffers.get_tensor(f"layers.{number}") for number in range(count)}
+    return tensors | {"kept": (loader, buffers)}  # which own the memory
 
 
-def by_instanttensor(path, expected, device):
+def by_instanttensor(path, count, shape, device):
     from instanttensor import safe_open
 
     with safe_open(str(path), framework="pt", device=device) as file:
         return dict(file.tensors())
 
 
-def by_kvikio(path, expected, device):
+def by_kvikio(path, count, shape, device):
     import cupy
     import kvikio
     import kvikio.defaults
@@ -77,7 +74,8 @@ def by_kvikio(path, expected, device):
     with open(path, "rb") as opened:
         header = 8 + int.from_bytes(opened.read(8), "little")
         metadata = json.loads(opened.read(header - 8))
-    tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device=device) for name, (shape, _) in expected.items()}
+    names = [f"layers.{number}" for number in range(count)]
+    tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device=device) for name in names}
     with kvikio.CuFile(path, "r") as file:
         futures = [
             file.pread(cupy.asarray(tensor.view(torch.uint8)), file_offset=header + metadata[name]["data_offsets"][0])
@@ -88,96 +86,77 @@ def by_kvikio(path, expected, device):
     return tensors
 
 
-def by_kvikio_with_model(path, expected, device):
+def by_kvikio_with_model(path, count, shape, device):
     with torch.device("meta"):
-        model = Tensors(len(expected), next(iter(expected.values()))[0])
-    model.load_state_dict(by_kvikio(path, expected, device), assign=True)
+        model = Tensors(count, shape)
+    model.load_state_dict(by_kvikio(path, count, shape, device), assign=True)
     return model.state_dict()
 
 
 # Name: what reads, its package, and the environment that it wants.
 READERS = {
-    "fastinit": (by_fastinit, None, {}),
-    "safetensors load_file": (by_safetensors, "safetensors", {}),
-    "runai": (by_runai, "runai_model_streamer", {}),
-    "runai, sync_buffered": (by_runai, "runai_model_streamer", {"RUNAI_STREAMER_FS_STRATEGY": "sync_buffered"}),
-    "runai, io_uring_direct": (by_runai, "runai_model_streamer", {"RUNAI_STREAMER_FS_STRATEGY": "io_uring_direct"}),
-    "runai, libaio_direct": (by_runai, "runai_model_streamer", {"RUNAI_STREAMER_FS_STRATEGY": "libaio_direct"}),
-    "fastsafetensors": (by_fastsafetensors, "fastsafetensors", {}),
-    "fastsafetensors, buffered": (
-        by_fastsafetensors,
-        "fastsafetensors",
-        {"NOGDS": "1", "FASTSAFETENSORS_ODIRECT": "0"},
-    ),
-    "fastsafetensors, direct": (by_fastsafetensors, "fastsafetensors", {"NOGDS": "1", "FASTSAFETENSORS_ODIRECT": "1"}),
-    "instanttensor": (by_instanttensor, "instanttensor", {}),
-    "instanttensor, buffered": (by_instanttensor, "instanttensor", {"INSTANTTENSOR_BACKEND": "BUFFERED"}),
-    "instanttensor, mmap": (by_instanttensor, "instanttensor", {"INSTANTTENSOR_BACKEND": "MMAP"}),
-    "kvikio, buffered": (by_kvikio, "kvikio", {"KVIKIO_COMPAT_MODE": "ON"}),
-    "kvikio, buffered, and a model": (by_kvikio_with_model, "kvikio", {"KVIKIO_COMPAT_MODE": "ON"}),
-    "kvikio, direct": (by_kvikio, "kvikio", {"KVIKIO_COMPAT_MODE": "ON", "KVIKIO_AUTO_DIRECT_IO_READ": "ON"}),
+    "fastinit": (by_fastinit, None, ""),
+    "safetensors load_file": (by_safetensors, "safetensors", ""),
+    "runai": (by_runai, "runai_model_streamer", ""),
+    "runai, sync_buffered": (by_runai, "runai_model_streamer", "RUNAI_STREAMER_FS_STRATEGY=sync_buffered"),
+    "runai, io_uring_direct": (by_runai, "runai_model_streamer", "RUNAI_STREAMER_FS_STRATEGY=io_uring_direct"),
+    "runai, libaio_direct": (by_runai, "runai_model_streamer", "RUNAI_STREAMER_FS_STRATEGY=libaio_direct"),
+    "fastsafetensors": (by_fastsafetensors, "fastsafetensors", ""),
+    "fastsafetensors, buffered": (by_fastsafetensors, "fastsafetensors", "NOGDS=1 FASTSAFETENSORS_ODIRECT=0"),
+    "fastsafetensors, direct": (by_fastsafetensors, "fastsafetensors", "NOGDS=1 FASTSAFETENSORS_ODIRECT=1"),
+    "instanttensor": (by_instanttensor, "instanttensor", ""),
+    "instanttensor, buffered": (by_instanttensor, "instanttensor", "INSTANTTENSOR_BACKEND=BUFFERED"),
+    "instanttensor, mmap": (by_instanttensor, "instanttensor", "INSTANTTENSOR_BACKEND=MMAP"),
+    "kvikio, buffered": (by_kvikio, "kvikio", "KVIKIO_COMPAT_MODE=ON"),
+    "kvikio, buffered, and a model": (by_kvikio_with_model, "kvikio", "KVIKIO_COMPAT_MODE=ON"),
+    "kvikio, direct": (by_kvikio, "kvikio", "KVIKIO_COMPAT_MODE=ON KVIKIO_AUTO_DIRECT_IO_READ=ON"),
 }
-
-
-def contents(count):
-    """(shape, last two values) of each tensor."""
-    shape = (64, 64) if count < 10 else (4096, 4096)
-    return {f"layers.{number}": (shape, [float(number % 128), 3.0]) for number in range(count)}
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory, quick):
-    """A file in bf16, and its contents."""
+    """A file in bf16, how many tensors it has, and their shape. Each ends with its number and a 3."""
     from safetensors.torch import save_file
 
-    expected = contents(4 if quick else 200)  # 6.7 GB
+    count, shape = (4, (64, 64)) if quick else (200, (4096, 4096))  # 6.7 GB
     path = tmp_path_factory.mktemp("readers") / "model.safetensors"
-    tensors = {name: torch.full(shape, 3.0, dtype=torch.bfloat16) for name, (shape, _) in expected.items()}
-    for name, (_, corner) in expected.items():
-        tensors[name][-1, -2] = corner[0]
+    tensors = {f"layers.{number}": torch.full(shape, 3.0, dtype=torch.bfloat16) for number in range(count)}
+    for number in range(count):
+        tensors[f"layers.{number}"][-1, -2] = number
     save_file(tensors, path, {"format": "pt"})
-    yield path, expected
+    yield path, count, shape
     path.unlink()
 
 
 @pytest.mark.parametrize("way", READERS)
 @pytest.mark.parametrize("cache", ["warm", "cold"])
-def test_reader(record, absent, main_device, file, cache, way):
-    path, expected = file
-    case = f"{path.stat().st_size / 1e9:.3g} GB, {cache}, {main_device}"
-    try:
-        peers.require(READERS[way][1])
-        peers.require("safetensors")
-        seconds = read(way, path, str(main_device), len(expected))[cache]
-    except peers.Unavailable as why:
-        absent(case, way, str(why))
-    except Exception as error:
-        if way == "fastinit":
-            raise
-        absent(case, way, f"failed: {type(error).__name__}: {error}"[:300])
-    record(case, way, seconds, bytes=path.stat().st_size)
+def test_reader(figure, main_device, file, cache, way):
+    nbytes = file[0].stat().st_size
+    with figure(f"{nbytes / 1e9:.3g} GB, {cache}, {main_device}", way) as record:
+        peers.require(READERS[way][1], "safetensors")
+        record(read(way, str(main_device), *file)[cache], bytes=nbytes)
 
 
 @functools.cache
-def read(way, path, device_name, count):
-    return measure.in_new_process(read_here, way, path, device_name, contents(count), timeout=120.0)
+def read(*arguments):
+    return measure.in_new_process(read_here, *arguments, timeout=120.0)
 
 
-def read_here(way, path, device_name, expected):
+def read_here(way, device_name, path, count, shape):
     """Seconds of a reader in this process; the first read sets up what is set up once and does not count."""
     reader, _, environment = READERS[way]
-    os.environ |= environment
+    os.environ |= dict(each.split("=") for each in environment.split())
     device = torch.device(device_name)
     torch.zeros(1, device=device)
     seconds = {"warm": [], "cold": []}
     for cache in ("warm", "warm", "warm", "cold", "cold"):
         if cache == "cold":
             drop(path)
-        taken, tensors = measure.seconds_of(lambda: reader(path, expected, device), device)
+        taken, tensors = measure.seconds_of(lambda: reader(path, count, shape, device), device)
         seconds[cache].append(taken)
-        for name, (_, corner) in expected.items():
-            if tensors[name][-1, -2:].float().cpu().tolist() != corner:
-                raise RuntimeError(f"{way} has read {name} wrong")
+        for number in range(count):
+            if tensors[f"layers.{number}"][-1, -2:].tolist() != [number, 3]:
+                raise RuntimeError(f"{way} has read tensor {number} wrong")
         del tensors
         measure.clean_up(device)
     return {"warm": seconds["warm"][1:], "cold": seconds["cold"]}
@@ -190,9 +169,8 @@ def drop(path):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def test_disk(record, absent, quick, file):
-    case, way, block, at_once = "the disk past the page cache", "dd, 8 at once", 4096 if quick else 8 << 20, 8
-    path = file[0]
+def test_disk(figure, quick, file):
+    path, block, at_once = file[0], 4096 if quick else 8 << 20, 8
     blocks = path.stat().st_size // block // at_once
     command = ["dd", f"if={path}", "of=/dev/null", f"bs={block}", "iflag=direct", f"count={blocks}"]
 
@@ -203,5 +181,6 @@ def test_disk(record, absent, quick, file):
         if sum(each.wait() for each in processes):
             raise OSError("dd cannot read past the page cache here")
 
-    device = torch.device("cpu")
-    record(case, way, lambda: measure.seconds_of(run, device)[0], rounds=2, bytes=at_once * blocks * block)
+    with figure("the disk past the page cache", "dd, 8 at once") as record:
+        nbytes = at_once * blocks * block
+        record(lambda: measure.seconds_of(run, torch.device("cpu"))[0], rounds=2, bytes=nbytes)

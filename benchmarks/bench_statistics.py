@@ -5,12 +5,12 @@ from stream_statistics import CASES, examine, law_of, short, verdict, writer
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name} {short(case.dtype)}")
-def test_law(request, record, main_device, quick, case):
+def test_law(request, figure, main_device, quick, case):
     samples = request.config.getoption("--samples") or (1e11 if main_device.type == "cuda" else 1e8)
     samples = case.share * (2**19 if quick else samples)
     result = examine(case, writer(case), samples, law_of(case, main_device, samples))
     judged = verdict([result], of=len(CASES))
-    name = f"{case.name} {result['dtype']}, {main_device}"
-    info = record(name, "fastinit", [result["seconds"]], elements=result["samples"])
-    info.update(verdict=judged, law=result["law"], p=result["p"], words=result["words"])
+    noted = {name: result[name] for name in ("law", "p", "words")}
+    with figure(f"{case.name} {result['dtype']}, {main_device}", "fastinit") as record:
+        record([result["seconds"]], elements=result["samples"], verdict=judged, **noted)
     assert judged["passed"], judged

@@ -1,11 +1,13 @@
 """What all suites share: options, devices, and the recording of what was measured, in pytest-benchmark's JSON.
 
 A suite measures seconds by `fastinit.cli.measure`, which knows GPUs, other processes and parts of a run, and hands them
-to `record`. pytest-benchmark does the rest: its clock is one that goes forward by what was measured.
+to `figure`. pytest-benchmark does the rest: its clock is one that goes forward by what was measured.
 """
 
 import time
+from contextlib import contextmanager
 
+import peers
 import pytest
 import torch
 
@@ -114,6 +116,48 @@ def no_memory_is_kept():
     """What torch's allocator keeps of one figure would be missing to the processes of another."""
     yield
     measure.clean_up(torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))
+
+
+@pytest.fixture
+def figure(request, benchmark):
+    """`with figure(case, way) as record:` one figure is measured, and `record(seconds, **info)` takes it.
+
+    `seconds` is a list, or a function that runs once and tells how long that took. Of a function the first run does not
+    count (it may import, compile, load kernels), and there are so many `rounds` as fit into `patience` seconds, two at
+    least. `info` is written beside the figure: see fastinit.cli.results. A way that is unavailable, or that fails and
+    is not fastinit, is absent with its reason, which ends the test.
+    """
+
+    @contextmanager
+    def figure(case, way):
+        named = {"suite": suite_of(request.node), "case": case, "way": way}
+        benchmark.group = f"{named['suite']}: {case}"
+
+        def record(seconds, *, rounds=5, patience=10.0, **info):
+            if callable(seconds):
+                seconds = repeated(seconds, 0 if request.config.getoption("--quick") else rounds, patience)
+            remaining = iter(seconds)
+
+            def run():
+                CLOCK.now += next(remaining)
+
+            benchmark.pedantic(run, rounds=len(seconds))
+            benchmark.extra_info.update(named, **{key: value for key, value in info.items() if value is not None})
+            return benchmark.extra_info
+
+        try:
+            yield record
+        except Exception as error:
+            if isinstance(error, peers.Unavailable):
+                reason = str(error)
+            elif way != "fastinit":
+                reason = f"failed: {type(error).__name__}: {error}"[:300]
+            else:
+                raise
+            request.config.absent.append({**named, "reason": reason})
+            pytest.skip(f"{case}, {way}: {reason}")
+
+    return figure
 
 
 @pytest.fixture

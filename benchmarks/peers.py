@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fastinit
 from fastinit.cli.measure import default_dtype
-from fastinit.cli.models import Decoder, DecoderConfig
+from fastinit.cli.models import LLAMA_7B, Decoder, DecoderConfig
 from fastinit.cli.workloads import FILLS, SAMPLE, STD, WAYS, Build, Creator, Way
 
 
@@ -25,8 +25,8 @@ class Unavailable(Exception):
     """A peer cannot take part; the message says why."""
 
 
-def require(package: str | None) -> None:
-    if package is not None:
+def require(*packages: str | None) -> None:
+    for package in filter(None, packages):
         try:
             importlib.import_module(package)
         except ImportError:
@@ -53,48 +53,56 @@ class Peer:
     """A generator of random numbers.
 
     Args:
-        prepare: makes the fill of a distribution of `FILLS`, for a CPU on which torch has been given so many
-            threads; None: as many as it likes, or on a GPU. It writes the tensor, or memory of its own of the same
+        prepare: makes the fill of a distribution of `FILLS`, which writes the tensor, or memory of its own of the same
             size, dtype and device.
         requires: package that it needs besides torch.
         devices: types of device that it fills.
+        distributions: which of them it has.
+        fp32_alone: whether it writes no half precision.
+        threads: "one thread" or "all threads" if it leaves no choice of how many it takes of a CPU.
     """
 
-    prepare: Callable[[str, Tensor, int | None], Running]
+    prepare: Callable[[str, Tensor], Running]
     requires: str | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
+    distributions: tuple[str, ...] = tuple(FILLS)
+    fp32_alone: bool = False
+    threads: str | None = None
 
 
-def prepare(name: str, distribution: str, tensor: Tensor, threads: int | None = None) -> Running:
-    """The fill of a tensor by the peer of that name.
+def prepare(name: str, distribution: str, tensor: Tensor, threads: str | None = None) -> Running:
+    """The fill of a tensor by the peer of that name, on a CPU by "one thread" or "all threads".
 
     Raises:
         Unavailable: the peer cannot take part.
     """
-    require(PEERS[name].requires)
-    return PEERS[name].prepare(distribution, tensor, threads)
+    peer = PEERS[name]
+    if peer.fp32_alone and tensor.dtype != torch.float32:
+        raise Unavailable(f"unsupported: {name} writes fp32 and fp64 alone")
+    if distribution not in peer.distributions:
+        raise Unavailable(f"unsupported: {name} has no {distribution} distribution")
+    if threads and peer.threads and threads != peer.threads:
+        raise Unavailable(f"unsupported: {name} takes {peer.threads}")
+    require(peer.requires)
+    return peer.prepare(distribution, tensor)
 
 
 def _of_tensor(tensor: Tensor, run: Callable[[], Any]) -> Running:
     return Running(run, lambda: tensor[:SAMPLE].float().cpu())
 
 
-def _fastinit(distribution: str, tensor: Tensor, threads: int | None) -> Running:
+def _fastinit(distribution: str, tensor: Tensor) -> Running:
     values = FILLS[distribution].ours
     return _of_tensor(tensor, lambda: fastinit.fill_(tensor, values, seed=1))
 
 
-def _torch(distribution: str, tensor: Tensor, threads: int | None) -> Running:
+def _torch(distribution: str, tensor: Tensor) -> Running:
     fill = FILLS[distribution].torch
     return _of_tensor(tensor, lambda: fill(tensor))
 
 
-def _curand(distribution: str, tensor: Tensor, threads: int | None) -> Running:
+def _curand(distribution: str, tensor: Tensor) -> Running:
     """cuRAND's host interface, by which CuPy's own generators draw too. Its uniform values are in (0, 1]."""
-    if tensor.dtype != torch.float32:
-        raise Unavailable("unsupported: cuRAND writes fp32 and fp64 alone")
-    if distribution not in ("uniform", "normal"):
-        raise Unavailable(f"unsupported: cuRAND has no {distribution} distribution")
     import cupy
     from cupy.cuda import curand
 
@@ -108,18 +116,14 @@ def _curand(distribution: str, tensor: Tensor, threads: int | None) -> Running:
     return _of_tensor(tensor, lambda: curand.generateNormal(generator, pointer, count, 0.0, STD))
 
 
-def _triton(distribution: str, tensor: Tensor, threads: int | None) -> Running:
-    if distribution not in ("uniform", "normal"):
-        raise Unavailable(f"unsupported: triton.language has no {distribution} distribution")
+def _triton(distribution: str, tensor: Tensor) -> Running:
     import triton_fills
 
     return _of_tensor(tensor, lambda: triton_fills.fill(tensor, distribution, STD))
 
 
-def _jax(implementation: str) -> Callable[[str, Tensor, int | None], Running]:
-    def prepare(distribution: str, tensor: Tensor, threads: int | None) -> Running:
-        if threads == 1 and (os.cpu_count() or 1) > 1:
-            raise Unavailable("unsupported: JAX takes all cores")
+def _jax(implementation: str) -> Callable[[str, Tensor], Running]:
+    def prepare(distribution: str, tensor: Tensor) -> Running:
         # Read when JAX starts. Else it takes three quarters of the GPU's memory at once.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         import jax
@@ -149,13 +153,7 @@ def _jax(implementation: str) -> Callable[[str, Tensor, int | None], Running]:
     return prepare
 
 
-def _numpy(distribution: str, tensor: Tensor, threads: int | None) -> Running:
-    if tensor.dtype != torch.float32:
-        raise Unavailable("unsupported: NumPy's generators write fp32 and fp64 alone")
-    if distribution == "truncated normal":
-        raise Unavailable("unsupported: NumPy has no truncated normal distribution")
-    if threads is not None and threads > 1:
-        raise Unavailable("unsupported: NumPy takes one thread")
+def _numpy(distribution: str, tensor: Tensor) -> Running:
     import numpy
 
     array, generator = tensor.numpy(), numpy.random.default_rng(1)
@@ -176,40 +174,36 @@ def _numpy(distribution: str, tensor: Tensor, threads: int | None) -> Running:
 PEERS = {
     "fastinit": Peer(_fastinit),
     "torch": Peer(_torch),
-    "cuRAND": Peer(_curand, "cupy", ("cuda",)),
-    "Triton": Peer(_triton, "triton", ("cuda",)),
-    "JAX threefry": Peer(_jax("threefry2x32"), "jax"),
-    "JAX rbg": Peer(_jax("rbg"), "jax"),
-    "NumPy": Peer(_numpy, "numpy", ("cpu",)),
+    "cuRAND": Peer(_curand, "cupy", ("cuda",), ("uniform", "normal"), fp32_alone=True),
+    "Triton": Peer(_triton, "triton", ("cuda",), ("uniform", "normal")),
+    "JAX threefry": Peer(_jax("threefry2x32"), "jax", threads="all threads"),
+    "JAX rbg": Peer(_jax("rbg"), "jax", threads="all threads"),
+    "NumPy": Peer(_numpy, "numpy", ("cpu",), ("constant", "uniform", "normal"), fp32_alone=True, threads="one thread"),
 }
 
 
 # Models
 
 
-@dataclass(frozen=True, slots=True)
-class TransformersModel:
-    """A language model of transformers; called, it is created from its configuration, with options of `from_config`."""
-
-    configure: Callable[[], Any]
-
-    def __call__(self, **options: Any) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-
-        # A new configuration each time: creation writes the dtype into it.
-        model: nn.Module = AutoModelForCausalLM.from_config(self.configure(), **options)
-        return model
+def shape_for(device: torch.device, quick: bool, on_cpu: int) -> DecoderConfig:
+    """Llama 7B on a GPU, a model of so many parameters on a CPU; a tiny one to see that it runs."""
+    return LLAMA_7B if device.type == "cuda" and not quick else DecoderConfig.of_size(1_000_000 if quick else on_cpu)
 
 
 def llama(config: DecoderConfig, library: str) -> Build:
-    """Creates the model of that shape: of "torch.nn" modules, or that of "transformers"."""
+    """Creates the model of that shape: of "torch.nn" modules, or that of "transformers", by options of `from_config`.
+
+    Raises:
+        Unavailable: transformers is not installed.
+    """
     if library == "torch.nn":
         return lambda: Decoder(config)
+    require("transformers")
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # whose modules no clock is to see imported
 
-    def configure() -> Any:
-        from transformers import LlamaConfig
-
-        return LlamaConfig(
+    def build(**options: Any) -> nn.Module:
+        # A new configuration each time: creation writes the dtype into it.
+        shape = LlamaForCausalLM.config_class(
             vocab_size=config.vocabulary,
             hidden_size=config.width,
             intermediate_size=config.hidden,
@@ -217,22 +211,17 @@ def llama(config: DecoderConfig, library: str) -> Build:
             num_attention_heads=config.heads,
             num_key_value_heads=config.key_value_heads,
         )
+        return AutoModelForCausalLM.from_config(shape, **options)
 
-    return TransformersModel(configure)
+    return build
 
 
 def _fabric(device: torch.device, dtype: torch.dtype) -> Creator:
     from lightning.fabric import Fabric
 
-    precisions: dict[torch.dtype, Any] = {
-        torch.float32: "32-true",
-        torch.float16: "16-true",
-        torch.bfloat16: "bf16-true",
-    }
-    accelerator = "gpu" if device.type == "cuda" else "cpu"
-    fabric = Fabric(
-        accelerator=accelerator, devices=[device.index or 0] if accelerator == "gpu" else 1, precision=precisions[dtype]
-    )
+    precision = {torch.float32: "32-true", torch.float16: "16-true", torch.bfloat16: "bf16-true"}[dtype]
+    devices = [device.index or 0] if device.type == "cuda" else 1
+    fabric = Fabric(accelerator=device.type, devices=devices, precision=precision)
 
     def create(build: Build) -> tuple[nn.Module, None]:
         with fabric.init_module():
@@ -268,9 +257,7 @@ def initialize(model: Any) -> None:
 
 
 def _transformers(device: torch.device, dtype: torch.dtype) -> Creator:
-    def create(build: Build) -> tuple[nn.Module, None]:
-        if not isinstance(build, TransformersModel):
-            raise Unavailable("unsupported: creates models of transformers alone")
+    def create(build: Callable[..., nn.Module]) -> tuple[nn.Module, None]:
         with device:
             return build(dtype=dtype), None
 
@@ -288,7 +275,7 @@ def _plain(device: torch.device, dtype: torch.dtype) -> Creator:
 ALL_WAYS = WAYS | {
     "fabric": Way("Lightning Fabric's init_module", _fabric, "lightning"),
     "accelerate": Way("init_empty_weights, to_empty, init", _accelerate, "accelerate"),
-    "transformers": Way("torch.device + from_config(dtype=)", _transformers, "transformers"),
+    "transformers": Way("torch.device + from_config(dtype=), for models of its own", _transformers, "transformers"),
     "fastinit fp32": Way("fastinit.on(device, fp32)", _in_fp32("fastinit")),
     "torch fp32": Way("torch.device in fp32", _in_fp32("torch")),
     "plain fp32": Way("CPU in fp32, no context", _plain, fp32_on_host=True),

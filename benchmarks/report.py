@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,50 +26,30 @@ MARKERS = ("<!-- benchmarks: written by benchmarks/report.py -->", "<!-- benchma
 Name = tuple[str, str, str]  # suite, how the case begins and what else it has, way
 
 
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """A quotient of two costs that the project holds itself to, on the machine that it was set for (one H200).
-
-    Without `below`, the cost itself in seconds; `most`: at most `bound`, else at least.
-    """
-
-    what: str
-    above: Name
-    below: Name | None
-    bound: float
-    most: bool = True
-
-    def value(self, measured: list[Measured]) -> float | None:
-        above = find(measured, self.above)
-        if above is None or self.below is None:
-            return None if above is None else above.cost
-        below = find(measured, self.below)
-        return None if below is None else above.cost / below.cost
-
-    def kept(self, value: float) -> bool:
-        return value <= self.bound if self.most else value >= self.bound
+Goal = tuple[str, Name, Name | None, float, str]  # what, above, below, bound, "<=" or ">="
 
 
 def goals() -> Iterable[Goal]:
+    """Quotients of two costs (without `below` the cost itself, in seconds) that the project holds itself to."""
     for distribution, dtype, bound in (("uniform", "bf16", 2.05), ("normal", "bf16", 2.1), ("normal", "fp32", 1.9)):
         case = f"{distribution} {dtype}, cuda"
-        yield Goal(f"{case}: torch / fastinit", ("fills", case, "torch"), ("fills", case, "fastinit"), bound, False)
+        yield f"{case}: torch / fastinit", ("fills", case, "torch"), ("fills", case, "fastinit"), bound, ">="
     for distribution, bound in (("uniform", 0.9), ("normal", 0.8)):
         floor, fill = (("fills", f"{name} fp32, cuda", "fastinit") for name in ("constant", distribution))
-        yield Goal(f"{distribution} fp32, cuda: rate / a constant's", floor, fill, bound, False)
+        yield f"{distribution} fp32, cuda: rate / a constant's", floor, fill, bound, ">="
     for layout, bound in (
         ("rows of 1 KiB", 0.9), ("box of three dimensions", 0.85), ("limits unlike", 0.8), ("one step", 0.85),
     ):  # fmt: skip
         for dtype in ("fp32", "bf16"):
             above, below = (("layouts", f"{name}, cuda", dtype) for name in ("one tensor", layout))
-            yield Goal(f"{layout}, {dtype}, cuda: rate / a whole tensor's", above, below, bound, False)
+            yield f"{layout}, {dtype}, cuda: rate / a whole tensor's", above, below, bound, ">="
     for dtype in ("fp32", "bf16"):
         many, one = (("layouts", f"{name}, cuda", dtype) for name in ("many at once", "one of as many elements"))
-        yield Goal(f"10,000 fills of 4,096, {dtype}, cuda: time / one fill's", many, one, 3.0)
+        yield f"10,000 fills of 4,096, {dtype}, cuda: time / one fill's", many, one, 3.0, "<="
     for distribution, bound in (("uniform", 8.0), ("normal", 4.8)):
         for dtype in ("fp32", "fp16", "bf16"):
             case = f"{distribution} {dtype}, cpu, one thread"
-            yield Goal(f"{case}: torch / fastinit", ("fills", case, "torch"), ("fills", case, "fastinit"), bound, False)
+            yield f"{case}: torch / fastinit", ("fills", case, "torch"), ("fills", case, "fastinit"), bound, ">="
     for suite, case, other, bound in (
         ("first", "Llama-shaped, 6.74B, torch.nn", "torch", 0.35),
         ("first", "Llama-shaped, 6.74B, transformers", "torch", 0.35),
@@ -81,25 +61,27 @@ def goals() -> Iterable[Goal]:
         ("creation", "2,000 x Linear(64, 64), cpu", "plain fp32", 1.05),
         ("growth", "1.3B, cpu", "torch", 0.125),
     ):
-        yield Goal(f"{suite}: {case}: fastinit / {other}", (suite, case, "fastinit"), (suite, case, other), bound)
+        yield f"{suite}: {case}: fastinit / {other}", (suite, case, "fastinit"), (suite, case, other), bound, "<="
     for block, bound in (("10,000 classes more", 2e-4), ("transformers", 1.5e-4)):
         name = ("contexts", f"an empty block, {block}", "about the thousandth")
-        yield Goal(f"{name[1]}: seconds", name, None, bound)
+        yield f"{name[1]}: seconds", name, None, bound, "<="
 
 
-def find(measured: list[Measured], name: Name) -> Measured | None:
+def cost_of(measured: list[Measured], name: Name) -> float | None:
     suite, case, way = name
     found = (each for each in measured if (each.suite, each.way) == (suite, way) and each.case.startswith(case))
-    return next((each for each in found if each.seconds), None)
+    return next((each.cost for each in found if each.seconds), None)
 
 
 def goals_table(measured: list[Measured]) -> Table:
     rows = []
-    for goal in goals():
-        value = goal.value(measured)
-        bound = f"{'<=' if goal.most else '>='} {goal.bound:g}"
-        shown, kept = ("not measured", "") if value is None else (f"{value:.3g}", "yes" if goal.kept(value) else "no")
-        rows.append([goal.what, shown, bound, kept])
+    for what, above, below, bound, relation in goals():
+        costs = cost_of(measured, above), 1.0 if below is None else cost_of(measured, below)
+        shown, kept = "not measured", ""
+        if None not in costs:
+            value = costs[0] / costs[1]
+            shown, kept = f"{value:.3g}", "yes" if (value <= bound if relation == "<=" else value >= bound) else "no"
+        rows.append([what, shown, f"{relation} {bound:g}", kept])
     return Table("goals, set for one H200", ["", "measured", "goal", "kept"], rows, [])
 
 
@@ -134,8 +116,8 @@ def main() -> None:
     documents = [json.loads(file.read_text()) for file in arguments.files]
     document = documents[0]
     measured = [each for document in documents for each in results.read(document)]
-    first = arguments.files[0]
-    stem = first.with_suffix("") if len(documents) == 1 else first.with_name("benchmarks")
+    file = arguments.files[0]
+    stem = file.with_suffix("") if len(documents) == 1 else file.with_name("benchmarks")
     tables = [*results.tables(measured), beyond_table(measured), goals_table(measured)]
     print(about(document))
     for table in filter(lambda table: table.rows, tables):
@@ -145,13 +127,11 @@ def main() -> None:
     written = "\n\n".join([about(document), *(table.markdown() for table in tables if table.rows)])
     stem.with_suffix(".md").write_text(written + "\n")
     if arguments.readme is not None:
-        before, found, rest = arguments.readme.read_text().partition(MARKERS[0])
-        if not found or MARKERS[1] not in rest:
-            raise SystemExit(
-                f"--readme {arguments.readme}: put the lines {MARKERS[0]} and {MARKERS[1]} where it may write"
-            )
-        after = rest.partition(MARKERS[1])[2]
-        page = f"{before}{MARKERS[0]}\n\n{readme_table(document, measured)}\n\n{MARKERS[1]}{after}"
+        first, last = MARKERS
+        table = f"{first}\n\n{readme_table(document, measured)}\n\n{last}"
+        page, found = re.subn(f"{first}.*{last}", lambda _: table, arguments.readme.read_text(), flags=re.DOTALL)
+        if not found:
+            raise SystemExit(f"--readme {arguments.readme}: put the lines {first} and {last} where it may write")
         arguments.readme.write_text(page)
     try:
         from fastinit.cli import plot

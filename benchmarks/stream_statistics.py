@@ -153,9 +153,7 @@ def law_of(case: Case, device: torch.device, samples: float) -> Tally:
     """The tally of all words; for small samples that of every 2^k-th, still of 64 times as many as those."""
     table = read_table().to(device)
     law = Tally(case, device)
-    step = 1
-    while 2**32 // (2 * step) >= 64 * samples:
-        step *= 2
+    step = 2 ** min(8, max(0, math.floor(26 - math.log2(samples))))  # a uniform has all but the last 8 bits of a word
     block = 2**26 if device.type == "cuda" else 2**20
     for first in tqdm(range(0, 2**32, block * step), desc=f"law of {case.name} {short(case.dtype)}", leave=False):
         words = first - 2**31 + step // 2 + torch.arange(block, device=device) * step
