@@ -123,6 +123,9 @@ def fit_twice(enabled, strategy, config, device_type, rank, store):
 
     import fastinit.lightning
 
+    if strategy == "DeepSpeed 3":
+        peers.require("deepspeed")  # imports it, which is no part of a fit
+
     warnings.simplefilter("ignore")
     # Lightning takes this process for one that torchrun has started, and the process group that there is.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
