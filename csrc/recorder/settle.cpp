@@ -1,4 +1,5 @@
 // How placeholders become real at the end of a block: all of the plain ones in a few loops.
+#include <unordered_map>
 #include <unordered_set>
 #include <vector>
 
@@ -60,16 +61,17 @@ bool plain_fill(PyObject* recipe, Values& values, uint64_t& stream) {
 }
 
 // give_memory(segment, start, given, batch, seed, largest, limit):
-// Gives the records of a segment, all of one device, their memory and adds their fills to a batch, beginning with
-// number start, until one is not plain or larger than `largest` bytes, or `limit` bytes are reached. Returns the number
-// of the next record, and how many bytes and fills there were; `given` gets each record, and behind it its memory.
+// Gives the records of a segment, all of one device, their memory, beginning with number start, and adds their fills to
+// a batch or copies their values, until one is not plain or larger than `largest` bytes, or fills of `limit` bytes are
+// reached. Returns the number of the next record, and how many bytes and fills there were; `given` gets each record,
+// and behind it its memory.
 py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list& given, Batch& batch, uint64_t seed,
                       uint64_t largest, uint64_t limit) {
     const FloatEnvironment environment;  // parameters are rounded to float32 here
-    uint64_t bytes = 0;
+    uint64_t bytes = 0, fills = 0;
     Py_ssize_t at = start;
-    py::object new_empty;  // with sizes one by one, its arguments take torch half the time of those of empty
-    PyObject* dtype = nullptr;
+    // With sizes one by one, its arguments take torch half the time of those of empty.
+    std::unordered_map<PyObject*, py::object> new_empty;
     const bool usual = !is_positive(call(state.dispatch_modes)) && !truth(call(state.inference_mode));
     for (; usual && at < PyList_GET_SIZE(segment.ptr()) && bytes < limit; ++at) {
         PyObject* const object = PyList_GET_ITEM(segment.ptr(), at);
@@ -77,30 +79,37 @@ py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list&
         Values values{};
         values.seed = seed;
         uint64_t stream = 0;
-        const size_t size = fillable(record->dtype, values.dtype);
-        if (!size || record->deferred || !is_none(record->memory) || !plain_fill(record->recipe, values, stream)) break;
-        const uint64_t n = elements(record->shape);
-        if (n == 0 || n * size > largest) break;
-        if (record->dtype != dtype) {
-            dtype = record->dtype;
-            const py::object empty = borrow(state.empty);
-            new_empty = empty(0, py::arg("dtype") = borrow(dtype), py::arg("device") = borrow(record->device))
-                            .attr("new_empty");
-        }
+        const bool computed = !is_none(record->values);
+        if (record->deferred || !is_none(record->memory)) break;
+        if (computed ? !truth(attribute(object, names->needs_master))
+                     : !fillable(record->dtype, values.dtype) || !plain_fill(record->recipe, values, stream))
+            break;
+        const uint64_t size = nbytes(record);
+        if (size == 0 || size > largest) break;
+        py::object& make = new_empty[record->dtype];
+        if (!make)
+            make = borrow(state.empty)(0, py::arg("dtype") = borrow(record->dtype),
+                                       py::arg("device") = borrow(record->device))
+                       .attr("new_empty");
         const py::object memory =
-            steal(PyTuple_GET_SIZE(record->shape) ? PyObject_CallObject(new_empty.ptr(), record->shape)
-                                                  : PyObject_CallOneArg(new_empty.ptr(), record->shape));
+            steal(PyTuple_GET_SIZE(record->shape) ? PyObject_CallObject(make.ptr(), record->shape)
+                                                  : PyObject_CallOneArg(make.ptr(), record->shape));
         if (!memory) {  // the Python side tries again, and says what there is no memory for
             PyErr_Clear();
             break;
         }
-        void* const data = PyLong_AsVoidPtr(call_method(names->data_ptr, {memory.ptr()}).ptr());
-        batch.append(data, values, stream, whole_tensor(n));
+        if (computed) {
+            call_method(names->copy_values, {object, memory.ptr()});
+        } else {
+            void* const data = PyLong_AsVoidPtr(call_method(names->data_ptr, {memory.ptr()}).ptr());
+            batch.append(data, values, stream, whole_tensor(elements(record->shape)));
+            bytes += size;
+            ++fills;
+        }
         check(PyList_Append(given.ptr(), object));
         check(PyList_Append(given.ptr(), memory.ptr()));
-        bytes += n * size;
     }
-    return py::make_tuple(at, bytes, at - start);
+    return py::make_tuple(at, bytes, fills);
 }
 
 // Lets the only placeholder of a record have its memory; false, and nothing done, if autograd knows more of it than
