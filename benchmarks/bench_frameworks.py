@@ -10,8 +10,6 @@ the first was freed and torch's allocator gave its memory back.
 """
 
 import functools
-import os
-import tempfile
 import time
 import warnings
 from contextlib import nullcontext
@@ -28,18 +26,12 @@ WHEN = ("first", "second")
 
 @pytest.mark.parametrize("way", ["fastinit", "Lightning alone"])
 @pytest.mark.parametrize("when", WHEN)
-def test_fabric(record, absent, main_device, quick, when, way):
-    config = LLAMA_7B if main_device.type == "cuda" else DecoderConfig.of_size(100_000_000)
-    if quick:
-        config = DecoderConfig.of_size(1_000_000)
-    case = f"fabric.init_module, {text.count(config.parameters)}, {when} model, {main_device}"
-    try:
+def test_fabric(figure, main_device, quick, when, way):
+    config = peers.shape_for(main_device, quick, on_cpu=100_000_000)
+    with figure(f"fabric.init_module, {text.count(config.parameters)}, {when} model, {main_device}", way) as record:
         peers.require("lightning")
-    except peers.Unavailable as why:
-        absent(case, way, str(why))
-
-    rounds = runs(way == "fastinit", config, main_device.type, 1 if quick else 4)
-    record(case, way, [each[WHEN.index(when)] for each in rounds[-3:]])  # the first one reads the packages from disk
+        rounds = runs(way == "fastinit", config, main_device.type, 1 if quick else 4)
+        record([each[WHEN.index(when)] for each in rounds[-3:]])  # the first one reads the packages from disk
 
 
 @functools.cache
@@ -81,42 +73,35 @@ STRATEGIES = ("DDP", "FSDP1", "FSDP2", "DeepSpeed 3")
 @pytest.mark.parametrize("way", ["fastinit", "Lightning alone"])
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_first_step(record, absent, main_device, quick, strategy, when, way):
+def test_first_step(figure, main_device, quick, strategy, when, way):
     gpus = torch.cuda.device_count() if main_device.type == "cuda" else 0
     # Lightning alone creates it on the CPU under FSDP, by one thread.
     config = LLAMA_7B.with_layers(8) if gpus and not quick else DecoderConfig.of_size(1_000_000)
     case = f"{strategy}, {text.count(config.parameters)}, first step of the {when} fit, 2 ranks, {main_device.type}"
-    if gpus == 1 or (not gpus and strategy in ("FSDP1", "DeepSpeed 3")):
-        absent(case, way, "unsupported: needs two GPUs")
-    try:
-        peers.require("lightning")
-        peers.require("deepspeed" if strategy.startswith("DeepSpeed") else None)
-    except peers.Unavailable as why:
-        absent(case, way, str(why))
-    of_ranks, error = fits(way == "fastinit", strategy, config, main_device.type)
-    if error is not None:
-        if way == "fastinit":
+    with figure(case, way) as record:
+        if gpus == 1 or (not gpus and strategy in ("FSDP1", "DeepSpeed 3")):
+            raise peers.Unavailable("unsupported: needs two GPUs")
+        peers.require("lightning", "deepspeed" if strategy.startswith("DeepSpeed") else None)
+        of_ranks, error = fits(way == "fastinit", strategy, config, main_device.type)
+        if error is not None:
             raise error
-        absent(case, way, f"failed: {type(error).__name__}: {error}"[:300])
-    seconds, beyond, host_growth = (
-        None if None in figures else max(figures)
-        for figures in zip(*(of_rank[WHEN.index(when)] for of_rank in of_ranks), strict=True)
-    )
-    record(case, way, [seconds], beyond=beyond, host_growth=host_growth)
+        seconds, beyond, host_growth = (
+            None if None in figures else max(figures)
+            for figures in zip(*(of_rank[WHEN.index(when)] for of_rank in of_ranks), strict=True)
+        )
+        record([seconds], beyond=beyond, host_growth=host_growth)
 
 
 @functools.cache
 def fits(enabled, strategy, config, device_type):
     """What `fit_twice` returns on each rank, and None; or None, and its error, which need not be waited for twice."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = [(enabled, strategy, config, device_type, rank, f"file://{folder}/store") for rank in range(2)]
-        try:
-            return measure.in_new_processes(fit_twice, arguments, timeout=120), None
-        except Exception as error:
-            return None, error
+    try:
+        return measure.on_ranks(fit_twice, 2, device_type, enabled, strategy, config), None
+    except Exception as error:
+        return None, error
 
 
-def fit_twice(enabled, strategy, config, device_type, rank, store):
+def fit_twice(device, enabled, strategy, config):
     """Of a first and a second fit: seconds to the end of the first step, bytes beyond the weights, the host's bytes."""
     import lightning
     from torch.distributed.fsdp import fully_shard
@@ -127,14 +112,6 @@ def fit_twice(enabled, strategy, config, device_type, rank, store):
         peers.require("deepspeed")  # imports it, which is no part of a fit
 
     warnings.simplefilter("ignore")
-    # Lightning takes this process for one that torchrun has started, and the process group that there is.
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "0"}
-    device = torch.device(device_type, rank if device_type == "cuda" else None)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, init_method=store, rank=rank, world_size=2)
     torch.distributed.all_reduce(torch.ones(1, device=device))
 
     class Learner(lightning.LightningModule):
@@ -183,7 +160,7 @@ def fit_twice(enabled, strategy, config, device_type, rank, store):
         for _ in WHEN:
             watch = Watch()
             trainer = lightning.Trainer(
-                accelerator=device_type, devices=2, precision="bf16-true", strategy=plan(), max_steps=1,
+                accelerator=device.type, devices=2, precision="bf16-true", strategy=plan(), max_steps=1,
                 callbacks=watch, logger=False, enable_checkpointing=False, enable_progress_bar=False,
                 enable_model_summary=False,
             )  # fmt: skip
@@ -194,5 +171,4 @@ def fit_twice(enabled, strategy, config, device_type, rank, store):
             beyond = None if peak is None else peak - watch.weights
             results.append((watch.ended - began, beyond, memory.host_growth()))
             del trainer, watch
-    torch.distributed.destroy_process_group()
     return results

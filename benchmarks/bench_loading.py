@@ -3,8 +3,8 @@
 Checkpoints are written first, so that they lie in the page cache; the clock runs from nothing to a model in bf16 whose
 values are all there:
 
-- file: one safetensors file in bf16; index: the same in four files; fp32: one in fp32, which is rounded on the way;
-- torch: in bf16, as torch.save writes it.
+- file: one safetensors file in bf16; index: the same in files of a quarter of the size at most;
+- fp32: one in fp32, which is rounded on the way; torch: in bf16, as torch.save writes it.
 
 Beside them stand two bounds: threads that read the files into pinned buffers and copy those to the device, with no
 model and no names; and one copy from pinned memory, the link.
@@ -14,7 +14,6 @@ under FSDP2, or each the whole model; beside rank 0 as the only one that reads, 
 figure is of the slowest rank.
 """
 
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,6 +25,7 @@ import torch.distributed as dist
 import fastinit
 from fastinit.cli import measure, text
 from fastinit.cli.models import LLAMA_7B, Decoder, DecoderConfig
+from fastinit.cli.workloads import timed_creation
 
 KINDS = {"file": 32, "index": 8, "fp32": 8, "torch": 8}  # layers
 BF16 = torch.bfloat16
@@ -56,21 +56,14 @@ def checkpoint(tmp_path_factory, main_device, quick):
 
 
 def write(kind, config, folder, device):
-    from safetensors.torch import save_file
-
     with fastinit.on(device, "fp32" if kind == "fp32" else "bf16", seed=1):
         model = peers.llama(config, "transformers")()
-    model.config.save_pretrained(folder)
-    state = {key: tensor.cpu() for key, tensor in model.state_dict().items()}
     if kind == "torch":
-        torch.save(state, folder / "pytorch_model.bin")
-    elif kind == "index":
-        files = {key: f"model-{4 * n // len(state) + 1}-of-4.safetensors" for n, key in enumerate(state)}
-        for file in set(files.values()):
-            save_file({key: state[key] for key in state if files[key] == file}, folder / file, {"format": "pt"})
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+        model.config.save_pretrained(folder)
+        torch.save({key: tensor.cpu() for key, tensor in model.state_dict().items()}, folder / "pytorch_model.bin")
     else:
-        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        nbytes = sum(each.nbytes for each in model.parameters())
+        model.save_pretrained(folder, max_shard_size=nbytes // 4 if kind == "index" else nbytes)
 
 
 def weights(folder):
@@ -166,16 +159,7 @@ LOADS = {
 
 @pytest.mark.parametrize("way", LOADS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_load(record, absent, main_device, quick, checkpoint, kind, way):
-    case = f"{kind}, {main_device}"
-    try:
-        peers.require("transformers")
-        peers.require("safetensors")
-        peers.require("accelerate" if "from_pretrained" in (way, kind) else None)
-    except peers.Unavailable as why:
-        absent(case, way, str(why))
-    folder = checkpoint(kind)
-    build = peers.llama(config_for(main_device, quick, KINDS[kind]), "transformers")
+def test_load(figure, main_device, quick, checkpoint, kind, way):
     grown = []
 
     def run():
@@ -186,13 +170,14 @@ def test_load(record, absent, main_device, quick, checkpoint, kind, way):
         del kept
         return seconds
 
-    size = sum(file.stat().st_size for file in weights(folder))
-    info = record(case, way, run, rounds=3, patience=8.0, bytes=size)
-    info["host_growth"] = grown[-1]
+    with figure(f"{kind}, {main_device}", way) as record:
+        peers.require("safetensors", "accelerate" if "from_pretrained" in (way, kind) else None)
+        build, folder = peers.llama(config_for(main_device, quick, KINDS[kind]), "transformers"), checkpoint(kind)
+        size = sum(file.stat().st_size for file in weights(folder))
+        record(run, rounds=3, patience=8.0, bytes=size).update(host_growth=grown[-1])
 
 
-@pytest.mark.parametrize("way", ["one copy from pinned memory"])
-def test_link(record, main_device, quick, way):
+def test_link(figure, main_device, quick):
     pinned = main_device.type == "cuda"
     source = torch.empty(1 << (20 if quick else 30), dtype=torch.uint8, pin_memory=pinned)
     target = torch.empty_like(source, device=main_device)
@@ -200,7 +185,8 @@ def test_link(record, main_device, quick, way):
     def run():
         return measure.seconds_of(lambda: target.copy_(source, non_blocking=True), main_device)[0]
 
-    record(f"link, {main_device}", way, run, rounds=3, bytes=source.nbytes)
+    with figure(f"link, {main_device}", "one copy from pinned memory") as record:
+        record(run, rounds=3, bytes=source.nbytes)
 
 
 # Ranks
@@ -277,25 +263,19 @@ RANK_WAYS = {
 
 
 @pytest.mark.parametrize(("kind", "way"), [(kind, way) for kind, ways in RANK_WAYS.items() for way in ways])
-def test_ranks(record, absent, main_device, quick, decoder_file, tmp_path, kind, way):
+def test_ranks(figure, main_device, quick, decoder_file, kind, way):
     config, path = decoder_file
     ranks = torch.cuda.device_count() if main_device.type == "cuda" else 2
-    case = f"{kind}, {text.count(config.parameters)}, {ranks} ranks, {main_device.type}"
-    if ranks == 1:
-        absent(case, way, "unsupported: 1 rank is too few")
-    job = (RANK_WAYS[kind][way], config, path, main_device.type, f"file://{tmp_path}/store", ranks, 1 if quick else 3)
-    of_ranks = measure.in_new_processes(run_rank, [(*job, rank) for rank in range(ranks)], timeout=120)
-    record(case, way, [max(each) for each in zip(*of_ranks, strict=True)][1:], bytes=path.stat().st_size)
+    with figure(f"{kind}, {text.count(config.parameters)}, {ranks} ranks, {main_device.type}", way) as record:
+        if ranks == 1:
+            raise peers.Unavailable("unsupported: 1 rank is too few")
+        job = (RANK_WAYS[kind][way], config, path, 1 if quick else 3)
+        of_ranks = measure.on_ranks(run_rank, ranks, main_device.type, *job)
+        record([max(each) for each in zip(*of_ranks, strict=True)][1:], bytes=path.stat().st_size)
 
 
-def run_rank(way, config, path, device_type, store, ranks, rounds, rank):
+def run_rank(device, way, config, path, rounds):
     """Seconds of each round on a rank, the first of which imports."""
-    device = torch.device(device_type, rank if device_type == "cuda" else None)
-    if device_type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
-    dist.init_process_group("gloo" if device_type == "cpu" else "nccl", init_method=store, rank=rank, world_size=ranks)
     seconds = []
     for _ in range(1 + rounds):
         measure.clean_up(device)
@@ -304,7 +284,6 @@ def run_rank(way, config, path, device_type, store, ranks, rounds, rank):
         seconds.append(taken)
         check_corners(model, path)
         del model
-    dist.destroy_process_group()
     return seconds
 
 
@@ -326,7 +305,7 @@ EMPTY_WAYS = {"empty=True": True, 'empty="unchecked"': "unchecked", "fastinit": 
 
 
 @pytest.mark.parametrize("way", EMPTY_WAYS)
-def test_empty(record, main_device, quick, way):
+def test_empty(figure, main_device, quick, way):
     """The constructor alone, from an empty allocator cache."""
     config = config_for(main_device, quick, 32)
 
@@ -337,12 +316,12 @@ def test_empty(record, main_device, quick, way):
         with fastinit.on(main_device, "bf16", seed=1, empty=EMPTY_WAYS[way]):
             return Decoder(config)
 
-    run = from_an_empty_cache(create, main_device)
-    record(f"constructor, {text.count(config.parameters)}, {main_device}", way, run, rounds=9)
+    with figure(f"constructor, {text.count(config.parameters)}, {main_device}", way) as record:
+        record(from_an_empty_cache(create, main_device), rounds=9)
 
 
 @pytest.mark.parametrize("way", ["fastinit", "empty=True, then load"])
-def test_load_state_dict(record, main_device, quick, way):
+def test_load_state_dict(figure, main_device, quick, way):
     """Constructor and a full load in the block, where no fill is executed, beside `empty=True` and the load behind it.
     The state dict lies on the device, so that the copies take the least time that they can."""
     config = config_for(main_device, quick, 32)
@@ -365,8 +344,8 @@ def test_load_state_dict(record, main_device, quick, way):
         return model
 
     run = from_an_empty_cache(inside if way == "fastinit" else behind, main_device)
-    info = record(f"load_state_dict, {text.count(config.parameters)}, {main_device}", way, run, rounds=9)
-    info["fills_executed"] = max(executed)
+    with figure(f"load_state_dict, {text.count(config.parameters)}, {main_device}", way) as record:
+        record(run, rounds=9).update(fills_executed=max(executed))
 
 
 def from_an_empty_cache(create, device):
@@ -377,30 +356,20 @@ def from_an_empty_cache(create, device):
     return run
 
 
-def test_memory_of_a_load(record, main_device, quick, tmp_path):
+def test_memory_of_a_load(figure, quick, tmp_path):
     """By how much resident memory grows at most while an fp32 file is loaded into a bf16 model on the CPU."""
-    config = DecoderConfig.of_size(1_000_000 if quick else 500_000_000)
-    seconds, growth, model_bytes, largest = measure.in_new_process(load_once, config, tmp_path)
-    info = record("fp32 into bf16 on the CPU, memory", "fastinit", [seconds], beyond=max(growth - model_bytes, 0))
-    info["largest_tensor_bytes"] = largest
+    from safetensors.torch import save_file
 
-
-def load_once(config, folder):
-    import safetensors.torch
-
-    with fastinit.on("cpu", "fp32", seed=1):
+    cpu, config = torch.device("cpu"), DecoderConfig.of_size(1_000_000 if quick else 500_000_000)
+    with fastinit.on(cpu, "fp32", seed=1):
         model = Decoder(config)
-    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
     largest = max(each.nbytes for each in model.parameters())
     del model
-    safetensors.torch.save_file(torch.nn.Linear(2, 2).state_dict(), folder / "small.safetensors")
-    fastinit.load(lambda: torch.nn.Linear(2, 2), folder / "small.safetensors", "cpu", "bf16")  # imports
-    device = torch.device("cpu")
-    measure.clean_up(device)
-    memory = measure.Memory(device)
-    build = lambda: Decoder(config)  # noqa: E731
-    seconds, model = measure.seconds_of(lambda: by_fastinit(build, folder / "model.safetensors", device), device)
-    growth = memory.host_growth()
-    if growth is None:
-        raise RuntimeError("this system cannot reset the peak of resident memory")
-    return seconds, growth, sum(each.nbytes for each in model.parameters()), largest
+
+    def load(build):
+        return by_fastinit(build, tmp_path / "model.safetensors", cpu), None
+
+    with figure("fp32 into bf16 on the CPU, memory", "fastinit") as record:
+        created = [timed_creation(load, lambda: Decoder(config), cpu)[1] for _ in range(2)]  # the first one imports
+        record([created[1].seconds], beyond=created[1].beyond, largest_tensor_bytes=largest)

@@ -19,9 +19,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import peers
 import pytest
@@ -49,19 +47,20 @@ COMPARED = 2**22  # elements at most of each tensor that is compared
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A kind of sharding: the other way, the mesh of so many ranks (None: they are too few), and how many ranks hold
-    each shard."""
+    """A kind of sharding: the other way, the mesh of so many ranks (None: they are too few), the names of its
+    dimensions, and how many ranks hold each shard."""
 
     other: str
     mesh: Callable[[int], tuple[int, ...] | None]
+    names: tuple[str, ...] = ("data",)
     holders: int = 1
 
 
 META = "meta, to_empty, reset_parameters"
 PARTS = {
     "fsdp2": Part(META, lambda ranks: (ranks,)),
-    "hsdp": Part(META, lambda ranks: (2, ranks // 2) if ranks >= 4 else None, holders=2),
-    "fsdp2-tp": Part(META, lambda ranks: (ranks // 2, 2)),
+    "hsdp": Part(META, lambda ranks: (2, ranks // 2) if ranks >= 4 else None, ("replicas", "data"), holders=2),
+    "fsdp2-tp": Part(META, lambda ranks: (ranks // 2, 2), ("data", "tensor")),
     "zero3": Part("deepspeed.zero.Init", lambda ranks: (ranks,)),
 }
 
@@ -77,7 +76,6 @@ class Job:
     device: str
     config: DecoderConfig
     rounds: int
-    store: Path
 
     @property
     def seed(self) -> int | None:
@@ -98,46 +96,38 @@ class Round:
 @pytest.mark.parametrize("way", ["fastinit", "the other way"])
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("kind, largest", [("real", LLAMA_13B), ("real", LLAMA_70B), ("simulated", LLAMA_70B)])
-def test_sharded(record, absent, main_device, quick, tmp_path, kind, largest, part, way):
+def test_sharded(figure, main_device, quick, kind, largest, part, way):
     gpus = torch.cuda.device_count() if main_device.type == "cuda" else 0
     ranks = SIMULATED if kind == "simulated" else gpus if gpus else 2
-    config = shape_for(part, ranks, gpus, largest, quick)
-    if largest != LLAMA_70B and config == shape_for(part, ranks, gpus, LLAMA_70B, quick):
+    config = largest_that_fits(part, ranks, gpus, largest, quick)
+    if largest != LLAMA_70B and config == largest_that_fits(part, ranks, gpus, LLAMA_70B, quick):
         pytest.skip("the same as the largest that fits")
     case = f"{part}, {text.count(config.parameters)}, {ranks} {kind} ranks, {main_device.type}"
     way = way if way == "fastinit" else PARTS[part].other
-    if ranks == 1 or PARTS[part].mesh(ranks) is None:
-        absent(case, way, f"unsupported: {ranks} ranks are too few")
-    try:
+    job = Job(part, way, ranks, kind == "simulated", main_device.type, config, 1 if quick else 3)
+    with figure(case, way) as record:
+        if ranks == 1 or PARTS[part].mesh(ranks) is None:
+            raise peers.Unavailable(f"unsupported: {ranks} ranks are too few")
         peers.require("deepspeed" if part == "zero3" else None)
-    except peers.Unavailable as why:
-        absent(case, way, str(why))
-    job = Job(part, way, ranks, kind == "simulated", main_device.type, config, 1 if quick else 3, tmp_path / "store")
-    try:
         if job.simulated:
             rounds = [[each] for each in measure.in_new_process(play_ranks, job, timeout=120)]
         else:
-            of_ranks = measure.in_new_processes(run_rank, [(job, rank) for rank in range(ranks)], timeout=120)
-            rounds = list(zip(*of_ranks, strict=True))
-    except Exception as error:
-        if way == "fastinit":
-            raise
-        absent(case, way, f"failed: {type(error).__name__}: {error}"[:300])
-    slowest = [max(each, key=lambda of_rank: of_rank.seconds) for each in rounds[1:]]
-    everywhere = [of_rank for each in rounds for of_rank in each]
-    median = statistics.median_low([each.seconds for each in slowest])
-    record(
-        case, way, [each.seconds for each in slowest],
-        parts=next(each.parts for each in slowest if each.seconds == median),
-        beyond=max((each.beyond for each in everywhere if each.beyond is not None), default=None),
-        local_bytes=max(each.local_bytes for each in everywhere), mesh=PARTS[part].mesh(ranks),
-    )  # fmt: skip
+            rounds = list(zip(*measure.on_ranks(run_rank, ranks, job.device, job), strict=True))
+        slowest = [max(each, key=lambda of_rank: of_rank.seconds) for each in rounds[1:]]
+        everywhere = [of_rank for each in rounds for of_rank in each]
+        median = statistics.median_low([each.seconds for each in slowest])
+        record(
+            [each.seconds for each in slowest],
+            parts=next(each.parts for each in slowest if each.seconds == median),
+            beyond=max((each.beyond for each in everywhere if each.beyond is not None), default=None),
+            local_bytes=max(each.local_bytes for each in everywhere), mesh=PARTS[part].mesh(ranks),
+        )  # fmt: skip
     if way == "fastinit":
         compared = [each.different for each in everywhere if each.different is not None]
         assert len(compared) == (1 if job.simulated else ranks) and not any(compared)
 
 
-def shape_for(part, ranks, gpus, largest, quick):
+def largest_that_fits(part, ranks, gpus, largest, quick):
     """The largest model up to that one of which a rank has room for its share."""
     if not gpus or quick:
         return DecoderConfig.of_size(1_000_000 if quick else 100_000_000)
@@ -153,59 +143,40 @@ def shape_for(part, ranks, gpus, largest, quick):
 # On the ranks
 
 
-def run_rank(job: Job, rank: int) -> list[Round]:
+def run_rank(device: torch.device, job: Job) -> list[Round]:
     """All rounds of a real rank, the first of which imports and compares."""
-    prepare_process(job, rank)
-    device = torch.device(job.device, rank if job.device == "cuda" else None)
-    if job.device == "cpu":
-        torch.set_num_threads(max(1, torch.get_num_threads() // job.ranks))
-    else:
-        torch.cuda.set_device(device)
-    backend = "gloo" if job.device == "cpu" else "nccl"
-    dist.init_process_group(backend, init_method=f"file://{job.store}", rank=rank, world_size=job.ranks)
-    try:
-        return [measure_round(job, device, compare=turn == 0) for turn in range(job.rounds + 1)]
-    finally:
-        dist.destroy_process_group()
+    return [measure_round(job, device, compare=turn == 0) for turn in range(job.rounds + 1)]
 
 
 def play_ranks(job: Job) -> list[Round]:
     """One round of rank 0, which imports and compares, and one of each rank that is played."""
     rounds = []
-    with mock.patch.dict(os.environ):  # which is as before afterwards
-        # torch would divide the ranks among the GPUs.
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        for turn, rank in enumerate([0, *PLAYED[: 1 if job.rounds == 1 else None]]):
-            with ThreadPoolExecutor(1) as thread:  # torch keeps what it knows of a mesh by thread
-                rounds.append(thread.submit(play_rank, job, rank, turn == 0).result())
+    # torch would divide the ranks among the GPUs.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    for turn, rank in enumerate([0, *PLAYED[: 1 if job.rounds == 1 else None]]):
+        with ThreadPoolExecutor(1) as thread:  # torch keeps what it knows of a mesh by thread
+            rounds.append(thread.submit(play_rank, job, rank, turn == 0).result())
     return rounds
 
 
 def play_rank(job: Job, rank: int, compare: bool) -> Round:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    prepare_process(job, rank)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(job.ranks)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # DeepSpeed wants it
     dist.init_process_group("fake", rank=rank, world_size=job.ranks, store=FakeStore())
-    try:
-        return measure_round(job, torch.device(job.device, 0 if job.device == "cuda" else None), compare)
-    finally:
-        dist.destroy_process_group()
+    result = measure_round(job, torch.device(job.device, 0 if job.device == "cuda" else None), compare)
+    dist.destroy_process_group()
+    return result
 
 
-def prepare_process(job: Job, rank: int) -> None:
-    """What DeepSpeed and torch read of the environment."""
-    local = 0 if job.simulated else rank
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(job.ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+def measure_round(job: Job, device: torch.device, compare: bool) -> Round:
     if job.part == "zero3" and job.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
         # It would compile an all-reduce through shared memory, for minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def measure_round(job: Job, device: torch.device, compare: bool) -> Round:
     measure.clean_up(device)
     if device.type == "cpu":
         measure.warm_memory(BF16.itemsize * job.config.parameters * PARTS[job.part].holders // job.ranks)
@@ -213,15 +184,11 @@ def measure_round(job: Job, device: torch.device, compare: bool) -> Round:
         dist.barrier()
     memory, stages = measure.Memory(device), Stages(device)
     model, report = create(job, device, stages)
-    peak = memory.peak()
     local_bytes = sum(local_of(job, each).nbytes for each in model.parameters())
     local_bytes += sum(buffer.nbytes for buffer in model.buffers())
-    parts = dict(stages.seconds)
-    if report is not None:
-        parts |= {"of it allocation": report.seconds_allocation, "of it fills": report.seconds_fills}
+    beyond = memory.beyond(local_bytes)
     different = different_tensors(job, model, report.seed) if compare and report is not None else None
-    beyond = None if peak is None else max(peak - local_bytes, 0)
-    return Round(sum(stages.seconds.values()), parts, local_bytes, beyond, different)
+    return Round(sum(stages.seconds.values()), stages.parts(report), local_bytes, beyond, different)
 
 
 class Stages:
@@ -238,6 +205,11 @@ class Stages:
         now = time.perf_counter()
         self.seconds[stage] = now - self._began
         self._began = now
+
+    def parts(self, report: fastinit.Report | None) -> dict[str, float]:
+        """All of them, and of which fastinit's report tells."""
+        names = () if report is None else ("allocation", "fills")
+        return self.seconds | {f"of it {name}": getattr(report, f"seconds_{name}") for name in names}
 
 
 def create(job: Job, device: torch.device, stages: Stages) -> tuple[Any, fastinit.Report | None]:
@@ -286,13 +258,13 @@ def sharder(job: Job) -> Callable[[Any], None]:
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    mesh = init_device_mesh(job.device, PARTS[job.part].mesh(job.ranks), mesh_dim_names=mesh_names(job.part))
+    mesh = init_device_mesh(job.device, PARTS[job.part].mesh(job.ranks), mesh_dim_names=PARTS[job.part].names)
     data = mesh["data"] if job.part == "fsdp2-tp" else mesh
-    columns, rows = ColwiseParallel, RowwiseParallel
     by_columns = ("attention.query", "attention.key", "attention.value", "gate", "up")
-    plan = {f"layers.*.{name}": columns() for name in by_columns}
-    plan |= {"layers.*.attention.output": rows(), "layers.*.down": rows()}
-    plan |= {"embedding": rows(input_layouts=Replicate()), "head": columns(output_layouts=Replicate())}
+    plan = {f"layers.*.{name}": ColwiseParallel() for name in by_columns}
+    plan |= {f"layers.*.{name}": RowwiseParallel() for name in ("attention.output", "down")}
+    plan["embedding"] = RowwiseParallel(input_layouts=Replicate())
+    plan["head"] = ColwiseParallel(output_layouts=Replicate())
 
     def shard(model: Any) -> None:
         if job.part == "fsdp2-tp":
@@ -302,10 +274,6 @@ def sharder(job: Job) -> Callable[[Any], None]:
         fully_shard(model, mesh=data)
 
     return shard
-
-
-def mesh_names(part: str) -> tuple[str, ...]:
-    return {"fsdp2": ("shards",), "hsdp": ("replicas", "shards"), "fsdp2-tp": ("data", "tensor")}[part]
 
 
 def local_of(job: Job, parameter: Any) -> torch.Tensor:
@@ -338,47 +306,34 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def piece_of(job: Job, name: str, parameter: Any) -> tuple[tuple[slice, ...], torch.Tensor]:
-    """Some rows of a parameter, and where they lie in the whole: gathered from all ranks, or those of a rank played."""
+    """Some of the rows of a parameter that this rank has, and where they lie in the whole."""
     if job.part == "zero3":
-        if not job.simulated:
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters(parameter):
-                return rows_of(name, parameter.detach().clone(), 0, 0)
         # The whole rows of this rank's flat slice.
         columns, size = parameter.ds_shape[1], parameter.ds_tensor.numel()
         begin = dist.get_rank() * size
         end = min(begin + size, parameter.ds_numel)
-        first = -(-begin // columns)
-        held = parameter.ds_tensor[first * columns - begin : end // columns * columns - begin]
-        return rows_of(name, held.view(-1, columns), first, 0)
-    if not job.simulated:
-        return rows_of(name, parameter.full_tensor(), 0, 0)
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+        row, column = -(-begin // columns), 0
+        held = parameter.ds_tensor[row * columns - begin : end // columns * columns - begin].view(-1, columns)
+    else:
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    # By torch's own account of where a shard lies, not by fastinit's.
-    placed = (parameter.shape, parameter.device_mesh, parameter.placements)
-    return rows_of(name, parameter.to_local(), *compute_local_shape_and_global_offset(*placed)[1])
-
-
-def rows_of(name: str, values: torch.Tensor, row: int, column: int) -> tuple[tuple[slice, ...], torch.Tensor]:
-    """Neighbouring rows, the same on every rank, of what begins at that row and column of the whole."""
-    rows, columns = values.shape
+        # By torch's own account of where a shard lies, not by fastinit's.
+        placed = (parameter.shape, parameter.device_mesh, parameter.placements)
+        held, (row, column) = parameter.to_local(), compute_local_shape_and_global_offset(*placed)[1]
+    rows, columns = held.shape
     count = min(rows, max(COMPARED // columns, 1))
     first = random.Random(name).randrange(rows - count + 1)
     window = (slice(row + first, row + first + count), slice(column, column + columns))
-    return window, values[first : first + count]
+    return window, held[first : first + count]
 
 
 # Windows
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_rows(record, main_device, quick, ranks):
+def test_rows(figure, main_device, quick, ranks):
     """Creation as the rows that the first of so many ranks would hold, in one process."""
-    config = LLAMA_7B if main_device.type == "cuda" else DecoderConfig.of_size(100_000_000)
-    if quick:
-        config = DecoderConfig.of_size(1_000_000)
+    config = peers.shape_for(main_device, quick, on_cpu=100_000_000)
 
     def rows(_, shape):
         return (slice(0, math.ceil(shape[0] / ranks)), *(slice(None) for _ in shape[1:])) if shape else ()
@@ -395,10 +350,9 @@ def test_rows(record, main_device, quick, ranks):
         stages.ended("constructor")
         fastinit.materialize(model, window=rows, report=report)
         stages.ended("materialize")
-        peak, local_bytes = memory.peak(), sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
-        parts = {"of it allocation": report.seconds_allocation, "of it fills": report.seconds_fills}
-        last.update(parts=stages.seconds | parts, beyond=None if peak is None else max(peak - local_bytes, 0))
+        local_bytes = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+        last.update(parts=stages.parts(report), beyond=memory.beyond(local_bytes))
         return sum(stages.seconds.values())
 
-    case = f"rows of 1 of {ranks} ranks, {text.count(config.parameters)}, {main_device}"
-    record(case, "fastinit", run).update(last)
+    with figure(f"rows of 1 of {ranks} ranks, {text.count(config.parameters)}, {main_device}", "fastinit") as record:
+        record(run).update(last)

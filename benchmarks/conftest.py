@@ -160,50 +160,6 @@ def figure(request, benchmark):
     return figure
 
 
-@pytest.fixture
-def absent(request):
-    """absent(case, way, reason): note why there is no figure, and end the test."""
-
-    def absent(case, way, reason):
-        noted = {"suite": suite_of(request.node), "case": case, "way": way, "reason": reason}
-        request.config.absent.append(noted)
-        pytest.skip(f"{case}, {way}: {reason}")
-
-    return absent
-
-
-@pytest.fixture
-def record(request, benchmark, absent):
-    """record(case, way, seconds, **info): take seconds that were measured, or measure them.
-
-    `seconds` is a list, or a function that runs once and tells how long that took. Of a function the first run does not
-    count (it may import, compile, load kernels), and there are so many `rounds` as fit into `patience` seconds, two at
-    least. `info` is written beside the figure: see fastinit.cli.results. A way that fails, if it is not fastinit, is
-    absent with its error.
-    """
-
-    def record(case, way, seconds, *, rounds=5, patience=10.0, **info):
-        if callable(seconds):
-            try:
-                seconds = repeated(seconds, 0 if request.config.getoption("--quick") else rounds, patience)
-            except Exception as error:
-                if way == "fastinit":
-                    raise
-                absent(case, way, f"failed: {type(error).__name__}: {error}"[:300])
-        benchmark.group = f"{suite_of(request.node)}: {case}"
-        benchmark.extra_info.update(suite=suite_of(request.node), case=case, way=way)
-        remaining = iter(seconds)
-
-        def run():
-            CLOCK.now += next(remaining)
-
-        benchmark.pedantic(run, rounds=len(seconds))
-        benchmark.extra_info.update({key: value for key, value in info.items() if value is not None})
-        return benchmark.extra_info
-
-    return record
-
-
 def repeated(run, rounds, patience):
     first = run()
     if not rounds:

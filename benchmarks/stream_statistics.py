@@ -42,7 +42,6 @@ RELATED = 10**10
 
 Draw = Callable[[torch.Tensor, int, int], None]  # (where to, seed, stream)
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The law
 
 
@@ -161,7 +160,6 @@ def law_of(case: Case, device: torch.device, samples: float) -> Tally:
     return law
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Samples against it
 
 
@@ -252,9 +250,7 @@ def p_values(sample: Tally, law: Tally) -> dict[str, float]:
         variance = law.moments[2 * exponent] - law.moments[exponent] ** 2
         z = (sample.moments[exponent] - law.moments[exponent]) / math.sqrt(variance / sample.count)
         found[f"moment {exponent}"] = two_sided(z)
-    for at, limit in enumerate(law.limits):
-        probability = law.beyond[at].item() / law.count
-        seen = sample.beyond[at].item()
+    for limit, probability, seen in zip(law.limits, law.probabilities("beyond"), sample.beyond.tolist(), strict=True):
         tails = stats.binom.cdf(seen, sample.count, probability), stats.binom.sf(seen - 1, sample.count, probability)
         found[f"beyond {limit:.3g}"] = float(min(1.0, 2 * min(tails)))
     return found
@@ -303,14 +299,10 @@ def beside_the_ideal(law: Tally) -> dict[str, Any]:
         found["largest difference of the distribution function"] = float(np.abs(below - case.ideal.cdf(edges)).max())
     ideal = [float(case.ideal.moment(exponent)) for exponent in range(1, 5)]
     found["moments"] = {"law": law.moments[1:5].tolist(), "ideal": ideal}
-    found["beyond"] = [
-        {
-            "distance": float(limit),
-            "law": law.beyond[at].item() / law.count,
-            "ideal": float(case.ideal.sf(case.ideal.mean() + limit) + case.ideal.cdf(case.ideal.mean() - limit)),
-        }
-        for at, limit in enumerate(law.limits)
-    ]
+    found["beyond"] = []
+    for limit, share in zip(law.limits, law.probabilities("beyond").tolist(), strict=True):
+        ideal = case.ideal.sf(case.ideal.mean() + limit) + case.ideal.cdf(case.ideal.mean() - limit)
+        found["beyond"].append({"distance": float(limit), "law": share, "ideal": float(ideal)})
     return found
 
 
@@ -318,14 +310,8 @@ def verdict(results: list[dict[str, Any]], of: int = 1) -> dict[str, Any]:
     """Whether all pass, as a part of a family of so many times as many tests."""
     of_all = [(p, f"{r['case']} {r['dtype']}: {name}") for r in results for name, p in r["p"].items()]
     smallest, where = min(of_all, key=lambda pair: -1.0 if math.isnan(pair[0]) else pair[0])
-    tests = sum(len(result["p"]) for result in results)
-    return {
-        "tests": tests,
-        "smallest p": smallest,
-        "of": where,
-        "limit": ALPHA / tests / of,
-        "passed": smallest > ALPHA / tests / of,
-    }
+    limit = ALPHA / len(of_all) / of
+    return {"tests": len(of_all), "smallest p": smallest, "of": where, "limit": limit, "passed": smallest > limit}
 
 
 def short(dtype: torch.dtype) -> str:

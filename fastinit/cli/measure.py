@@ -6,7 +6,9 @@ import concurrent.futures
 import ctypes
 import gc
 import multiprocessing
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 import fastinit
 
@@ -130,6 +133,39 @@ def in_new_processes(function: Callable[..., T], arguments: list[tuple[Any, ...]
         return [future.result() for future in futures]
 
 
+def on_ranks(
+    function: Callable[..., T], ranks: int, device_type: str, *arguments: Any, timeout: float = 120.0
+) -> list[T]:
+    """What a function of a module returns on each of so many ranks, called with the rank's device and the arguments.
+
+    A rank is a new process in a process group, with a GPU of its own (nccl), or its share of the CPU's threads (gloo).
+
+    Raises:
+        as `in_new_processes`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [(function, rank, ranks, device_type, f"file://{folder}/store", arguments) for rank in range(ranks)]
+        return in_new_processes(_on_rank, jobs, timeout)
+
+
+def _on_rank(
+    function: Callable[..., T], rank: int, ranks: int, device_type: str, store: str, arguments: tuple[Any, ...]
+) -> T:
+    # As torchrun would: Lightning and DeepSpeed read it, and take the process group that there is.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "0"}
+    on_gpu = device_type == "cuda"
+    device = torch.device(device_type, rank) if on_gpu else torch.device(device_type)
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
+    dist.init_process_group("nccl" if on_gpu else "gloo", init_method=store, rank=rank, world_size=ranks)
+    result = function(device, *arguments)
+    dist.destroy_process_group()  # not after an error, which other ranks in a collective would hold up
+    return result
+
+
 # Memory
 
 
@@ -159,10 +195,6 @@ class Memory:
         if self._device.type == "cpu":
             return None
         return torch.cuda.max_memory_allocated(self._device) - self._allocated
-
-    def peak(self) -> int | None:
-        """Of the memory that the device has."""
-        return self.host_growth() if self._device.type == "cpu" else self.device_peak()
 
     def beyond(self, nbytes: int) -> int | None:
         """By how much the peak of the device's own memory exceeds so many bytes, a model's."""

@@ -9,13 +9,14 @@ multiplied), `wrong` (the values were not those that were asked for), `beyond` (
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from . import text
 
 Document = dict[str, Any]
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,14 @@ def read(document: Document) -> list[Measured]:
     return measured
 
 
+def grouped(measured: Iterable[Measured], key: Callable[[Measured], Key]) -> dict[Key, list[Measured]]:
+    """Those that have a key in common, by it, in the order of the first of each."""
+    groups: dict[Key, list[Measured]] = {}
+    for each in measured:
+        groups.setdefault(key(each), []).append(each)
+    return groups
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     title: str
@@ -88,10 +97,9 @@ def tables(measured: Iterable[Measured]) -> list[Table]:
     """A row for each case and a column for each way, one table for the cases of a suite that have the same ways; and
     where fastinit's time goes."""
     measured = list(measured)
-    groups: dict[tuple[str, tuple[str, ...]], list[Measured]] = {}
-    for suite, case in dict.fromkeys((each.suite, each.case) for each in measured):
-        of_case = [each for each in measured if (each.suite, each.case) == (suite, case)]
-        groups.setdefault((suite, tuple(sorted(each.way for each in of_case))), []).extend(of_case)
+    cases = grouped(measured, lambda each: (each.suite, each.case))
+    in_order = [each for of_case in cases.values() for each in of_case]
+    groups = grouped(in_order, lambda each: (each.suite, frozenset(it.way for it in cases[each.suite, each.case])))
     of_suites = [suite_table(suite, of_group) for (suite, _), of_group in groups.items()]
     parts = parts_table(measured)
     return [*of_suites, parts] if parts.rows else of_suites
@@ -102,8 +110,8 @@ def suite_table(suite: str, measured: list[Measured]) -> Table:
     ways = list(dict.fromkeys(each.way for each in measured if each.seconds))
     notes: dict[str, None] = {}
     rows = []
-    for case in dict.fromkeys(each.case for each in measured):
-        of_case = {each.way: each for each in measured if each.case == case}
+    for case, those in grouped(measured, lambda each: each.case).items():
+        of_case = {each.way: each for each in those}
         base = of_case.get("fastinit")
         cells = [cell(of_case[way], base) if way in of_case else "" for way in ways]
         rows.append([case, *cells])

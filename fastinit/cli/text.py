@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
 _COUNTS = {"B": 1e9, "M": 1e6, "K": 1e3}
+
+
+def _console(**options: Any) -> Any:
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise RuntimeError("rich is not installed, for tables: pip install 'torch-fastinit[demo]'") from error
+    return Console(**options)
 
 
 def show_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
@@ -16,31 +24,29 @@ def show_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str 
     Raises:
         RuntimeError: rich is not installed.
     """
-    try:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError as error:
-        raise RuntimeError("rich is not installed, for tables: pip install 'torch-fastinit[demo]'") from error
+    console = _console(markup=False, highlight=False)
+    from rich import box
+    from rich.table import Table
+
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for number, name in enumerate(header):
         table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
     for row in rows:
         table.add_row(*row)
-    console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = 240  # a file gets the whole table
     console.print(table)
 
 
 def progress(items: Sequence[Item], description: str) -> Iterable[Item]:
-    """The same items, with a progress bar if standard error is a terminal and rich is installed."""
-    try:
-        from rich.console import Console
-        from rich.progress import track
-    except ImportError:
-        return items
-    console = Console(stderr=True)
+    """The same items, with a progress bar if standard error is a terminal.
+
+    Raises:
+        RuntimeError: rich is not installed.
+    """
+    console = _console(stderr=True)
+    from rich.progress import track
+
     tracked: Iterable[Item] = track(
         items, description, console=console, transient=True, disable=not console.is_terminal
     )
