@@ -27,8 +27,9 @@ DTYPES = {torch.float32: native.FLOAT32, torch.float16: native.FLOAT16, torch.bf
 # The types of devices whose memory native fills write. AMD's GPUs are "cuda" to torch, too.
 NATIVE_DEVICES = {"cpu", "cuda"} if native.build_info()["cuda"] and not torch.version.hip else {"cpu"}
 
-# From here on a CPU tensor is worth huge pages: it is touched first by its fill, one page fault for each 4 KiB else.
-_HUGE_PAGES_FROM = 8 << 20
+# From here on a CPU tensor has a huge page of its own, wherever it lies, and is worth asking for them: it is touched
+# first by its fill, one page fault for each 4 KiB else.
+_HUGE_PAGES_FROM = 4 << 20
 
 
 def concrete(device: str | int | torch.device) -> torch.device:

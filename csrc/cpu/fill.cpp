@@ -16,12 +16,29 @@ namespace {
 
 // Large enough to hide the counter and a thread's last wait, small enough to share a matrix among many cores.
 constexpr uint64_t piece_elements = uint64_t{1} << 16;
+// The first write to a huge page zeroes it, in the thread that writes. Threads that do so at the same time all zero
+// one, of which the system keeps one; so where there are enough for all threads, a piece is what lies in one huge page.
+constexpr uint64_t huge_page = uint64_t{2} << 20;
 // Starting a thread costs about as much as this many elements.
 constexpr uint64_t elements_per_thread = uint64_t{1} << 17;
 // Elements staged on the stack when the stream's order is not the memory's.
 constexpr uint64_t stage_elements = 2048;
 // Runs from this length go straight to memory although the stream continues behind them.
 constexpr uint64_t direct_run = 512;
+
+// How a fill is cut: into pieces of so many elements, the first of which lacks some in front.
+struct Cut {
+    uint64_t size;
+    uint64_t missing;
+
+    uint64_t pieces(uint64_t elements) const { return elements == 0 ? 0 : (missing + elements + size - 1) / size; }
+};
+
+Cut cut(const Fill& fill, bool at_huge_pages) {
+    if (!at_huge_pages) return {piece_elements, 0};
+    const uint64_t item = item_size(fill.values->dtype);
+    return {huge_page / item, reinterpret_cast<uintptr_t>(fill.data) % huge_page / item};
+}
 
 void scatter(const Fill& fill, const char* stage, uint64_t* position, uint64_t memory, uint64_t count) {
     // Copies `count` staged elements to the box, from multi-index `position` at element `memory` of the data on.
@@ -90,13 +107,16 @@ void run_piece(const Fill& fill, const Kernel& kernel, uint64_t begin, uint64_t 
 }  // namespace
 
 void fill_cpu(const Fill* fills, size_t count, int threads, const Kernel& kernel) {
-    std::vector<uint64_t> first_piece(count + 1, 0);  // of each fill, in the numbering of all pieces
-    uint64_t elements = 0;
+    uint64_t elements = 0, bytes = 0;
     for (size_t f = 0; f < count; ++f) {
-        const uint64_t n = fills[f].elements();
-        first_piece[f + 1] = first_piece[f] + (n + piece_elements - 1) / piece_elements;
-        elements += n;
+        elements += fills[f].elements();
+        bytes += fills[f].elements() * item_size(fills[f].values->dtype);
     }
+    const uint64_t most_threads = std::max(threads, 1);
+    const bool at_huge_pages = bytes / huge_page >= 2 * most_threads;
+    std::vector<uint64_t> first_piece(count + 1, 0);  // of each fill, in the numbering of all pieces
+    for (size_t f = 0; f < count; ++f)
+        first_piece[f + 1] = first_piece[f] + cut(fills[f], at_huge_pages).pieces(fills[f].elements());
     const uint64_t pieces = first_piece[count];
 
     std::atomic<uint64_t> next{0};
@@ -104,13 +124,13 @@ void fill_cpu(const Fill* fills, size_t count, int threads, const Kernel& kernel
         const FloatEnvironment environment;
         for (uint64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
             const size_t f = std::upper_bound(first_piece.begin(), first_piece.end(), piece) - first_piece.begin() - 1;
-            const uint64_t begin = (piece - first_piece[f]) * piece_elements;
-            run_piece(fills[f], kernel, begin, std::min(begin + piece_elements, fills[f].elements()));
+            const auto [size, missing] = cut(fills[f], at_huge_pages);
+            const uint64_t begin = (piece - first_piece[f]) * size, end = begin + size - missing;
+            run_piece(fills[f], kernel, std::max(begin, missing) - missing, std::min(end, fills[f].elements()));
         }
     };
 
-    const uint64_t wanted =
-        std::min({static_cast<uint64_t>(std::max(threads, 1)), pieces, elements / elements_per_thread});
+    const uint64_t wanted = std::min({most_threads, pieces, elements / elements_per_thread});
     std::vector<std::thread> workers;
     workers.reserve(wanted);
     try {

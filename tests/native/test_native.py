@@ -173,6 +173,20 @@ def test_any_number_of_threads_gives_the_same_bits(threads, isa):
         np.testing.assert_array_equal(whole(count, NORMAL, (0.0, 1.0), 1, 2, (), dtype, threads, isa), one)
 
 
+@pytest.mark.parametrize("start", [0, 1, 300_007])
+def test_the_bits_of_a_large_fill_do_not_depend_on_where_its_memory_lies(start):
+    """With so much for each thread, pieces end where huge pages do; with more threads they are small."""
+    for dtype, storage_dtype in STORAGE.items():
+        count = (9 << 20) // np.dtype(storage_dtype).itemsize + 3
+        out = storage(start + count + 1, dtype)
+        batch = native.Batch()
+        batch.add(out.ctypes.data + start * out.itemsize, count, DTYPES[dtype], NORMAL, (0.0, 1.0), 1, 2, ())
+        batch.run_cpu(2)
+        np.testing.assert_array_equal(out[start:-1], whole(count, NORMAL, (0.0, 1.0), 1, 2, (), dtype, 64))
+        around = np.concatenate([out[:start], out[-1:]])
+        np.testing.assert_array_equal(around, storage(start + 1, dtype))
+
+
 def test_a_batch_whose_fills_take_turns_gives_each_its_own_bits():
     """Fills share what they have in common with the last few: distributions, dtypes and shapes that come and go."""
     turns = [(list(DISTRIBUTIONS)[i % 7], list(DTYPES)[i % 3], (i % 5) * 100 + 1, i % 2) for i in range(60)]
