@@ -270,6 +270,7 @@ class on:
         current.reset(token)
         outer = current.get()
         report = None if block.report is None else block.report()
+        block.timing.watched = report is not None
         block.report = None  # what becomes real from here on is known
         found: Found = []
         try:

@@ -278,7 +278,7 @@ def finish(report: Report, block: Block) -> None:
 @contextmanager
 def adding_to(report: Report | None) -> Iterator[Timing]:
     """Add to a report, if there is one, what is done under a timing that this gives."""
-    began, timing = time.perf_counter(), Timing()
+    began, timing = time.perf_counter(), Timing(watched=report is not None)
     yield timing
     if report is not None:
         _add(report, began, timing)

@@ -95,7 +95,7 @@ class Block(native.Block):
         # Names are known at the end, and what is computed from random values cannot be before they are.
         self.defers = shard or bool(empty) or rename is not None
         self.seed_agreed = False
-        self.timing = Timing()
+        self.timing = Timing(watched=True)
         self.dropped = 0
         self.deferred = 0
         self.ran: Counter[str] | None = None

@@ -305,13 +305,14 @@ def _initializes(func: Any, kwargs: dict[str, Any]) -> bool:
 
 def _set_element(tensor: Placeholder, index: Any, value: Any) -> bool:
     """Write to one place of master values that are there already; False if it is not so plain."""
-    block = tensor._record.block
     parts = index if type(index) is tuple else (index,)
-    if block.defers or not any(type(each) is int for each in parts):
+    if not any(type(each) is int for each in parts):
         return False
     if not all(each is None or each is Ellipsis or type(each) in (int, slice) for each in parts):
         return False
     with lock, modes_off():
+        if type(tensor) is not Placeholder or tensor._record.block.defers:
+            return False
         if type(value) is Placeholder:
             computed = value._record.compute()
             if not has_master(value):

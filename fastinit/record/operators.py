@@ -26,28 +26,27 @@ _torch: Any = torch.Tensor
 OPERATORS: dict[str, Any] = {}
 
 
-def _is_plain(*tensors: Any) -> bool:
-    """Whether torch would do no more with these than to call the dispatcher."""
+def _plainly(function: Callable[..., Any], self: Placeholder, *operands: Any) -> Any:
+    """A function of tensors with all modes off; NotImplemented if torch would do more than to call the dispatcher."""
     if not is_mine():
-        return False
-    if torch.is_grad_enabled():
-        with modes_off():
-            for each in tensors:
-                if type(each) not in (int, float) and isinstance(each, torch.Tensor) and each.requires_grad:
-                    return False
-    return True
-
-
-def _straight(overload: Any, *args: Any, **kwargs: Any) -> Any:
+        return NotImplemented
     with lock, modes_off():
-        return dispatch(overload, args, kwargs)
+        # What computes an argument, or another thread, may have made it real after its method was looked up.
+        if type(self) is not Placeholder:
+            return NotImplemented
+        if torch.is_grad_enabled():
+            if self.requires_grad:
+                return NotImplemented
+            for each in operands:
+                if type(each) not in (int, float) and isinstance(each, torch.Tensor) and each.requires_grad:
+                    return NotImplemented
+        return function(self, *operands)
 
 
 def _elementwise(function: Any, overload: Any, *operands: Any) -> Any:
     """An operator, computed by a function of torch's where that is all that `dispatch` would do."""
-    with lock, modes_off():
-        result = _on_values(function, operands) if function is not None else None
-        return dispatch(overload, operands, {}) if result is None else result
+    result = _on_values(function, operands) if function is not None else None
+    return dispatch(overload, operands, {}) if result is None else result
 
 
 def _on_values(function: Callable[..., torch.Tensor], operands: tuple[Any, ...]) -> Placeholder | None:
@@ -84,14 +83,12 @@ def _method(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         in_place = name.endswith("_") and not name.endswith("__")
 
         def method(self: Placeholder, *args: Any, **kwargs: Any) -> Any:
-            # What computes an argument may have made the tensor real after its method was looked up.
-            if not kwargs and type(self) is Placeholder and _is_plain(self, *args):
-                result = function(self, *args)
-                if result is not NotImplemented:
-                    if in_place:
-                        torch.autograd.graph.increment_version(self)
-                    return result
-            return usual(self, *args, **kwargs)
+            result = NotImplemented if kwargs else _plainly(function, self, *args)
+            if result is NotImplemented:
+                return usual(self, *args, **kwargs)
+            if in_place:
+                torch.autograd.graph.increment_version(self)
+            return result
 
         method.__name__ = name
         OPERATORS[name] = method
@@ -148,7 +145,8 @@ def _reflected(name: str, function: Callable[[Placeholder, Any], Any]) -> None:
     def reflected(self: Placeholder, other: Any) -> Any:
         if isinstance(other, torch.Tensor):
             return forward(other, self)
-        return function(self, other) if type(other) in (int, float) and _is_plain(self) else usual(self, other)
+        result = _plainly(function, self, other) if type(other) in (int, float) else NotImplemented
+        return usual(self, other) if result is NotImplemented else result
 
     OPERATORS[f"__r{name}__"] = reflected
 
@@ -185,7 +183,7 @@ AS_METHODS[torch.outer] = "outer"
 @_method("clamp_")
 def _clamp_(self: Placeholder, *bounds: Any) -> Any:
     plain = len(bounds) == 2 and all(type(each) in (int, float) for each in bounds)
-    return _straight(aten.clamp_.default, self, *bounds) if plain else NotImplemented
+    return dispatch(aten.clamp_.default, (self, *bounds), {}) if plain else NotImplemented
 
 
 # --- copies and conversions -----------------------------------------------------------------------------------------
@@ -201,11 +199,11 @@ def _copy_(self: Placeholder, *args: Any) -> Any:
     if len(args) != 1 or type(args[0]) not in (Placeholder, torch.Tensor, torch.nn.Parameter):
         return NotImplemented
     with torch.no_grad():
-        return _straight(aten.copy_.default, self, args[0]) if args[0].shape == self.shape else NotImplemented
+        return dispatch(aten.copy_.default, (self, args[0]), {}) if args[0].shape == self.shape else NotImplemented
 
 
 def _converted(self: Placeholder, dtype: torch.dtype) -> Any:
-    return self if self.dtype == dtype else _straight(aten._to_copy.default, self, dtype=dtype)
+    return self if self.dtype == dtype else dispatch(aten._to_copy.default, (self,), {"dtype": dtype})
 
 
 for _name, _dtype in (
@@ -216,14 +214,13 @@ for _name, _dtype in (
 
 
 def _to(self: Placeholder, *args: Any, **kwargs: Any) -> Any:
-    names = kwargs.keys() - {"dtype", "device"}
-    if not names and not any(isinstance(each, torch.Tensor) for each in args) and _is_plain(self):
+    if not kwargs.keys() - {"dtype", "device"} and not any(isinstance(each, torch.Tensor) for each in args):
         device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-        if device is None and dtype is not None and not non_blocking and memory_format is None:
-            return _converted(self, dtype)
-        if device is not None and device.type == self.device.type and device.index in (None, self.device.index):
-            if not non_blocking and memory_format is None:
-                return _converted(self, dtype or self.dtype)
+        here = device is None or (device.type == self.device.type and device.index in (None, self.device.index))
+        if here and (device or dtype) is not None and not non_blocking and memory_format is None:
+            result = _plainly(_converted, self, dtype or self.dtype)
+            if result is not NotImplemented:
+                return result
     return _torch.to(self, *args, **kwargs)
 
 
@@ -240,8 +237,7 @@ def _view(name: str) -> None:
     def view(self: Placeholder, *args: Any) -> Any:
         if any(isinstance(each, (torch.Tensor, torch.dtype)) for each in args):
             return NotImplemented
-        with lock, modes_off():
-            return _noted(take_view(usual, self, *args), self)
+        return _noted(take_view(usual, self, *args), self)
 
 
 def _noted(views: Any, of: Placeholder) -> Any:
@@ -261,8 +257,7 @@ def _getitem(self: Placeholder, index: Any) -> Any:
     parts = index if type(index) is tuple else (index,)
     if not all(each is None or each is Ellipsis or type(each) in (int, slice) for each in parts):
         return NotImplemented
-    with lock, modes_off():
-        return _noted(take_view(_torch.__getitem__, self, index), self)
+    return _noted(take_view(_torch.__getitem__, self, index), self)
 
 
 # Not under its own name, with which C++ would take tensors without dimensions for sequences.
