@@ -20,6 +20,7 @@ from ..execution import allocate
 from ..layout import contiguous_strides
 from ..recipe import COPIED, Region
 from . import fast
+from .graphs import edge_of, is_leaf, viewed_in_graph, with_graph_of
 from .records import Record, is_in_order, lock, modes_off, view_of
 
 
@@ -127,7 +128,6 @@ class Placeholder(torch.Tensor):
 Placeholder.__name__ = "Tensor"
 
 _torch_base: Any = torch.Tensor._base
-_torch_grad_fn: Any = torch.Tensor.grad_fn
 _torch_grad: Any = torch.Tensor.grad
 _torch_data: Any = torch.Tensor.data
 
@@ -329,41 +329,12 @@ def take_record_memory(tensor: Placeholder) -> None:
             return
     others = record.placeholders() if len(record.tensors) > 1 else []
     views = [(each, meta) for each in others for of, meta in (_view_of(each),) if of is tensor]
-    edges = {_edge_of(each): each for each in (tensor, *others) if each.requires_grad and not is_leaf(each)}
-    viewed = [_viewed(each, tensor, edges) if each.requires_grad else tensor for each, _ in views]
+    edges = {edge_of(each): each for each in (tensor, *others) if each.requires_grad and not is_leaf(each)}
+    viewed = [viewed_in_graph(each, tensor, edges) if each.requires_grad else tensor for each, _ in views]
     assert record.memory is not None
     swap_in(tensor, view_of(record.memory, tensor._region))
     for (each, meta), of in zip(views, viewed, strict=True):
         swap_in(each, view_of(record.memory, each._region), viewed=of, meta=meta)
-
-
-_Edge = tuple[Any, int]
-
-
-def _edge_of(tensor: torch.Tensor) -> _Edge:
-    """Where a graph of autograd leads to a tensor, as the nodes behind it have it."""
-    return _torch_grad_fn.__get__(tensor), tensor.output_nr
-
-
-def _viewed(view: torch.Tensor, base: torch.Tensor, edges: dict[_Edge, torch.Tensor]) -> torch.Tensor | None:
-    """The tensor from which a view of a graph was taken, the nearest that anybody has; None if it was made otherwise.
-
-    Whoever differentiates by that tensor is to find it in the graph.
-
-    Args:
-        view: with a graph.
-        base: of which it is a view, by however many steps.
-        edges: those of the tensors that become real with it.
-    """
-    node = None if is_leaf(view) else _torch_grad_fn.__get__(view)
-    while node is not None and len(node.next_functions) == 1:
-        edge = node.next_functions[0]
-        if edge in edges:
-            return edges[edge]
-        node = edge[0]
-        if node is not None and node.name() == "torch::autograd::AccumulateGrad":
-            return base if base.requires_grad and is_leaf(base) else None
-    return None
 
 
 def _view_of(tensor: Placeholder) -> tuple[torch.Tensor | None, Any]:
@@ -454,9 +425,7 @@ def swap_in(
         if grad is not None:
             become_real(grad)
     elif keeps_graph:
-        with torch.enable_grad():
-            # Not as Function.apply does it, which would have the tensor become real first.
-            real = super(torch.autograd.Function, _WithMemory).apply(tensor, real)  # type: ignore[no-untyped-call]
+        real = with_graph_of(tensor, real)
     attributes = tensor.__dict__
     del attributes["_record"], attributes["_region"]
     attributes.pop("_view_of", None)
@@ -475,26 +444,6 @@ def swap_in(
 
 # Views in a graph that are nothing but that: torch has made them itself, and of the tensor as it was.
 _KNOWN_VIEWS = (torch._C._autograd.CreationMeta.DEFAULT, torch._C._autograd.CreationMeta.MULTI_OUTPUT_NODE)
-
-
-def is_leaf(tensor: torch.Tensor) -> bool:
-    """Whether no graph leads to a tensor; also for a view that torch forbids to ask, after its base was modified."""
-    try:
-        return tensor.is_leaf
-    except RuntimeError:
-        return True
-
-
-class _WithMemory(torch.autograd.Function):
-    """The graph of a placeholder that some operation computed, for the tensor that takes its place."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        return memory.data  # not as a view, which torch would not let anybody write to in place
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0], None
 
 
 def leave_behind(

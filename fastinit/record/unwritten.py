@@ -22,8 +22,9 @@ from ..layout import Box, numel
 from ..log import logger
 from ..recipe import Region, Write
 from ..runs import Runs
+from .graphs import is_leaf
 from .records import lock, modes_off, view_of
-from .tensors import attributes_of, deep_copy, is_leaf, swap_impl, swap_in, without_storage
+from .tensors import attributes_of, deep_copy, swap_impl, swap_in, without_storage
 
 
 class Key:
