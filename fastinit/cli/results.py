@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from . import text
 
-Document = dict[str, Any]
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -58,7 +57,7 @@ def entry(suite: str, case: str, way: str, seconds: list[float], **info: Any) ->
     return {"group": f"{suite}: {case}", "name": name, "fullname": name, "stats": stats, "extra_info": identity | info}
 
 
-def read(document: Document) -> list[Measured]:
+def read(document: dict[str, Any]) -> list[Measured]:
     measured = []
     for each in (*document["benchmarks"], *document.get("absent", [])):
         info = dict(each.get("extra_info", each))
@@ -97,9 +96,9 @@ def tables(measured: Iterable[Measured]) -> list[Table]:
     """A row for each case and a column for each way, one table for the cases of a suite that have the same ways; and
     where fastinit's time goes."""
     measured = list(measured)
-    cases = grouped(measured, lambda each: (each.suite, each.case))
-    in_order = [each for of_case in cases.values() for each in of_case]
-    groups = grouped(in_order, lambda each: (each.suite, frozenset(it.way for it in cases[each.suite, each.case])))
+    groups: dict[tuple[str, frozenset[str]], list[Measured]] = {}
+    for (suite, _), of_case in grouped(measured, lambda each: (each.suite, each.case)).items():
+        groups.setdefault((suite, frozenset(each.way for each in of_case)), []).extend(of_case)
     of_suites = [suite_table(suite, of_group) for (suite, _), of_group in groups.items()]
     parts = parts_table(measured)
     return [*of_suites, parts] if parts.rows else of_suites
@@ -110,12 +109,10 @@ def suite_table(suite: str, measured: list[Measured]) -> Table:
     ways = list(dict.fromkeys(each.way for each in measured if each.seconds))
     notes: dict[str, None] = {}
     rows = []
-    for case, those in grouped(measured, lambda each: each.case).items():
-        of_case = {each.way: each for each in those}
-        base = of_case.get("fastinit")
-        cells = [cell(of_case[way], base) if way in of_case else "" for way in ways]
-        rows.append([case, *cells])
-        for each in of_case.values():
+    for case, of_case in grouped(measured, lambda each: each.case).items():
+        of_way = {each.way: each for each in of_case}
+        rows.append([case, *(cell(of_way[way], of_way.get("fastinit")) if way in of_way else "" for way in ways)])
+        for each in of_way.values():
             if "reason" in each.info:
                 notes[f"{each.way}: {each.info['reason']}"] = None
             if each.info.get("wrong"):
