@@ -63,7 +63,7 @@ def write(kind, config, folder, device):
         torch.save({key: tensor.cpu() for key, tensor in model.state_dict().items()}, folder / "pytorch_model.bin")
     else:
         nbytes = sum(each.nbytes for each in model.parameters())
-        model.save_pretrained(folder, max_shard_size=nbytes // 4 if kind == "index" else nbytes)
+        model.save_pretrained(folder, max_shard_size=nbytes // 4 if kind == "index" else 2 * nbytes)
 
 
 def weights(folder):
