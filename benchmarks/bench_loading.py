@@ -1,7 +1,7 @@
 """What it takes to have a checkpoint's values in a model, by fastinit and others; `empty=True` beside the meta device.
 
 Checkpoints are written first, so that they lie in the page cache; the clock runs from nothing to a model in bf16 whose
-values are all there:
+values are all there, and the growth of the host's memory meanwhile is noted:
 
 - file: one safetensors file in bf16; index: the same in files of a quarter of the size at most;
 - fp32: one in fp32, which is rounded on the way; torch: in bf16, as torch.save writes it.
@@ -25,7 +25,6 @@ import torch.distributed as dist
 import fastinit
 from fastinit.cli import measure, text
 from fastinit.cli.models import LLAMA_7B, Decoder, DecoderConfig
-from fastinit.cli.workloads import timed_creation
 
 KINDS = {"file": 32, "index": 8, "fp32": 8, "torch": 8}  # layers
 BF16 = torch.bfloat16
@@ -354,22 +353,3 @@ def from_an_empty_cache(create, device):
         return measure.seconds_of(create, device)[0]
 
     return run
-
-
-def test_memory_of_a_load(figure, quick, tmp_path):
-    """By how much resident memory grows at most while an fp32 file is loaded into a bf16 model on the CPU."""
-    from safetensors.torch import save_file
-
-    cpu, config = torch.device("cpu"), DecoderConfig.of_size(1_000_000 if quick else 500_000_000)
-    with fastinit.on(cpu, "fp32", seed=1):
-        model = Decoder(config)
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    largest = max(each.nbytes for each in model.parameters())
-    del model
-
-    def load(build):
-        return by_fastinit(build, tmp_path / "model.safetensors", cpu), None
-
-    with figure("fp32 into bf16 on the CPU, memory", "fastinit") as record:
-        created = [timed_creation(load, lambda: Decoder(config), cpu)[1] for _ in range(2)]  # the first one imports
-        record([created[1].seconds], beyond=created[1].beyond, largest_tensor_bytes=largest)

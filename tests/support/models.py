@@ -7,7 +7,6 @@ A model is built by a *constructor*, a function without arguments, and compared 
   defines the structure that fastinit has to reproduce and, in fp32, every value that no random number enters.
 """
 
-import contextlib
 import hashlib
 import math
 import warnings
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 import fastinit
+from fastinit.cli.measure import default_dtype
 
 SEED = 0x5EED
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,17 +58,6 @@ def made(constructor, way, dtype="fp32", device="cpu", seed=SEED, **options):
     elif way == "sharded":
         fastinit.materialize(model)
     return model
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    """Set torch's default dtype for a block."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def plain(constructor, dtype="fp32", device="cpu", seed=0):
