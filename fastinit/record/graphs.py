@@ -35,7 +35,7 @@ def viewed_in_graph(view: torch.Tensor, base: torch.Tensor, edges: dict[Edge, to
         base: of which it is a view, by however many steps.
         edges: those of the tensors that become real with it.
     """
-    node = None if is_leaf(view) else _grad_fn.__get__(view)
+    node = _grad_fn.__get__(view)
     while node is not None and len(node.next_functions) == 1:
         edge = node.next_functions[0]
         if edge in edges:

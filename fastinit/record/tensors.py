@@ -94,6 +94,11 @@ class Placeholder(torch.Tensor):
         with modes_off():
             _torch_grad.__delete__(self)
 
+    def register_hook(self, hook: Callable[[torch.Tensor], Any]) -> Any:
+        if not is_leaf(self):  # torch keeps the hook with the node, of which there will be another one
+            become_real(self)
+        return torch.Tensor.register_hook(self, hook)  # type: ignore[no-untyped-call]
+
     def tolist(self) -> Any:
         with lock, modes_off(), torch.no_grad():
             return view_of(self._record.compute(), self._region).tolist()
@@ -329,8 +334,8 @@ def take_record_memory(tensor: Placeholder) -> None:
             return
     others = record.placeholders() if len(record.tensors) > 1 else []
     views = [(each, meta) for each in others for of, meta in (_view_of(each),) if of is tensor]
-    edges = {edge_of(each): each for each in (tensor, *others) if each.requires_grad and not is_leaf(each)}
-    viewed = [viewed_in_graph(each, tensor, edges) if each.requires_grad else tensor for each, _ in views]
+    edges = {edge_of(each): each for each in (tensor, *others) if not is_leaf(each)}
+    viewed = [tensor if is_leaf(each) else viewed_in_graph(each, tensor, edges) for each, _ in views]
     assert record.memory is not None
     swap_in(tensor, view_of(record.memory, tensor._region))
     for (each, meta), of in zip(views, viewed, strict=True):
@@ -407,7 +412,7 @@ def swap_in(
         return
     requires_grad = tensor.requires_grad
     graph = requires_grad and not is_leaf(tensor)
-    if graph and meta not in _KNOWN_VIEWS:
+    if graph and (meta not in _KNOWN_VIEWS or tensor._backward_hooks):
         viewed = None
     if viewed is None:
         real = memory.detach()
@@ -416,15 +421,12 @@ def swap_in(
             real = viewed.as_strided(memory.size(), memory.stride(), memory.storage_offset())
         torch._C._autograd._set_creation_meta(real, meta)
     hooks = post = grad = None
-    keeps_graph = graph and viewed is None
-    if requires_grad and not keeps_graph:
-        hooks = tensor._backward_hooks
     if requires_grad and not graph:
         real.requires_grad_()
-        post, grad = tensor._post_accumulate_grad_hooks, tensor.grad
+        hooks, post, grad = tensor._backward_hooks, tensor._post_accumulate_grad_hooks, tensor.grad
         if grad is not None:
             become_real(grad)
-    elif keeps_graph:
+    elif graph and viewed is None:
         real = with_graph_of(tensor, real)
     attributes = tensor.__dict__
     del attributes["_record"], attributes["_region"]
