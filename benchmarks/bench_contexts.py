@@ -1,6 +1,5 @@
 """What a block itself costs: an empty one, by the number of module classes in the process, and the thousandth one."""
 
-import functools
 import importlib.util
 import time
 
@@ -16,15 +15,11 @@ LOADED = [name for name in ("transformers", "timm", "torchvision") if importlib.
 
 @pytest.mark.parametrize("when", COUNTED)
 @pytest.mark.parametrize("classes", [0, 1000, 10_000, "libraries"])
-def test_empty_block(figure, main_device, quick, classes, when):
+def test_empty_block(figure, once, main_device, quick, classes, when):
     what = f"{' and '.join(LOADED) or 'no library'} imported" if classes == "libraries" else f"{classes:,} classes more"
     with figure(f"an empty block, {what}, {main_device}", when) as record:
-        record(all_blocks(classes, 50 if quick else 1000, str(main_device))[COUNTED[when]])
-
-
-@functools.cache
-def all_blocks(classes, count, device_name):
-    return measure.in_new_process(empty_blocks, classes, count, device_name)
+        seconds = once(measure.in_new_process, empty_blocks, classes, 50 if quick else 1000, str(main_device))
+        record(seconds[COUNTED[when]])
 
 
 def empty_blocks(classes, count, device_name):

@@ -9,7 +9,6 @@ First: the first model of the process; on a GPU, torch loads each kernel at its 
 the first was freed and torch's allocator gave its memory back.
 """
 
-import functools
 import time
 import warnings
 from contextlib import nullcontext
@@ -26,15 +25,14 @@ WHEN = ("first", "second")
 
 @pytest.mark.parametrize("way", ["fastinit", "Lightning alone"])
 @pytest.mark.parametrize("when", WHEN)
-def test_fabric(figure, main_device, quick, when, way):
+def test_fabric(figure, once, main_device, quick, when, way):
     config = peers.shape_for(main_device, quick, on_cpu=100_000_000)
     with figure(f"fabric.init_module, {text.count(config.parameters)}, {when} model, {main_device}", way) as record:
         peers.require("lightning")
-        rounds = runs(way == "fastinit", config, main_device.type, 1 if quick else 4)
+        rounds = once(runs, way == "fastinit", config, main_device.type, 1 if quick else 4)
         record([each[WHEN.index(when)] for each in rounds[-3:]])  # the first one reads the packages from disk
 
 
-@functools.cache
 def runs(enabled, config, device_type, rounds):
     return [measure.in_new_process(create, enabled, config, device_type) for _ in range(rounds)]
 
@@ -73,7 +71,7 @@ STRATEGIES = ("DDP", "FSDP1", "FSDP2", "DeepSpeed 3")
 @pytest.mark.parametrize("way", ["fastinit", "Lightning alone"])
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_first_step(figure, main_device, quick, strategy, when, way):
+def test_first_step(figure, once, main_device, quick, strategy, when, way):
     gpus = torch.cuda.device_count() if main_device.type == "cuda" else 0
     # Lightning alone creates it on the CPU under FSDP, by one thread.
     config = LLAMA_7B.with_layers(8) if gpus and not quick else DecoderConfig.of_size(1_000_000)
@@ -82,23 +80,12 @@ def test_first_step(figure, main_device, quick, strategy, when, way):
         if gpus == 1 or (not gpus and strategy in ("FSDP1", "DeepSpeed 3")):
             raise peers.Unavailable("unsupported: needs two GPUs")
         peers.require("lightning", "deepspeed" if strategy.startswith("DeepSpeed") else None)
-        of_ranks, error = fits(way == "fastinit", strategy, config, main_device.type)
-        if error is not None:
-            raise error
+        of_ranks = once(measure.on_ranks, fit_twice, 2, main_device.type, way == "fastinit", strategy, config)
         seconds, beyond, host_growth = (
             None if None in figures else max(figures)
             for figures in zip(*(of_rank[WHEN.index(when)] for of_rank in of_ranks), strict=True)
         )
         record([seconds], beyond=beyond, host_growth=host_growth)
-
-
-@functools.cache
-def fits(enabled, strategy, config, device_type):
-    """What `fit_twice` returns on each rank, and None; or None, and its error, which need not be waited for twice."""
-    try:
-        return measure.on_ranks(fit_twice, 2, device_type, enabled, strategy, config), None
-    except Exception as error:
-        return None, error
 
 
 def fit_twice(device, enabled, strategy, config):

@@ -8,7 +8,6 @@ fastinit.load, which gives no tensors without one. The bound of the disk is `dd 
 different parts of the file. kvikio's, the fastest, is also measured with a model that takes its tensors.
 """
 
-import functools
 import json
 import os
 import subprocess
@@ -130,19 +129,15 @@ def file(tmp_path_factory, quick):
 
 @pytest.mark.parametrize("way", READERS)
 @pytest.mark.parametrize("cache", ["warm", "cold"])
-def test_reader(figure, main_device, file, cache, way):
+def test_reader(figure, once, main_device, file, cache, way):
     nbytes = file[0].stat().st_size
     with figure(f"{nbytes / 1e9:.3g} GB, {cache}, {main_device}", way) as record:
         peers.require(READERS[way][1], "safetensors")
-        record(read(way, str(main_device), *file)[cache], bytes=nbytes)
+        seconds = once(measure.in_new_process, read, way, str(main_device), *file, timeout=120.0)
+        record(seconds[cache], bytes=nbytes)
 
 
-@functools.cache
-def read(*arguments):
-    return measure.in_new_process(read_here, *arguments, timeout=120.0)
-
-
-def read_here(way, device_name, path, count, shape):
+def read(way, device_name, path, count, shape):
     """Seconds of a reader in this process; the first read sets up what is set up once and does not count."""
     reader, _, environment = READERS[way]
     os.environ |= dict(each.split("=") for each in environment.split())

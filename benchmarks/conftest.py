@@ -4,6 +4,8 @@ A suite measures seconds by `fastinit.cli.measure`, which knows GPUs, other proc
 to `figure`. pytest-benchmark does the rest: its clock is one that goes forward by what was measured.
 """
 
+import concurrent.futures
+import functools
 import time
 from contextlib import contextmanager
 
@@ -109,6 +111,22 @@ def main_device(request):
 @pytest.fixture(scope="session")
 def quick(request):
     return request.config.getoption("--quick")
+
+
+@pytest.fixture(scope="session")
+def once():
+    """once(function, *arguments, **options): what it returned or raised the first time, for figures of one run."""
+
+    @functools.cache
+    def outcome(function, *arguments, **options):
+        future = concurrent.futures.Future()
+        try:
+            future.set_result(function(*arguments, **options))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    return lambda *call, **options: outcome(*call, **options).result()
 
 
 @pytest.fixture(autouse=True)
