@@ -272,8 +272,9 @@ def test_without_rich_the_remedy_is_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     for name in [name for name in sys.modules if name.startswith("rich.")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(RuntimeError, match=re.escape("pip install 'torch-fastinit[demo]'")):
-        text.show_table(["a"], [["b"]])
+    for use in (lambda: text.show_table(["a"], [["b"]]), lambda: text.progress(["a"], "before anything is measured")):
+        with pytest.raises(RuntimeError, match=re.escape("pip install 'torch-fastinit[demo]'")):
+            use()
 
 
 DOCUMENT = {
@@ -338,6 +339,17 @@ def test_a_new_process_that_ends_or_hangs_is_an_error():
         measure.in_new_process(os._exit, 1)
     with pytest.raises(TimeoutError, match="sleep was not done after 1 s"):
         measure.in_new_process(time.sleep, 600, timeout=1.0)
+
+
+def first_rank_fails(device):
+    if torch.distributed.get_rank() == 0:
+        raise ValueError("as it is to")
+    torch.distributed.barrier()
+
+
+def test_a_rank_that_fails_ends_the_wait_of_the_others():
+    with pytest.raises(ValueError, match="as it is to"):
+        measure.on_ranks(first_rank_fails, 2, "cpu", timeout=300.0)
 
 
 # what they share
