@@ -29,7 +29,7 @@ def describe() -> dict[str, Any]:
         "memory": total_memory(),
         "huge_pages": huge_pages(),
         "gpus": gpus(),
-        "driver": collect_env.get_nvidia_driver_version(collect_env.run),  # whether or not this torch can use it
+        "driver": driver(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "torch_threads": torch.get_num_threads(),
@@ -88,6 +88,12 @@ def gpus() -> list[dict[str, Any]]:
         {"name": device.name, "architecture": 10 * device.major + device.minor, "memory": device.total_memory}
         for device in devices
     ]
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver, whether or not this torch can use it."""
+    version: str | None = collect_env.get_nvidia_driver_version(lambda line: (*subprocess.getstatusoutput(line), ""))
+    return version
 
 
 def git_commit() -> str | None:
