@@ -50,7 +50,7 @@ $(LIBRARIES)/.installed: $(BUILD_INPUTS) tests/zoo/libraries/requirements.txt te
 	touch $@
 
 fuzz: $(INSTALLED)
-	$(PY) tests/support/fuzz.py $(ARGS)
+	PYTHONPATH=tests/record $(PY) tests/support/fuzz.py $(ARGS)
 
 zoo: $(INSTALLED)
 	$(PY) tests/zoo $(ARGS)
