@@ -36,8 +36,9 @@ class Placeholder(torch.Tensor):
     _record: Record
     _region: Region | None
 
-    # The tensor of which this one is a view that torch has not been told of yet, and how it was made: `note_view`.
-    _view_of: tuple[torch.Tensor, Any]
+    # The tensor of which this one is a view that torch has not been told of yet, and how it was made: `note_view`. Or
+    # None, and the tensor whose `data` it is.
+    _view_of: tuple[torch.Tensor | None, Any]
 
     # What an operator does to placeholders: fastinit.record.dispatch, which is above this module, puts it here.
     dispatch: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -63,8 +64,10 @@ class Placeholder(torch.Tensor):
 
     @property
     def data(self) -> torch.Tensor:
-        with modes_off():
-            return self.detach()
+        with modes_off(), lock:
+            result = stand_for(self._record, self._region)
+            result._view_of = None, self
+            return result
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
@@ -327,7 +330,7 @@ def take_record_memory(tensor: Placeholder) -> None:
     if type(tensor) is not Placeholder:
         return
     record = tensor._record
-    base, _ = _view_of(tensor)
+    base, made = _view_of(tensor)
     if type(base) is Placeholder and base._record is record:
         take_record_memory(base)
         if type(tensor) is not Placeholder:
@@ -337,13 +340,18 @@ def take_record_memory(tensor: Placeholder) -> None:
     edges = {edge_of(each): each for each in (tensor, *others) if not is_leaf(each)}
     viewed = [tensor if is_leaf(each) else viewed_in_graph(each, tensor, edges) for each, _ in views]
     assert record.memory is not None
-    swap_in(tensor, view_of(record.memory, tensor._region))
+    memory = view_of(record.memory, tensor._region)
+    # What is written to the data of a tensor is no new version of that.
+    swap_in(tensor, memory.data if isinstance(made, torch.Tensor) else memory)
     for (each, meta), of in zip(views, viewed, strict=True):
         swap_in(each, view_of(record.memory, each._region), viewed=of, meta=meta)
+    for each in others:
+        if type(each) is Placeholder and _view_of(each)[1] is tensor:
+            take_record_memory(each)
 
 
 def _view_of(tensor: Placeholder) -> tuple[torch.Tensor | None, Any]:
-    """The tensor that one is a view of, and torch's word for how it was made; or None twice."""
+    """The tensor that one is a view of, and torch's word for how it was made; or None, and what it is the data of."""
     noted = tensor.__dict__.get("_view_of")
     if noted is not None:
         return noted  # type: ignore[no-any-return]
@@ -375,7 +383,7 @@ def note_view(view: torch.Tensor, of: Placeholder, several: bool) -> None:
 
 def become_torchs_view(tensor: torch.Tensor) -> None:
     """Tell torch what a placeholder is a view of, before somebody asks or autograd records what is done to it."""
-    if type(tensor) is not Placeholder or "_view_of" not in tensor.__dict__:
+    if type(tensor) is not Placeholder or tensor.__dict__.get("_view_of", (None,))[0] is None:
         return
     if torch._C._get_tracing_state():  # torch.jit.trace knows tensors by their C++ objects
         return

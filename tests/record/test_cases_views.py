@@ -188,3 +188,25 @@ def test_derivatives_of_pending_leaves_are_found(derivative, dtype):
 
     assert inside(run, dtype).dtype == DTYPES[dtype]
     assert_as_torch(inside(run, dtype), plain(run, dtype), dtype)
+
+
+@over_dtypes
+def test_what_is_written_to_the_data_of_a_tensor_is_no_new_version_of_it(dtype):
+    def run():
+        leaf, pending = torch.rand(4).requires_grad_(), torch.rand(4)
+        data, alias = leaf.data, leaf.detach()
+        part = data[1:]
+        y = (leaf * leaf).sum()
+        data.mul_(0.5)
+        part.add_(1)
+        y.backward()
+        pending.data.add_(1)
+        shared = torch.equal(leaf, data) and torch.equal(alias[1:], part)
+        return (
+            [each._version for each in (leaf, alias, data, part, pending)],
+            part._base is data,
+            data._is_view(),
+            shared,
+        )
+
+    assert inside(run, dtype) == plain(run, dtype)
