@@ -21,7 +21,7 @@ from ..native import CONSTANT, NORMAL, UNIFORM
 from ..recipe import Region, Write
 from .dispatch import RECORDED, create, wrap
 from .nested import tensors_in
-from .precision import complex_of
+from .precision import SINGLE, WHOLE, complex_of, of_default
 from .recorded import fills_what_is_empty, is_worth_recording
 from .records import HALVES, view_of
 from .tensors import Placeholder, become_real
@@ -458,6 +458,15 @@ def legacy_tensor(mode: Mode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if isinstance(data, torch.Size) or not any(hasattr(value, "__len__") for value in values):
         return _create(mode, _size(tuple(values) or (0,), {}), options, None)
     return _tensor(mode, torch.tensor, data, **options) if hasattr(data, "__len__") else NotImplemented
+
+
+@_is(torch.result_type)
+def _result_type(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> torch.dtype:
+    dtype: torch.dtype = func(*args, **kwargs)
+    tensors = tensors_in((args, kwargs))
+    # Of integers and a number torch makes its default dtype, which is another one in the process.
+    is_default = dtype in SINGLE and all(each.dtype in WHOLE for each in tensors)
+    return of_default(dtype, mode.block.default_dtype) if is_default else dtype
 
 
 def _take_memory(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:

@@ -341,6 +341,17 @@ def test_complex_numbers_in_fp16_have_torchs_dtype(name):
     assert [leaf.dtype for leaf in got] == [leaf.dtype for leaf in right]
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_result_type_is_what_torch_says_of_every_pair(dtype):
+    kinds = (torch.bool, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64, torch.complex64)
+
+    def run():
+        values = [1, 2.0, True, 1j, *(torch.ones(size, dtype=kind) for kind in kinds for size in ((), (2,)))]
+        return [torch.result_type(a, b) for a in values for b in values]
+
+    assert inside(run, dtype) == plain(run, dtype)
+
+
 def _kind(leaf):
     if not hasattr(leaf, "dtype"):
         return leaf
