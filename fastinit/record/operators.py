@@ -235,7 +235,8 @@ def _view(name: str) -> None:
 
     @_method(name)
     def view(self: Placeholder, *args: Any) -> Any:
-        if any(isinstance(each, (torch.Tensor, torch.dtype)) for each in args):
+        # What views something that requires grad requires it, too, also while no graph is recorded.
+        if self.requires_grad or any(isinstance(each, (torch.Tensor, torch.dtype)) for each in args):
             return NotImplemented
         return _noted(take_view(usual, self, *args), self)
 
@@ -255,7 +256,7 @@ for _name in "chunk expand narrow permute select split squeeze t transpose unbin
 @_method("__getitem__")
 def _getitem(self: Placeholder, index: Any) -> Any:
     parts = index if type(index) is tuple else (index,)
-    if not all(each is None or each is Ellipsis or type(each) in (int, slice) for each in parts):
+    if self.requires_grad or not all(each is None or each is Ellipsis or type(each) in (int, slice) for each in parts):
         return NotImplemented
     return _noted(take_view(_torch.__getitem__, self, index), self)
 

@@ -210,3 +210,15 @@ def test_what_is_written_to_the_data_of_a_tensor_is_no_new_version_of_it(dtype):
         )
 
     assert inside(run, dtype) == plain(run, dtype)
+
+
+@pytest.mark.parametrize("taken", TAKEN)
+@over_dtypes
+def test_a_view_of_a_parameter_requires_grad_also_while_no_graph_is_recorded(taken, dtype):
+    def run():
+        p = nn.Parameter(torch.zeros(4))
+        with torch.no_grad():
+            view = TAKEN[taken](p)
+        return view.requires_grad, view.is_leaf
+
+    assert inside(run, dtype) == plain(run, dtype)
