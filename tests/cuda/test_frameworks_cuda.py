@@ -296,8 +296,8 @@ def test_transformers(ranks, engine, create, tmp_path):
 def test_zero3_of_transformers(ranks, tmp_path):
     """A checkpoint that is loaded into partitions which Transformers itself makes, in an ordinary block."""
     expected, before = run_with_fastinit(ranks, "ZeRO-3", from_checkpoint, tmp_path, shards=False)
-    # Rank 0 writes what the checkpoint lacks into a weight that exists already. The buffers with frequencies are computed
-    # again by Transformers, after its zero.Init has put them on the GPU, whose powers differ in last bits.
+    # Rank 0 writes what the checkpoint lacks into a weight that exists already. Transformers computes the buffers with
+    # frequencies again, after its zero.Init has put them on the GPU, whose powers differ in last bits.
     different = {name for name in expected if before[name] != expected[name]}
     assert {name for name in different if not name.endswith("inv_freq")} == {"score.weight"}
 
