@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -87,7 +87,7 @@ class _Entered(NamedTuple):
     report: Report | None  # held if it is to be logged
     token: Token[Block | None]
     compiler: Any
-    end_of_shard: Callable[[], None] | None
+    undo: ExitStack  # what entering has changed
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -228,18 +228,18 @@ class on:
             block.ran = Counter()
         report = start(device, dtype, seed, "order" if self._rename is None else "name")
         block.report = weakref.ref(report)  # nobody but the caller holds it: without "as", nothing has to be reported
-        guest.install()
-        try:
+        kept = None if block.ran is None else report
+        with ExitStack() as undo:
+            if not isinstance(self._shard, bool):
+                undo.callback(self._shard.begin())
+            guest.install()
+            undo.callback(guest.remove)
+            undo.callback(block.generator.leave, None if outer is None else outer.generator)
             block.generator.enter()
             mode = Mode(block)
             mode.__enter__()
-        except BaseException:
-            block.generator.leave(None if outer is None else outer.generator)
-            guest.remove()
-            raise
-        kept = None if block.ran is None else report
-        end = None if isinstance(self._shard, bool) else self._shard.begin()
-        _entered.set((*_entered.get(), _Entered(self, block, mode, kept, current.set(block), compiler, end)))
+            entered = _Entered(self, block, mode, kept, current.set(block), compiler, undo.pop_all())
+        _entered.set((*_entered.get(), entered))
         return report
 
     @not_compiled
@@ -264,7 +264,7 @@ class on:
                 "fastinit.on: left where it was not entered, or before a block inside of it; use it in a with "
                 "statement, in the thread and coroutine that enter it"
             )
-        _, block, mode, _, token, compiler, end_of_shard = entered[-1]
+        _, block, mode, _, token, compiler, undo = entered[-1]
         _entered.set(entered[:-1])
         mode.__exit__()
         current.reset(token)
@@ -301,10 +301,7 @@ class on:
             if exc_type is None:
                 block.warn_of_order()
         finally:
-            if end_of_shard is not None:
-                end_of_shard()
-            block.generator.leave(None if outer is None else outer.generator)
-            guest.remove()
+            undo.close()
             if report is not None:
                 finish(report, block)
                 if block.ran is not None:

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -229,6 +230,34 @@ def test_an_interrupt_while_a_context_ends_waits_until_it_has_ended(intact, inte
             model()
     assert engine.done
     assert current.get() is None
+
+
+def test_an_engine_that_cannot_begin_leaves_torch_as_it_was(intact):
+    class Refuses(InterruptedLater):
+        def begin(self):
+            raise ValueError("no engine")
+
+    with pytest.raises(ValueError, match="no engine"), fastinit.on("cpu", "bf16", seed=SEED, shard=Refuses()):
+        pass
+    assert current.get() is None
+
+
+def test_what_an_engine_has_begun_ends_with_the_block(intact):
+    ended = []
+
+    class Begins(InterruptedLater):
+        def begin(self):
+            return lambda: ended.append(True)
+
+        def place(self, parameters, timing):
+            assert not ended
+
+    for raises in (False, True):
+        with suppress(KeyError), fastinit.on("cpu", "bf16", seed=SEED, shard=Begins()):
+            model()
+            if raises:
+                raise KeyError
+    assert ended == [True, True]
 
 
 def test_a_thread_that_is_not_the_main_one_has_no_say_in_signals(intact):
