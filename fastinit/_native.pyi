@@ -186,13 +186,13 @@ def give_memory(
     largest: int,
     limit: int,
 ) -> tuple[int, int, int]:
-    """Give memory to the records of a segment and add their fills to a batch, from number ``start`` on.
+    """Give memory to the records of a segment, from number ``start`` on, and fill them by a batch, or copy values.
 
-    Stops before one that is not plain or has more than ``largest`` bytes, and once ``limit`` bytes are reached.
+    Stops before one that is not plain or has more than ``largest`` bytes, and once ``limit`` bytes are to be filled.
     ``given`` gets each record, and behind it its memory.
 
     Returns:
-        The number of the next record, and how many bytes and fills there were.
+        The number of the next record, and how many bytes and fills are in the batch.
     """
 
 def swap_in(given: list[Any]) -> list[Any]:

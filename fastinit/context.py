@@ -406,7 +406,7 @@ def _parse_empty(empty: Any) -> Empty | None:
 
 
 def _parse_shard(shard: Any, empty: Empty | None) -> bool | Partitioner:
-    if not isinstance(shard, bool) and not hasattr(shard, "place"):
+    if not isinstance(shard, bool) and not (hasattr(shard, "begin") and hasattr(shard, "place")):
         raise ValueError(f"fastinit.on: shard={shard!r} must be True, False or fastinit.deepspeed.zero3(config)")
     if shard is not False and empty is not None:
         raise ValueError(

@@ -262,13 +262,13 @@ class Fills:
             self.add(memory.data_ptr(), memory.numel(), memory.dtype, recipe)
 
     def give_memory(self, records: list[Any], start: int, given: list[Any], limit: int) -> tuple[int, int]:
-        """Give records of this device memory and add their fills, from number `start` on, as far as they are plain.
+        """Give records of this device memory, from number `start` on, and add their fills, or copy their values.
 
-        Stops before one that is not plain, or once they are of `limit` bytes.
+        Stops before one that is not plain, or once fills are of `limit` bytes.
 
         Returns:
-            The number of the next record, and the bytes of those before it; `given` gets each of the others, and behind
-            it its memory.
+            The number of the next record, and the bytes that are filled; `given` gets each record, and behind it its
+            memory.
         """
         if self.device.type not in NATIVE_DEVICES:
             return start, 0

@@ -71,7 +71,7 @@ struct State {
 extern State state;
 
 #define FASTINIT_NAMES(X) \
-    X(_is_param) X(_record) X(_region) X(__class__) X(device) X(dtype) X(itemsize) X(tensor) X(generator) X(next_stream) X(detach) \
+    X(_is_param) X(_record) X(_region) X(_view_of) X(__class__) X(device) X(dtype) X(itemsize) X(tensor) X(generator) X(next_stream) X(detach) \
     X(requires_grad) X(requires_grad_) X(uniform_) X(normal_) X(fill_) X(zero_) X(shape) X(size) X(storage_size) X(dim) X(numel) X(element_size) X(_use_count) X(data_ptr) X(needs_master) X(copy_values) X(_modules) X(_parameters)
 struct Names {
 #define X(name) PyObject* const name = PyUnicode_InternFromString(#name);

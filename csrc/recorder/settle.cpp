@@ -116,7 +116,7 @@ py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list&
 // that it requires a gradient. What fastinit.record.tensors.swap_in does.
 bool swap_plain(const py::object& record, const py::object& tensor, const py::object& memory) {
     const Target target(tensor.ptr());
-    if (!target.whole()) return false;
+    if (!target.whole() || own_attribute(tensor.ptr(), names->_view_of)) return false;
     const bool requires_grad = truth(get(state.requires_grad, tensor.ptr()));
     if (requires_grad) {
         if (!truth(get(state.is_leaf, tensor.ptr()))) return false;

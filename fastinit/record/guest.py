@@ -438,12 +438,12 @@ def _wrap_constructors() -> None:
     def tensor_new(*args: Any, **kwargs: Any) -> Any:
         block = current.get()
         mode = None if block is None else _mode_of(block)
-        if mode is not None:
+        if mode is not None and args:
             with modes_off():
                 tensor = legacy_tensor(mode, args[1:], kwargs)
             if tensor is not NotImplemented:
                 return tensor if args[0] is torch.Tensor else make_subclass(args[0], tensor)
-        if block is not None and args[0] is not torch.Tensor:  # also where the mode itself is calling
+        if block is not None and args and args[0] is not torch.Tensor:  # also where the mode itself is calling
             for each in _placeholders(args):
                 become_real(each)
         return new_tensor(*args, **kwargs)

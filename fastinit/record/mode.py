@@ -312,7 +312,8 @@ def _set_element(tensor: Placeholder, index: Any, value: Any) -> bool:
     if not all(each is None or each is Ellipsis or type(each) in (int, slice) for each in parts):
         return False
     with lock, modes_off():
-        if type(tensor) is not Placeholder or tensor._record.block.defers:
+        # Where a log is kept of what torch runs, `dispatch` counts this.
+        if type(tensor) is not Placeholder or tensor._record.block.defers or tensor._record.block.ran is not None:
             return False
         if type(value) is Placeholder:
             computed = value._record.compute()
@@ -327,7 +328,9 @@ def _set_element(tensor: Placeholder, index: Any, value: Any) -> bool:
         if tensor._record.values is None:
             return False
         view_of(tensor._record.values, tensor._region)[index] = value
+        tensor._record.block.touch(tensor._record)
         tensor._record.did(COMPUTED)
+    become_torchs_view(tensor)  # whose versions are those of its base
     torch.autograd.graph.increment_version(tensor)
     return True
 

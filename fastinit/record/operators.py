@@ -17,7 +17,7 @@ from ..execution import DTYPES
 from .dispatch import dispatch, take_view
 from .mode import AS_METHODS, is_mine
 from .records import Record, lock, modes_off
-from .tensors import Placeholder, note_view, stand_for
+from .tensors import Placeholder, become_torchs_view, note_view, stand_for
 
 aten = torch.ops.aten
 
@@ -87,6 +87,7 @@ def _method(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             if result is NotImplemented:
                 return usual(self, *args, **kwargs)
             if in_place:
+                become_torchs_view(self)  # whose versions are those of its base
                 torch.autograd.graph.increment_version(self)
             return result
 

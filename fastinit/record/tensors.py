@@ -65,8 +65,11 @@ class Placeholder(torch.Tensor):
     @property
     def data(self) -> torch.Tensor:
         with modes_off(), lock:
+            if type(self) is not Placeholder:  # while this thread waited for the lock, another one has made it real
+                return _torch_data.__get__(self)  # type: ignore[no-any-return]
             result = stand_for(self._record, self._region)
-            result._view_of = None, self
+            source = _view_of(self)[1]
+            result._view_of = None, source if isinstance(source, torch.Tensor) else self
             return result
 
     @data.setter
@@ -292,7 +295,9 @@ def before_graph(tensors: list[torch.Tensor]) -> None:
     if is_recorded:
         for each in tensors:
             if type(each) is Placeholder and len(each._record.tensors) > 1:
-                for other in each._record.placeholders():
+                with lock:
+                    others = each._record.placeholders()
+                for other in others:
                     become_torchs_view(other)
     for each in tensors:
         become_torchs_view(each)
@@ -449,7 +454,9 @@ def swap_in(
     if grad is not None:
         tensor.grad = grad
     if real._use_count() > 1:  # type: ignore[attr-defined]
-        leave_behind(real, record, region, tensor if requires_grad and tensor.is_leaf else None, kind)
+        # Of a view that was taken while no graph was recorded, gradients go to what it is a view of.
+        accumulates = requires_grad and viewed is None and tensor.is_leaf
+        leave_behind(real, record, region, tensor if accumulates else None, kind)
 
 
 # Views in a graph that are nothing but that: torch has made them itself, and of the tensor as it was.

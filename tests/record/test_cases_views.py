@@ -222,3 +222,62 @@ def test_a_view_of_a_parameter_requires_grad_also_while_no_graph_is_recorded(tak
         return view.requires_grad, view.is_leaf
 
     assert inside(run, dtype) == plain(run, dtype)
+
+
+WRITES = {
+    "an element": lambda v: v.__setitem__(0, 9.0),
+    "a step": lambda v: v.mul_(3.0),
+    "a fill": lambda v: v.zero_(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@over_dtypes
+def test_what_is_written_to_a_view_is_a_new_version_of_what_a_graph_has_saved(write, dtype):
+    def run():
+        b, w = torch.arange(4.0).add(1), nn.Parameter(torch.ones(4))
+        y = (b * w).sum()
+        WRITES[write](b[1:])
+        y.backward()
+
+    for where in (plain, inside):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            where(run, dtype)
+
+
+@over_dtypes
+def test_views_that_are_taken_without_a_graph_may_be_written_to_with_one(dtype):
+    def run():
+        p = nn.Parameter(torch.zeros(4))
+        with torch.no_grad():
+            p[1] = 2.0
+            views = p.chunk(2)
+        q = p.detach()
+        q.add_(1)
+        return p.detach().clone(), [view.detach().clone() for view in views]
+
+    assert_as_torch(inside(run, dtype)[0], plain(run, dtype)[0], dtype)
+
+
+@over_dtypes
+def test_the_data_of_data_of_a_tensor_and_so_on_is_one_step_from_it(dtype):
+    def run():
+        data = leaf = nn.Parameter(torch.zeros(3))
+        for _ in range(2000):
+            data = data.data
+        data.add_(1)
+        return leaf
+
+    assert inside(run, dtype).tolist() == [1.0, 1.0, 1.0]
+
+
+@over_dtypes
+def test_the_data_of_a_tensor_keeps_no_trace_of_it(dtype):
+    def run():
+        weight = nn.Parameter(torch.zeros(3))
+        data = weight.data
+        weight.data = torch.ones(3)
+        return weight, data
+
+    weight, data = inside(run, dtype)
+    assert not vars(data) and not vars(weight) and not data.any() and weight.all()
