@@ -602,6 +602,11 @@ def last_child(state):
     return children[-1] if children else nn.Module()
 
 
+def decidable_child(state):
+    child = last_child(state)
+    return child if decidable(*child.state_dict().values()) else nn.Module()
+
+
 @operation
 def deep_copied_child(state, tensor, other, index, value):
     state.add_child(copy.deepcopy(last_child(state)))
@@ -670,7 +675,7 @@ def child_in_half(state, tensor, other, index, value):
 
 @operation
 def child_in_double(state, tensor, other, index, value):
-    last_child(state).double()
+    decidable_child(state).double()
 
 
 @operation
@@ -722,12 +727,12 @@ def shallow_copied(state, tensor, other, index, value):
 
 @operation
 def child_in_single(state, tensor, other, index, value):
-    last_child(state).float()
+    decidable_child(state).float()
 
 
 @operation
 def child_to_a_dtype(state, tensor, other, index, value):
-    last_child(state).to(torch.get_default_dtype())
+    decidable_child(state).to(torch.get_default_dtype())
 
 
 @operation
