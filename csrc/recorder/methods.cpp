@@ -190,10 +190,10 @@ py::object top_mode() {
 
 bool is_mode(const py::object& mode) { return reinterpret_cast<PyObject*>(Py_TYPE(mode.ptr())) == state.mode; }
 
-// Whether nobody else's mode would see a call.
+// Whether nobody else's mode, nor a transform of functions, would see a call.
 bool is_mine() {
     const py::object mode = top_mode();
-    return !mode || is_mode(mode);
+    return (!mode || is_mode(mode)) && call(state.transform).is_none();
 }
 
 // Records a fill of the whole of a pending tensor; false, and nothing done, if it is not so plain.
@@ -346,6 +346,7 @@ py::object create(Block* block, PyObject* filling, PyObject* args, PyObject* kwa
     }
     Dtype code;
     if (!fillable(dtype, code) || is_positive(call(state.dispatch_modes))) return {};
+    if (!call(state.transform).is_none()) return {};
     if (device == Py_None) {
         if (is_positive(call(state.function_modes))) return {};  // a torch.device context may be among them
     } else if (device != block->device) {

@@ -154,6 +154,7 @@ py::tuple connect(const py::kwargs& connected) {
     state.exit = keep(low.attr("DisableTorchFunction").attr("__exit__"));
     state.function_modes = keep(low.attr("_len_torch_function_stack"));
     state.dispatch_modes = keep(low.attr("_len_torch_dispatch_stack"));
+    state.transform = keep(low.attr("_functorch").attr("peek_interpreter_stack"));
     state.inference_mode = keep(low.attr("is_inference_mode_enabled"));
     state.deterministic = keep(low.attr("_get_deterministic_algorithms"));
     state.grad_enabled = keep(low.attr("is_grad_enabled"));

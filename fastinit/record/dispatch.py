@@ -128,6 +128,8 @@ def wrap(
     if values.layout != torch.strided or values.is_nested or values.is_quantized or values.is_conj() or values.is_neg():
         # Rounded where it is: such a tensor has no master values.
         return values.to(dtype).to(device)
+    if torch._C._functorch.is_functorch_wrapped_tensor(values):  # a transform's own
+        return values.to(dtype).to(device)
     if device.type == "cpu" and dtype not in HALVES and not followed:
         return values.to(dtype)
     if values.numel() == 0:

@@ -23,7 +23,7 @@ from .dispatch import RECORDED, create, wrap
 from .nested import tensors_in
 from .precision import SINGLE, WHOLE, complex_of, of_default
 from .recorded import fills_what_is_empty, is_worth_recording
-from .records import HALVES, view_of
+from .records import HALVES, alone, view_of
 from .tensors import Placeholder, become_real
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def _create(
 ) -> Any:
     """A placeholder for a factory call; NotImplemented if it is to be computed."""
     if size is None or torch._C._len_torch_dispatch_stack() or not options.keys() <= _OPTIONS:
+        return NotImplemented
+    if in_functorch():  # whose tensors are its own: written in place, and drawn as its randomness says
         return NotImplemented
     if options.get("pin_memory") or options.get("layout") not in (None, torch.strided):
         return NotImplemented
@@ -166,7 +168,7 @@ def _full(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
 def _empty_strided(mode: Mode, func: Any, size: Any, stride: Any, **options: Any) -> Any:
     sizes, strides = _size((tuple(size),), {}), _size((tuple(stride),), {})
     block = mode.block
-    plain = not torch._C._len_torch_dispatch_stack() and not fills_what_is_empty(block)
+    plain = not torch._C._len_torch_dispatch_stack() and not fills_what_is_empty(block) and not in_functorch()
     if plain and sizes is not None and strides is not None and 0 not in sizes:
         device = _device(mode, options)
         dtype = options.get("dtype") or block.default_dtype
@@ -288,6 +290,8 @@ def compute(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     if any(type(each) is Placeholder for each in tensors_in((args, kwargs))):
         args, kwargs = tree_map_only(Placeholder, _host_values, (args, kwargs))
     values = func(*args, **kwargs)
+    if func is torch.empty:
+        values.zero_()
     if final is None:
         final = values.dtype
     if func in _MAY_SHARE and (final in HALVES or device.type != "cpu"):
@@ -296,9 +300,13 @@ def compute(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     return result.requires_grad_() if requires_grad else result
 
 
-def _host_values(tensor: Placeholder) -> torch.Tensor:
-    values = view_of(tensor._record.compute(), tensor._region)
-    return values if values.is_cpu else values.cpu()
+def _host_values(tensor: torch.Tensor) -> Any:
+    if not isinstance(tensor, Placeholder):
+        # In a transform of functions it may be one around a placeholder, of which C++ would want the address.
+        return tensor.item() if in_functorch() and not tensor.dim() else tensor
+    with alone():
+        values = view_of(tensor._record.compute(), tensor._region)
+        return values if values.is_cpu else values.cpu()
 
 
 def _takes_dtype(func: Any) -> bool:
@@ -390,7 +398,7 @@ def _tensor(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
             return func(*args, **{**kwargs, "device": "cpu"})
     if kwargs.get("dtype") is None:
         kwargs["dtype"] = _dtype_of_data(data, mode.block.default_dtype)
-    if any(type(each) is Placeholder for each in _leaves(data)):
+    if any(isinstance(each, torch.Tensor) for each in _leaves(data)):
         args, kwargs = (
             (_mapped(data, _host_values), *args[1:]),
             {k: v for k, v in kwargs.items() if k not in ("data", "obj")},
@@ -412,7 +420,7 @@ def _is_memory(data: Any) -> bool:
 def _mapped(data: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(data, (list, tuple)):
         return [_mapped(each, function) for each in data]
-    return function(data) if type(data) is Placeholder else data
+    return function(data) if isinstance(data, torch.Tensor) else data
 
 
 def _of_placeholder(func: Any, data: Placeholder, args: Any, kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn import init
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
@@ -451,7 +452,8 @@ def _wrap_constructors() -> None:
     def make_subclass(*args: Any, **kwargs: Any) -> Any:
         if len(args) > 1 and type(args[1]) is Placeholder:
             if args[0] is torch.nn.Parameter and len(args) == 3 and not kwargs:
-                parameter: Any = args[1].detach().requires_grad_(args[2])
+                with temporarily_clear_interpreter_stack():  # transforms of functions refuse to set requires_grad
+                    parameter: Any = args[1].detach().requires_grad_(args[2])
                 parameter._is_param = True
                 return parameter
             become_real(args[1])

@@ -415,7 +415,7 @@ def _truncated(block: Block, tensor: torch.Tensor, mean: Any, std: Any, a: Any, 
     if not (0 < std < float("inf") and a < b and abs(mean) < float("inf")):
         return NotImplemented
     if type(tensor) is Placeholder:
-        if not can_fill(tensor.dtype, tensor.device):
+        if not can_fill(tensor.dtype, tensor.device) or in_functorch():
             return NotImplemented
         return fill(tensor, TRUNCATED_NORMAL, parameters)
     if existing.takes(block, tensor):

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import native
 from ..execution import allocate, can_fill, refuse_capture
@@ -29,6 +33,14 @@ modes_off = torch._C.DisableTorchFunction
 
 # One lock for all records: an operation may take placeholders of several blocks, and threads may share a model.
 lock = threading.RLock()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Nobody else is to see what is done: no thread, mode, graph of autograd or transform of functions."""
+    with lock, modes_off(), torch.no_grad(), _disable_current_modes(), temporarily_clear_interpreter_stack():
+        yield
+
 
 # Master values of one tensor beyond this are not made: the tensor gets its memory, and torch computes with that.
 LARGEST_MASTER = 32 << 20

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import native
 from ..execution import allocate
@@ -21,7 +20,7 @@ from ..layout import contiguous_strides
 from ..recipe import COPIED, Region
 from . import fast
 from .graphs import edge_of, is_leaf, viewed_in_graph, with_graph_of
-from .records import Record, is_in_order, lock, modes_off, view_of
+from .records import Record, alone, is_in_order, lock, modes_off, view_of
 
 
 class Placeholder(torch.Tensor):
@@ -56,7 +55,7 @@ class Placeholder(torch.Tensor):
             return Placeholder.dispatch(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        with modes_off(), lock:
+        with alone():
             if not self.is_leaf:
                 become_real(self)
                 return copy.deepcopy(self, memo)  # torch's refusal
@@ -106,11 +105,11 @@ class Placeholder(torch.Tensor):
         return torch.Tensor.register_hook(self, hook)  # type: ignore[no-untyped-call]
 
     def tolist(self) -> Any:
-        with lock, modes_off(), torch.no_grad():
+        with alone():
             return view_of(self._record.compute(), self._region).tolist()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        with lock, modes_off(), torch.no_grad():
+        with alone():
             values = view_of(self._record.compute(), self._region).to(self.device, self.dtype)
             values.requires_grad_(self.requires_grad)
             return repr(torch.nn.Parameter(values, self.requires_grad) if "_is_param" in self.__dict__ else values)
@@ -182,7 +181,7 @@ def _number(name: str) -> Callable[[Placeholder], Any]:
         # C++ that makes a tensor of a list asks its elements with the way to __torch_dispatch__ barred.
         if not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Python):
             return usual(self)
-        with lock, modes_off(), torch.no_grad():
+        with alone():
             return usual(view_of(self._record.compute(), self._region))
 
     return method
@@ -271,7 +270,7 @@ def become_real(tensor: torch.Tensor) -> None:
     """Make a placeholder an ordinary tensor with memory and values; it stays the same object."""
     if type(tensor) is not Placeholder:
         return
-    with lock, modes_off(), torch.no_grad(), _disable_current_modes():
+    with alone():
         if type(tensor) is Placeholder:  # no other thread has done it meanwhile
             record = tensor._record
             record.materialize()
@@ -285,7 +284,7 @@ def use_values(tensor: torch.Tensor) -> None:
         become_real(tensor)
     elif isinstance(tensor, Placeholder) and tensor._record.block.rename is not None:
         # Which values a name decides must not depend on the precision.
-        with lock, modes_off(), torch.no_grad(), _disable_current_modes():
+        with alone():
             tensor._record.compute()
 
 
@@ -392,7 +391,7 @@ def become_torchs_view(tensor: torch.Tensor) -> None:
         return
     if torch._C._get_tracing_state():  # torch.jit.trace knows tensors by their C++ objects
         return
-    with lock, modes_off(), torch.no_grad(), _disable_current_modes():
+    with alone():
         base, meta = tensor.__dict__.pop("_view_of")
         if type(base) is not Placeholder or base._record is not tensor._record or tensor.requires_grad:
             return

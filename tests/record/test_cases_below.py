@@ -74,6 +74,12 @@ FUNCTORCH = {
     "functional_call": lambda t: (
         lambda w, b, x: torch.func.functional_call(nn.Linear(3, 2), {"weight": w, "bias": b}, (x,))
     )(t(2, 3), t(2), t(1, 3)),
+    "vmap with numbers of a closure": lambda t: (
+        lambda a: torch.vmap(lambda w: w * float(a[0]) + torch.tensor(a.tolist()))(t(2, 3))
+    )(t(3)),
+    "vmap of a module made in it": lambda t: torch.vmap(
+        lambda w: nn.init.ones_(nn.Linear(3, 1, bias=False).weight).detach() * w, randomness="same"
+    )(t(2, 3)),
     "stack_module_state": lambda t: torch.func.stack_module_state([nn.LayerNorm(3), nn.LayerNorm(3)])[0],
 }
 GRADIENTS = {
@@ -82,6 +88,22 @@ GRADIENTS = {
     "grad of two": lambda t: torch.func.grad(lambda w, v: (w * v).sum(), argnums=(0, 1))(t(3), t(3)),
     "vjp": lambda t: torch.func.vjp(lambda w: w * 2, t(3))[1](t(3)),
     "jvp": lambda t: torch.func.jvp(lambda w: w * w, (t(3),), (t(3),)),
+    "grad with a closure": lambda t: (lambda a: torch.func.grad(lambda w: (w * a).sum())(t(3)))(t(3)),
+    "grad with a view": lambda t: (lambda a: torch.func.grad(lambda w: (w * a[1:4]).sum())(t(3)))(t(5)),
+    "grad with a parameter": lambda t: (lambda m: torch.func.grad(lambda w: m(w).sum())(t(3)))(nn.LayerNorm(3)),
+    "grad with numbers of a closure": lambda t: (
+        lambda a: torch.func.grad(lambda w: (w * a.tolist()[0] * torch.tensor([a[0], 2.0, a[1]])).sum())(t(3))
+    )(t(2)),
+    "grad with a factory": lambda t: torch.func.grad(
+        lambda w: (w * torch.full((3,), t(1)[0]) * torch.empty(3).fill_(0.5)).sum()
+    )(t(3)),
+    "grad of a module made in it": lambda t: torch.func.grad(
+        lambda w: (w * nn.init.ones_(nn.Linear(3, 1, bias=False).weight)).sum()
+    )(t(3)).detach(),
+    "grad with a copy": lambda t: (
+        lambda m: torch.func.grad(lambda w: (w * copy.deepcopy(m).weight).sum())(t(3)).detach()
+    )(nn.LayerNorm(3)),
+    "jvp with a closure": lambda t: (lambda a: torch.func.jvp(lambda w: w * a, (t(3),), (t(3),)))(t(3)),
     "jacrev": lambda t: torch.func.jacrev(lambda w: w**2)(t(2)),
     "jacfwd": lambda t: torch.func.jacfwd(lambda w: w**2)(t(2)),
     "hessian": lambda t: torch.func.hessian(lambda w: (w**2).sum())(t(2)),
@@ -169,6 +191,30 @@ def test_transformations_of_functorch_see_values(name, dtype):
 @over_dtypes
 def test_gradients_of_functorch_are_those_of_the_values(name, dtype):
     check(GRADIENTS[name], dtype, "computed", ulps=2)
+
+
+DRAWS = {
+    "rand": lambda x: x + torch.rand(3),
+    "normal_": lambda x: x + torch.empty(3).normal_(),
+    "an init": lambda x: x + nn.init.xavier_normal_(torch.empty(3, 3)),
+    "trunc_normal_": lambda x: x + nn.init.trunc_normal_(torch.empty(3)),
+    "randint": lambda x: x + torch.randint(0, 1000, (3,)),
+    "randn_like": lambda x: x + torch.randn_like(x),
+    "dropout": lambda x: x + nn.functional.dropout(torch.ones(64)),
+}
+
+
+@pytest.mark.parametrize("randomness", ["error", "same", "different"])
+@pytest.mark.parametrize("name", DRAWS)
+def test_vmap_draws_as_its_randomness_says(name, randomness):
+    def drawn():
+        try:
+            rows = torch.vmap(DRAWS[name], randomness=randomness)(torch.zeros(2))
+        except RuntimeError as error:
+            return str(error)
+        return torch.equal(*rows)
+
+    assert inside(drawn) == plain(drawn)
 
 
 @pytest.mark.parametrize("name", SCRIPT)
