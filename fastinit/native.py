@@ -11,80 +11,12 @@ Private: it may change with any version.
 from __future__ import annotations
 
 try:
-    from fastinit._native import (
-        Batch,
-        Block,
-        Generator,
-        Mode,
-        Record,
-        advise_huge_pages,
-        apply_steps,
-        around_handle,
-        around_make_subclass,
-        build_info,
-        connect,
-        cpu_isa,
-        cpu_isas,
-        erfinv,
-        give_memory,
-        give_turn,
-        new_placeholder,
-        read,
-        read_cuda,
-        swap_in,
-        tally,
-        turn,
-        type_of,
-        use,
-        waiting,
-    )
+    from fastinit._native import *  # noqa: F403
 except ImportError as error:
     raise ImportError(
         "fastinit: the native module is not built for this Python; run `pip install .`, or `make build` in a checkout. "
         f"{error}"
     ) from error
-
-__all__ = [
-    "ADD",
-    "BFLOAT16",
-    "CLAMP",
-    "CONSTANT",
-    "DIVIDE",
-    "ERFINV",
-    "FLOAT16",
-    "FLOAT32",
-    "MAX_DIMS",
-    "MAX_STEPS",
-    "MULTIPLY",
-    "NORMAL",
-    "TRUNCATED_NORMAL",
-    "UNIFORM",
-    "Batch",
-    "Block",
-    "Generator",
-    "Mode",
-    "Record",
-    "advise_huge_pages",
-    "apply_steps",
-    "around_handle",
-    "around_make_subclass",
-    "build_info",
-    "connect",
-    "cpu_isa",
-    "cpu_isas",
-    "erfinv",
-    "give_memory",
-    "give_turn",
-    "new_placeholder",
-    "read",
-    "read_cuda",
-    "swap_in",
-    "tally",
-    "turn",
-    "type_of",
-    "use",
-    "waiting",
-]
 
 # dtypes
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
@@ -97,4 +29,3 @@ TRUNCATED_NORMAL = 3  # (mean, std, threshold, *(offset, scale, low, high) of th
 MULTIPLY, ADD, DIVIDE, CLAMP, ERFINV = range(5)
 
 MAX_STEPS = 6
-MAX_DIMS = 8

@@ -18,7 +18,6 @@ from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 from .native import CONSTANT, MAX_STEPS, NORMAL, TRUNCATED_NORMAL, UNIFORM
-from .native import ERFINV as ERFINV
 
 # A kind of recipes only: an operator's result, which needs the whole tensor (fastinit.record.calls). It comes first in
 # its recipe, covers the whole and takes no steps.

@@ -11,8 +11,8 @@ import torch
 from .. import native
 from ..execution import DTYPES, allocate, can_fill, concrete
 from ..layout import contiguous_strides, numel
-from ..native import ADD, CLAMP, CONSTANT, DIVIDE, MULTIPLY, NORMAL, UNIFORM
-from ..recipe import COMPUTED, COPIED, ERFINV, Region, Write, with_step
+from ..native import ADD, CLAMP, CONSTANT, DIVIDE, ERFINV, MULTIPLY, NORMAL, UNIFORM
+from ..recipe import COMPUTED, COPIED, Region, Write, with_step
 from .block import Block, current
 from .calls import record_call
 from .dispatch import RECORDED, create, on_meta, values_dtype
