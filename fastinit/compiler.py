@@ -28,9 +28,24 @@ def not_compiled(function: _Function) -> _Function:
     # What torch.compiler.disable(recursive=False) amounts to.
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = _REASON  # type: ignore[attr-defined]
+    return _skipped(function, callees="DEFAULT")
+
+
+def never_compiled(function: _Function) -> _Function:
+    """Have a function run as it is, with what it calls, whether a graph reaches its call or is handed its frame."""
+    # What torch.compiler.disable amounts to.
+    if torch.__version__ >= (2, 13):  # type: ignore[operator]
+        function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    else:  # whose constant functions take no modules, in 2.9 for one: the graph breaks here instead
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return _skipped(function, callees="SKIP")
+
+
+def _skipped(function: _Function, callees: str) -> _Function:
     if hasattr(_frames, "set_code_exec_strategy"):
         action = _frames._FrameAction
-        _frames.set_code_exec_strategy(function.__code__, _frames._FrameExecStrategy(action.SKIP, action.DEFAULT))
+        strategy = _frames._FrameExecStrategy(action.SKIP, getattr(action, callees))
+        _frames.set_code_exec_strategy(function.__code__, strategy)
     else:  # torch 2.6
         _frames.skip_code(function.__code__)
     return function

@@ -33,9 +33,10 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from .. import native
+from ..compiler import never_compiled
 from ..execution import concrete
 from . import fast, methods
-from .block import current
+from .block import Block, current
 from .factories import legacy_tensor
 from .mode import Mode, has_layout_of, truncated_normal
 from .names import name_streams
@@ -112,7 +113,7 @@ def _install() -> None:
     # What torch.autograd.Function.apply does first: no mode sees that one.
     _replace(torch._functorch.utils, "unwrap_dead_wrappers", _before_graph)
     # Code of C++ that keeps tensors, or reads their memory.
-    _replace(torch.utils, "swap_tensors", _real_first)
+    _replace(torch.utils, "swap_tensors", _exchangeable_first)
     for owner in (torch, torch.utils.dlpack):
         _replace(owner, "to_dlpack", _real_first)
     _replace(torch, "compile", _compiled_later)
@@ -172,134 +173,94 @@ def _type_of(value: Any) -> type:
     return torch.Tensor if kind is Placeholder else kind
 
 
-def _default_dtype(function: Any) -> Any:
-    @functools.wraps(function)
-    def get_default_dtype() -> torch.dtype:
-        block = current.get()
-        dtype: torch.dtype = function() if block is None else block.default_dtype
-        return dtype
+def _in_block(handler: Callable[..., Any]) -> Callable[[Any], Any]:
+    """What makes the replacement of a function: in a block, `handler` gets that, the function and its arguments."""
 
-    return get_default_dtype
+    def replacing(function: Any) -> Any:
+        @functools.wraps(function, updated=())
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            block = current.get()
+            return function(*args, **kwargs) if block is None else handler(block, function, *args, **kwargs)
 
+        return replacement
 
-def _set_default_dtype(function: Any) -> Any:
-    @functools.wraps(function)
-    def set_default_dtype(d: Any, /) -> None:
-        block = current.get()
-        if block is None:
-            function(d)
-        elif not isinstance(d, torch.dtype) or not d.is_floating_point:
-            raise TypeError(f"only floating-point types are supported as the default type, not {d}")
-        else:
-            block.default_dtype = d
-
-    return set_default_dtype
+    return replacing
 
 
-def _set_default_tensor_type(function: Any) -> Any:
+@_in_block
+def _default_dtype(block: Block, function: Any) -> torch.dtype:
+    return block.default_dtype
+
+
+@_in_block
+def _set_default_dtype(block: Block, function: Any, d: Any, /) -> None:
+    if not isinstance(d, torch.dtype) or not d.is_floating_point:
+        raise TypeError(f"only floating-point types are supported as the default type, not {d}")
+    block.default_dtype = d
+
+
+@_in_block
+def _set_default_tensor_type(block: Block, function: Any, t: Any, /) -> None:
     """The older way to say it, by ``torch.DoubleTensor`` or its name."""
-
-    @functools.wraps(function)
-    def set_default_tensor_type(t: Any, /) -> None:
-        block = current.get()
-        kind: Any = getattr(torch, t.removeprefix("torch."), None) if isinstance(t, str) else t
-        dtype = getattr(kind, "dtype", None)
-        if block is None or kind is None or dtype is None or kind.is_cuda:
-            function(t)
-        else:
-            torch.set_default_dtype(dtype)
-
-    return set_default_tensor_type
+    kind: Any = getattr(torch, t.removeprefix("torch."), None) if isinstance(t, str) else t
+    dtype = getattr(kind, "dtype", None)
+    if dtype is None or kind.is_cuda:
+        function(t)
+    else:
+        torch.set_default_dtype(dtype)
 
 
-def _default_device(function: Any) -> Any:
-    @functools.wraps(function)
-    def get_default_device() -> torch.device:
-        modes = _get_current_function_mode_stack()
-        for mode in reversed(modes):
-            if isinstance(mode, DeviceContext):
-                return concrete(mode.device)
-            if isinstance(mode, Mode) and mode.block is current.get():
-                return mode.factory_device()
-        device: torch.device = function()
-        return device
-
-    return get_default_device
+@_in_block
+def _default_device(block: Block, function: Any) -> torch.device:
+    for mode in reversed(_get_current_function_mode_stack()):
+        if isinstance(mode, DeviceContext):
+            return concrete(mode.device)
+        if isinstance(mode, Mode) and mode.block is block:
+            return mode.factory_device()
+    device: torch.device = function()
+    return device
 
 
-def _compiled_later(function: Any) -> Any:
+@_in_block
+def _compiled_later(block: Block, function: Any, *args: Any, **kwargs: Any) -> Any:
     """torch.compile: what it makes of a function runs as that is written while a block is active."""
+    compiled = function(*args, **kwargs)
+    original = args[0] if args else kwargs.get("model")
+    if not isinstance(original, FunctionType):
+        return compiled
 
-    @functools.wraps(function)
-    def compile(*args: Any, **kwargs: Any) -> Any:
-        compiled = function(*args, **kwargs)
-        original = args[0] if args else kwargs.get("model")
-        if current.get() is None or not isinstance(original, FunctionType):
-            return compiled
+    @functools.wraps(original)
+    def either(*arguments: Any, **options: Any) -> Any:
+        return (compiled if current.get() is None else original)(*arguments, **options)
 
-        @functools.wraps(original)
-        def either(*arguments: Any, **options: Any) -> Any:
-            return (compiled if current.get() is None else original)(*arguments, **options)
-
-        return either
-
-    return compile
+    return either
 
 
-def _orthogonal_in_fp32(function: Any) -> Any:
+@_in_block
+def _orthogonal_in_fp32(block: Block, function: Any, Q: torch.Tensor, eps: Any = None) -> Any:
     """Whether a matrix is orthogonal, which torch asks with a tolerance of the precision in which it computes."""
-
-    @functools.wraps(function)
-    def _is_orthogonal(Q: torch.Tensor, eps: Any = None) -> bool:
-        if not (type(Q) is Placeholder and has_master(Q)):
-            return function(Q, eps)  # type: ignore[no-any-return]
-        rows, columns = Q.shape[-2:]
-        identity = torch.eye(columns, dtype=Q.dtype, device=Q.device)
-        return torch.allclose(Q.mT @ Q, identity, atol=10.0 * rows * torch.finfo(torch.float32).eps)
-
-    return _is_orthogonal
+    if not has_master(Q):
+        return function(Q, eps)
+    rows, columns = Q.shape[-2:]
+    identity = torch.eye(columns, dtype=Q.dtype, device=Q.device)
+    return torch.allclose(Q.mT @ Q, identity, atol=10.0 * rows * torch.finfo(torch.float32).eps)
 
 
-def _get_rng_state(function: Any) -> Any:
-    @functools.wraps(function)
-    def get_rng_state() -> torch.Tensor:
-        block = current.get()
-        with modes_off():
-            state: torch.Tensor = function() if block is None else block.generator.state_is_read(function)
-        return state
-
-    return get_rng_state
+@_in_block
+def _get_rng_state(block: Block, function: Any) -> torch.Tensor:
+    with modes_off():
+        return block.generator.state_is_read(function)
 
 
-def _set_rng_state(function: Any) -> Any:
-    @functools.wraps(function)
-    def set_rng_state(new_state: torch.Tensor) -> None:
-        function(new_state)
-        block = current.get()
-        if block is not None:
-            with modes_off():
-                block.generator.state_was_set(new_state)
-
-    return set_rng_state
-
-
-def _real_first(function: Any) -> Any:
-    """A function that finds no placeholders among its arguments."""
-
-    @functools.wraps(function, updated=())
-    def called(*args: Any, **kwargs: Any) -> Any:
-        if current.get() is not None:
-            for each in _placeholders(args, kwargs):
-                become_real(each)
-                if function.__name__ == "swap_tensors":
-                    _forget(each)
-        return function(*args, **kwargs)
-
-    return called
+@_in_block
+def _set_rng_state(block: Block, function: Any, new_state: torch.Tensor) -> None:
+    function(new_state)
+    with modes_off():
+        block.generator.state_was_set(new_state)
 
 
 def _before_graph(function: Any) -> Any:
-    """A function whose arguments autograd records next."""
+    """A function whose arguments autograd records next, also those of another thread's block."""
 
     @functools.wraps(function)
     def called(args: Any) -> Any:
@@ -310,86 +271,50 @@ def _before_graph(function: Any) -> Any:
     return called
 
 
-def _placeholders(*values: Any) -> list[Placeholder]:
-    found: list[Placeholder] = []
-    for value in values:
-        if type(value) is Placeholder:
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += _placeholders(*value)
-        elif isinstance(value, dict):
-            found += _placeholders(*value.values())
-    return found
+@_in_block
+def _real_first(block: Block, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function that finds no placeholders among its arguments."""
+    for each in tensors_in((args, kwargs)):
+        become_real(each)
+    return function(*args, **kwargs)
 
 
-def _forget(tensor: torch.Tensor) -> None:
-    """Hold no weak references to a tensor that has become real: torch exchanges none that have any."""
-    block = current.get()
-    for ref in block.records if block is not None else ():
-        record = ref()
-        if record is not None:
-            record.tensors = [each for each in record.tensors if each() is not tensor]
+@_in_block
+def _exchangeable_first(block: Block, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function that exchanges tensors, which torch does with none that has weak references."""
+    tensors = [each for each in tensors_in((args, kwargs)) if type(each) is Placeholder]
+    for each in tensors:
+        become_real(each)
+    for record in [record for ref in block.records if tensors and (record := ref()) is not None]:
+        record.tensors = [ref for ref in record.tensors if all(ref() is not each for each in tensors)]
+    return function(*args, **kwargs)
 
 
-def _all_real_first(function: Any) -> Any:
+@_in_block
+def _all_real_first(block: Block, function: Any, *args: Any, **kwargs: Any) -> Any:
     """A function that hands all tensors of a model to C++."""
-
-    @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        block = current.get()
-        if block is not None:
-            block.settle()
-        return function(*args, **kwargs)
-
-    return called
+    block.settle()
+    return function(*args, **kwargs)
 
 
-def _named_first(function: Any) -> Any:
+@_in_block
+def _named_first(block: Block, function: Any, *args: Any, **kwargs: Any) -> Any:
     """A function after which a model has other names, or values."""
-
-    @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        block = current.get()
-        if block is not None:
-            name_streams(block)
-        return function(*args, **kwargs)
-
-    return called
+    name_streams(block)
+    return function(*args, **kwargs)
 
 
-def _on_meta_first(function: Any) -> Any:
+@_in_block
+def _on_meta_first(block: Block, function: Any, *args: Any, **kwargs: Any) -> Any:
     """A function that shards parameters."""
-
-    @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        block = current.get()
-        if block is not None:
-            name_streams(block)
-        if block is not None and block.shard:
-            leave_unwritten(block)
-            block.settle()
-        return function(*args, **kwargs)
-
-    return called
+    name_streams(block)
+    if block.shard:
+        leave_unwritten(block)
+        block.settle()
+    return function(*args, **kwargs)
 
 
-def _never_compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Have torch.compile run a function of ours as it is, whether it traces the call or is handed its frame."""
-    # What torch.compiler.disable amounts to here, without the import of torch._dynamo, which takes seconds.
-    frames = torch._C._dynamo.eval_frame
-    if torch.__version__ >= (2, 13):  # type: ignore[operator]
-        function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    else:  # whose constant functions take no modules, in 2.9 for one: the graph breaks here instead
-        function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    if hasattr(frames, "set_code_exec_strategy"):
-        skip = frames._FrameAction.SKIP
-        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
-    else:  # torch 2.6
-        frames.skip_code(function.__code__)  # type: ignore[attr-defined,unused-ignore]
-    return function
-
-
-@_never_compiled
+@never_compiled
 def _used(module: torch.nn.Module, args: Any) -> None:
     # A module that is called under autograd is in use, perhaps in training: its parameters are torch's from here on.
     if current.get() is not None and torch.is_grad_enabled() and torch._guards.TracingContext.try_get() is None:
@@ -445,7 +370,7 @@ def _wrap_constructors() -> None:
             if tensor is not NotImplemented:
                 return tensor if args[0] is torch.Tensor else make_subclass(args[0], tensor)
         if block is not None and args and args[0] is not torch.Tensor:  # also where the mode itself is calling
-            for each in _placeholders(args):
+            for each in tensors_in(args):
                 become_real(each)
         return new_tensor(*args, **kwargs)
 
@@ -465,7 +390,7 @@ def _wrap_constructors() -> None:
     torch.Tensor._make_subclass = staticmethod(native.around_make_subclass(make_subclass))  # type: ignore[method-assign]
 
 
-def _mode_of(block: Any) -> Mode | None:
+def _mode_of(block: Block) -> Mode | None:
     for mode in reversed(_get_current_function_mode_stack()):
         if isinstance(mode, Mode) and mode.block is block:
             return mode
