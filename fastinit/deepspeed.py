@@ -20,12 +20,11 @@ from torch.nn import functional
 from .execution import Timing, allocate, reserve
 from .layout import flat_box, numel
 from .record.block import warn_never_initialized
+from .record.records import modes_off
 from .record.tensors import swap_in
 from .record.unwritten import Origin, Piece, Unwritten, write_pieces
 
 __all__ = ["zero3"]
-
-_modes_off = torch._C.DisableTorchFunction
 
 # Those that the tests were run with: the first, and the first one that is too new. pyproject.toml asks for them.
 _VERSIONS = ((0, 17), (0, 20))
@@ -116,7 +115,7 @@ class Zero3:
             ValueError: the context's device or dtype is not the one that the configuration trains with, or a parameter
                 has neither values nor a recipe. The parameters are as they were.
         """
-        with _modes_off(), torch.no_grad():
+        with modes_off(), torch.no_grad():
             new = {id(each[2]): each for each in parameters if not hasattr(each[2], "ds_id")}
             self._refuse(list(new.values()))
             partitions = [(each, self._slices(*each[2:])) for each in new.values()]

@@ -1,7 +1,7 @@
-"""The logger "fastinit": what blocks did, and what torch had to run itself.
+"""The logger "fastinit": what blocks did, and what torch had to run itself; and how messages list names.
 
-It is silent unless the program configures `logging`, or FASTINIT_LOG names a level, from which on its messages go to
-standard error.
+The logger is silent unless the program configures `logging`, or FASTINIT_LOG names a level, from which on its messages
+go to standard error.
 
 Private: it may change with any version.
 """
@@ -10,10 +10,17 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 
 logger = logging.getLogger("fastinit")
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Names for a message, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _log_to_stderr(level: str) -> None:

@@ -19,11 +19,10 @@ from torch import nn
 
 from ..context import on
 from ..layout import Slices
+from ..log import listed
 from ..materialization import initialize
 from .files import Checkpoint
 from .loading import Loading, LoadReport
-
-_NAMES_IN_WARNINGS = 10
 
 
 def load(
@@ -118,8 +117,8 @@ def load(
     elif done.missing or done.unexpected:
         warnings.warn(
             f"fastinit.load: {str(checkpoint.path)!r} and {type(made).__name__} differ: {len(done.missing)} names "
-            f"missing in the checkpoint ({_some(done.missing)}), {len(done.unexpected)} unexpected "
-            f"({_some(done.unexpected)}). Pass report=fastinit.LoadReport() to have them without this warning",
+            f"missing in the checkpoint ({listed(done.missing, 10)}), {len(done.unexpected)} unexpected "
+            f"({listed(done.unexpected, 10)}). Pass report=fastinit.LoadReport() to have them without this warning",
             stacklevel=2,
         )
     return made
@@ -142,8 +141,3 @@ def _bar(total: int, progress: bool, path: Path) -> Any:
         else:
             return tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=path.name)
     return nullcontext()
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMES_IN_WARNINGS} more" if len(names) > _NAMES_IN_WARNINGS else ""
-    return ", ".join(names[:_NAMES_IN_WARNINGS]) + more
