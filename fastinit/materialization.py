@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 from .distributed import from_rank_0, is_distributed
 from .execution import Timing, allocate, concrete, refuse_capture, reserve
 from .layout import Box, Slices, contiguous_strides, numel, slices_of
+from .log import listed
 from .recipe import Region
 from .record.block import warn_never_initialized
 from .record.kept import release
@@ -77,12 +77,6 @@ def unwritten_tensors(model: nn.Module, *, recurse: bool = True) -> list[Named]:
     return list(named.values())
 
 
-def _release(model: nn.Module, *, recurse: bool = True) -> None:
-    """Let tensors that have their values be torch's own."""
-    for _, tensor in _tensors(model, recurse=recurse):
-        release(tensor)
-
-
 def _require_module(function: str, model: Any) -> None:
     if isinstance(model, nn.Module):
         return
@@ -129,7 +123,8 @@ def uninitialized(model: nn.Module) -> list[str]:
     with lock, modes_off():
         names = [each.name for each in unwritten_tensors(model)]
     if not names:
-        _release(model)  # parameters that others have replaced may wait for the garbage collector
+        for _, tensor in _tensors(model):
+            release(tensor)  # parameters that others have replaced may wait for the garbage collector
     return names
 
 
@@ -168,8 +163,9 @@ def initialize(model: nn.Module, names: Iterable[str] | None = None) -> list[str
             named = [each for each in named if each.name in wanted or id(each.tensor) in tensors]
         on_meta = [each.name for each in named if each.unwritten.is_meta]
         if on_meta:
-            raise ValueError(f"fastinit: {_listed(on_meta)} are on the meta device; use fastinit.materialize(model)")
-        _give_values(_with_agreed_seeds(named))
+            raise ValueError(f"fastinit: {listed(on_meta)} are on the meta device; use fastinit.materialize(model)")
+        agree_on_seeds(named)
+        _give_values(named)
         return [each.name for each in named]
 
 
@@ -224,10 +220,7 @@ def materialize(
             "window= to fastinit.load"
         )
     with adding_to(report) as timing, lock, modes_off(), torch.no_grad():
-        named = unwritten_tensors(model)
-        _refuse_unrecorded(_tensors(model), named)
-        _release(model)
-        named = _with_agreed_seeds(named)
+        named = _recorded(model)
         if empty:
             named = [each for each in named if each.unwritten.is_meta]
             _refuse_unfit(named)
@@ -261,26 +254,24 @@ def param_init_fn(module: nn.Module) -> None:
     """
     _require_module("param_init_fn", module)
     with lock, modes_off(), torch.no_grad():
-        named = unwritten_tensors(module, recurse=False)
-        _refuse_unrecorded(_tensors(module, recurse=False), named)
-        _release(module, recurse=False)
-        _give_values(_with_agreed_seeds(named))
+        _give_values(_recorded(module, recurse=False))
 
 
 def overwrite(tensors: Iterable[tuple[torch.Tensor, Origin]]) -> None:
     """Give tensors that have memory the values of what was created in their place."""
     with lock, modes_off(), torch.no_grad():
-        pieces = []
-        for tensor, origin in tensors:
-            if is_dtensor(tensor):
-                pieces.append(Piece(local_tensor(tensor), origin, local_boxes(tensor)))
-            else:
-                pieces.append(Piece(tensor.detach(), origin, None))
-        write_pieces(pieces)
+        write_pieces(
+            [
+                Piece(local_tensor(tensor).detach(), origin, local_boxes(tensor) if is_dtensor(tensor) else None)
+                for tensor, origin in tensors
+            ]
+        )
 
 
-def agree_on_seeds(named: Iterable[Named]) -> None:
-    """Have all ranks use rank 0's seeds, where they were drawn before ranks could agree."""
+def agree_on_seeds(named: list[Named]) -> None:
+    """Have all ranks use rank 0's seeds for a model in shards, where they were drawn before ranks could agree."""
+    if not any(is_dtensor(each.tensor) or each.unwritten.is_meta for each in named):
+        return
     keys: dict[Key, torch.device] = {}
     for each in named:
         if not each.origin.key.agreed:
@@ -291,10 +282,60 @@ def agree_on_seeds(named: Iterable[Named]) -> None:
             key.seed, key.agreed = seed, True
 
 
-def _with_agreed_seeds(named: list[Named]) -> list[Named]:
-    if any(is_dtensor(each.tensor) or each.unwritten.is_meta for each in named):
-        agree_on_seeds(named)
-    return named
+class _Part(NamedTuple):
+    """What this rank is to hold of a tensor, and where; a window is a part of one that is not distributed."""
+
+    named: Named
+    rest: Rest
+    device: torch.device
+    window: Slices | None
+
+    @property
+    def key(self) -> int:
+        """The same where one memory serves: of a storage, however many tensors of the model show it."""
+        return id(self.rest if self.window is None else self.named.unwritten)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the memory."""
+        return self.rest.shape if self.window is None else tuple(each.stop - each.start for each in self.window)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the memory that it has yet to get."""
+        return 0 if self.rest.memory is not None else numel(self.shape) * self.rest.dtype.itemsize
+
+    def memory(self) -> torch.Tensor:
+        if self.rest.memory is not None:
+            return self.rest.memory
+        return allocate(self.shape, self.rest.dtype, self.device, name_of=lambda: self.rest.origin.name)
+
+    def piece(self, memory: torch.Tensor) -> Piece:
+        """What is to be written of the memory."""
+        rest, (_, tensor, unwritten) = self.rest, self.named
+        if is_dtensor(tensor):
+            local = view_of(memory, region_of(unwritten))
+            if rest.memory is None and local.numel() < memory.numel():
+                memory.zero_()  # FSDP2's padding
+            return Piece(local, rest.origin, local_boxes(tensor))
+        if self.window is None:
+            return Piece(view_of(memory, rest.place), rest.origin, None)
+        # The recipe counts elements as the storage has them.
+        region = region_of(unwritten) or Region(0, rest.shape, contiguous_strides(rest.shape))
+        first = region.offset + sum(cut.start * by for cut, by in zip(self.window, region.strides, strict=True))
+        return Piece(memory, rest.origin, [Box(first, self.shape, region.strides, 0, memory.stride())])
+
+    def take(self, memory: torch.Tensor) -> None:
+        """Let the tensor have the memory, which is written."""
+        _, tensor, unwritten = self.named
+        if self.window is not None:
+            swap_in(unwritten, memory, Unwritten)
+            return
+        self.rest.memory = memory
+        self.rest.wrote(None)
+        settle(unwritten)
+        if tensor is not unwritten:
+            remake(tensor)
 
 
 def _give_values(
@@ -306,69 +347,26 @@ def _give_values(
     """Allocate and write what this rank holds of each tensor; after an error, all of them are as before."""
     timing = timing or Timing()
     _refuse_unfit(named)
-    devices = [_device_of(each, device) for each in named]
-    windows = [None if window is None else _checked_window(window, each) for each in named]
-    work = list(zip(named, devices, windows, strict=True))
-    for target in dict.fromkeys(devices):
-        refuse_capture(target)
-        with timing.allocating():
-            reserve([_size(each, part) for each, where, part in work if where == target], target)
-    # One memory for each storage, however many tensors of the model show it, and one for each window.
-    memories: dict[int, torch.Tensor] = {}
-    pieces: list[Piece] = []
-    partly = []
-    for each, target, part in work:
-        rest, origin = each.rest, each.origin
-        key = id(rest) if part is None else id(each.unwritten)
-        if key in memories:
-            continue
-        shape = rest.shape if part is None else _extent(part)
-        memory = rest.memory
-        if memory is None:
-            with timing.allocating():
-                memory = allocate(shape, rest.dtype, target, name_of=partial(getattr, origin, "name"))
-        else:
-            partly.append(rest)
-        memories[key] = memory
-        boxes: list[Box] | None
-        if is_dtensor(each.tensor):
-            view = view_of(memory, region_of(each.unwritten))
-            if rest.memory is None and view.numel() < memory.numel():
-                memory.zero_()  # FSDP2's padding
-            boxes = local_boxes(each.tensor)
-        elif part is not None:
-            view, boxes = memory, [_box(each, part, memory.stride())]
-        else:
-            view, boxes = view_of(memory, rest.place), None
-        if view.numel():
-            pieces.append(Piece(view, origin, boxes))
+    parts = [_Part(each, each.rest, _device_of(each, device), _checked_window(window, each)) for each in named]
+    distinct: dict[int, _Part] = {}
+    for part in parts:
+        distinct.setdefault(part.key, part)
+    with timing.allocating():
+        for target in dict.fromkeys(part.device for part in parts):
+            refuse_capture(target)
+            reserve([part.nbytes for part in distinct.values() if part.device == target], target)
+        memories = {key: part.memory() for key, part in distinct.items()}
+    pieces = [part.piece(memories[key]) for key, part in distinct.items()]
     for each in named:
         if not each.origin.recipe:
-            name = each.name
-            warn_never_initialized(name if "." in name else f"model.{name}", each.origin.shape)
+            warn_never_initialized(each.name if "." in each.name else f"model.{each.name}", each.origin.shape)
     with ExitStack() as kept:
-        for rest in partly:
-            kept.enter_context(rest.keeping_what_is_written())
+        for part in distinct.values():
+            kept.enter_context(part.rest.keeping_what_is_written())
         write_pieces(pieces, timing)
     # Only now, when nothing is left that fails.
-    rests = [each.rest for each in named]
-    for each, rest, part in zip(named, rests, windows, strict=True):
-        if part is not None:
-            if type(each.unwritten) is Unwritten:
-                swap_in(each.unwritten, memories[id(each.unwritten)], Unwritten)
-            continue
-        if rest.memory is None:
-            rest.memory = memories[id(rest)]
-        rest.wrote(None)
-        settle(each.unwritten)
-        if each.tensor is not each.unwritten:
-            remake(each.tensor)
-
-
-def _size(each: Named, part: Slices | None) -> int:
-    if each.rest.memory is not None:
-        return 0
-    return numel(each.rest.shape if part is None else _extent(part)) * each.rest.dtype.itemsize
+    for part in parts:
+        part.take(memories[part.key])
 
 
 def _device_of(each: Named, device: str | torch.device | None) -> torch.device:
@@ -388,7 +386,9 @@ def _device_of(each: Named, device: str | torch.device | None) -> torch.device:
     return concrete(origin.device if device is None else device)
 
 
-def _checked_window(window: Callable[..., Any], each: Named) -> Slices | None:
+def _checked_window(window: Callable[..., Any] | None, each: Named) -> Slices | None:
+    if window is None:
+        return None
     name, shape = each.name, tuple(each.tensor.shape)
     slices = slices_of(window, name, shape, "fastinit.materialize")
     if slices is None:
@@ -403,18 +403,6 @@ def _checked_window(window: Callable[..., Any], each: Named) -> Slices | None:
             "return None for it, or materialize the model before"
         )
     return slices
-
-
-def _box(each: Named, part: Slices, memory_strides: tuple[int, ...]) -> Box:
-    """Where the elements of a window are in the tensor's recipe, which counts them as the storage has them."""
-    shape = each.rest.shape
-    region = region_of(each.unwritten) or Region(0, shape, contiguous_strides(shape))
-    first = region.offset + sum(cut.start * stride for cut, stride in zip(part, region.strides, strict=True))
-    return Box(first, _extent(part), region.strides, 0, memory_strides)
-
-
-def _extent(part: Slices) -> tuple[int, ...]:
-    return tuple(each.stop - each.start for each in part)
 
 
 def _tensors(model: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
@@ -439,28 +427,27 @@ def _refuse_unfit(named: Iterable[Named]) -> None:
             refuse_placeless(origin)
 
 
-def _refuse_unrecorded(tensors: Iterable[tuple[str, torch.Tensor]], named: Iterable[Named]) -> None:
+def _recorded(model: nn.Module, *, recurse: bool = True) -> list[Named]:
+    """What is unwritten of a model, as all ranks agree on it, after everything on meta has proved to be recorded."""
+    named = unwritten_tensors(model, recurse=recurse)
     recorded = {id(each.tensor) for each in named}
+    tensors = list(_tensors(model, recurse=recurse))
     unknown = [name for name, tensor in tensors if is_on_meta(tensor) and id(tensor) not in recorded]
     if unknown:
         raise ValueError(
-            f"fastinit: {_listed(unknown)} are on the meta device, and no context has recorded how they are "
+            f"fastinit: {listed(unknown)} are on the meta device, and no context has recorded how they are "
             "initialized; create them inside of fastinit.on(..., shard=True), or give them memory first"
         )
+    for _, tensor in tensors:
+        release(tensor)
+    agree_on_seeds(named)
+    return named
 
 
 def _refuse_unknown(model: nn.Module, names: set[str]) -> None:
     unknown = names - {name for name, _ in _tensors(model)}
     if unknown:
         raise ValueError(
-            f"fastinit.initialize: names={_listed(sorted(unknown))} are not parameters or buffers of this "
+            f"fastinit.initialize: names={listed(sorted(unknown))} are not parameters or buffers of this "
             f"{type(model).__name__}; use the names of named_parameters() and named_buffers()"
         )
-
-
-_NAMES_IN_ERRORS = 20
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMES_IN_ERRORS} more" if len(names) > _NAMES_IN_ERRORS else ""
-    return ", ".join(names[:_NAMES_IN_ERRORS]) + more

@@ -65,15 +65,14 @@ def held(tensor: torch.Tensor) -> Held:
     Raises:
         ValueError: as `local_boxes`.
     """
-    if is_dtensor(tensor):
-        return Held(local_tensor(tensor), tuple(tensor.shape), local_boxes(tensor))
     if is_partition(tensor):
         described: Any = tensor
         part, total = described.ds_tensor, int(described.ds_numel)
         begin = min(torch.distributed.get_rank(described.ds_process_group) * int(part.ds_numel), total)
         end = min(begin + int(part.ds_numel), total)
         return Held(part.detach()[: end - begin], tuple(described.ds_shape), [flat_box(begin, end)])
-    return Held(tensor, tuple(tensor.shape), [flat_box(0, tensor.numel())])
+    boxes = local_boxes(tensor) if is_dtensor(tensor) else [flat_box(0, tensor.numel())]
+    return Held(local_tensor(tensor), tuple(tensor.shape), boxes)
 
 
 def is_partition(tensor: torch.Tensor) -> bool:
@@ -154,14 +153,14 @@ def local_boxes(tensor: DTensor) -> list[Box]:
     return list(_boxes(tuple(tensor.shape), tuple(local.shape), local.stride(), *layout))
 
 
-def local_tensor(tensor: DTensor) -> torch.Tensor:
-    """This rank's shard; ``to_local()`` would make a view of it for autograd."""
-    return tensor._local_tensor
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a distributed tensor, or the tensor; ``to_local()`` would make a view for autograd."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def is_on_meta(tensor: torch.Tensor) -> bool:
     """Whether a tensor, or this rank's shard of it, has no memory yet."""
-    return local_tensor(tensor).is_meta if is_dtensor(tensor) else tensor.is_meta
+    return local_tensor(tensor).is_meta
 
 
 @lru_cache(maxsize=1024)  # the layers of a model are alike

@@ -18,11 +18,12 @@ from ..distributed import from_rank_0, is_distributed
 from ..execution import Fills, can_fill, copy_part
 from ..layout import Box
 from ..native import CONSTANT, UNIFORM
-from ..recipe import Region, Write
-from ..sharding import is_dtensor, local_boxes, local_tensor
+from ..recipe import Region
+from ..sharding import is_dtensor, is_on_meta, local_boxes, local_tensor
 from .block import Block
 from .dispatch import create
 from .factories import in_functorch
+from .recorded import fill
 from .records import Record, is_in_order, is_whole, modes_off, view_of
 from .tensors import Placeholder, stand_for
 from .unwritten import Key, Unwritten, memory_to_write, region_of, rest_of, wrote
@@ -32,16 +33,12 @@ def takes(block: Block, tensor: Any) -> bool:
     """Whether a tensor is one that this module initializes."""
     if not is_dtensor(tensor) and type(tensor) is not Unwritten:
         return False
-    return can_fill(tensor.dtype, _device_of(block, _local(tensor)))
+    return can_fill(tensor.dtype, _device_of(block, local_tensor(tensor)))
 
 
 def is_recorded_again(block: Block, tensor: Any) -> bool:
     """Whether a tensor is unwritten and on the meta device, where an initialization changes what is recorded."""
-    return takes(block, tensor) and type(_local(tensor)) is Unwritten and _local(tensor).is_meta
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return local_tensor(tensor) if is_dtensor(tensor) else tensor
+    return takes(block, tensor) and type(local_tensor(tensor)) is Unwritten and is_on_meta(tensor)
 
 
 def _device_of(block: Block, local: torch.Tensor) -> torch.device:
@@ -52,7 +49,7 @@ def _device_of(block: Block, local: torch.Tensor) -> torch.device:
 def initialize(block: Block, tensor: torch.Tensor, record: Callable[[torch.Tensor], Any]) -> None:
     """Give a tensor what `record` does to a placeholder of its whole."""
     with modes_off():
-        local = _local(tensor)
+        local = local_tensor(tensor)
         whole = create(block, tuple(tensor.shape), tensor.dtype, _device_of(block, local), None)
     record(whole)
     with modes_off(), torch.no_grad():
@@ -74,47 +71,39 @@ def initialize(block: Block, tensor: torch.Tensor, record: Callable[[torch.Tenso
 
 
 def _record_again(block: Block, tensor: torch.Tensor, local: Unwritten, record: Record) -> None:
-    """Let what is on the meta device have another recipe."""
-    if record.recipe is None:
+    """Let what is on the meta device have another recipe.
+
+    A part of a tensor can only become constant: what else it is to have would depend on another key than the rest has.
+    """
+    rest, region, recipe = rest_of(local), region_of(local), record.recipe
+    origin = rest.origin
+    if recipe is None:
         raise RuntimeError(
-            f"fastinit: {rest_of(local).origin.name!r} is on the meta device, and this block computes its new values "
+            f"fastinit: {origin.name!r} is on the meta device, and this block computes its new values "
             "at once; enter the block with shard=True, which records them, or materialize the model first"
         )
-    block.keep_order(record.recipe, record)
-    shape = None if tensor is local else tuple(tensor.shape)
-    _replace_recipe(local, record.recipe, Key(block.seed, block.seed_agreed), shape)
-
-
-def _replace_recipe(
-    tensor: Unwritten, recipe: tuple[Write, ...], key: Key, distributed: tuple[int, ...] | None
-) -> None:
-    """Let a tensor on the meta device have another recipe; for a shard, that of the distributed tensor of a shape.
-
-    A part of one can only become constant: what else it is to have would depend on another key than the rest has.
-    """
-    rest, region = rest_of(tensor), region_of(tensor)
-    origin = rest.origin
-    if distributed is None and not is_whole(rest, region):
+    block.keep_order(recipe, record)
+    is_shard = tensor is not local
+    if not is_shard and not is_whole(rest, region):
         is_constant = all(write.kind == CONSTANT and write.region is None for write in recipe)
         if not is_constant or rest.place is not None or origin.placeless or rest.shape != origin.shape:
             rest.with_memory()  # the refusal for what is on the meta device
         rest.origin = origin._replace(recipe=origin.recipe + tuple(each._replace(region=region) for each in recipe))
         return
-    rest.place = None if distributed is not None or is_in_order(rest, region) else region
-    shape = tuple(tensor.shape) if distributed is None else distributed
-    rest.origin = origin._replace(shape=shape, recipe=recipe, key=key, placeless=False, zeros=False)
+    rest.place = None if is_shard or is_in_order(rest, region) else region
+    key = Key(block.seed, block.seed_agreed)
+    rest.origin = origin._replace(shape=tuple(tensor.shape), recipe=recipe, key=key, placeless=False, zeros=False)
 
 
 def _write(block: Block, memory: torch.Tensor, boxes: list[Box] | None, whole: torch.Tensor, *, zeros: bool) -> None:
-    if type(whole) is not Placeholder:
+    if type(whole) is not Placeholder or whole._record.recipe is None:
+        values = whole if type(whole) is not Placeholder else view_of(whole._record.compute(), whole._region)
+        copy_part(values, memory, boxes)
         return
-    record = whole._record
-    if record.recipe is None:
-        copy_part(view_of(record.compute(), whole._region), memory, boxes)
-        return
-    block.keep_order(record.recipe, record)
+    recipe = whole._record.recipe
+    block.keep_order(recipe, whole._record)
     fills = Fills(block.seed, memory.device)
-    fills.write(memory, record.recipe, boxes, zeros=zeros, elements=whole.numel())
+    fills.write(memory, recipe, boxes, zeros=zeros, elements=whole.numel())
     block.run(fills)
 
 
@@ -160,17 +149,12 @@ def fill_now(block: Block, tensor: Any, kind: int, parameters: tuple[Any, ...]) 
         return NotImplemented
     if (kind == UNIFORM and parameters[1] < parameters[0]) or (kind != UNIFORM and parameters[1] < 0):
         return NotImplemented
-    stream, key = block.generator.next_stream()
-    sizes, strides = tuple(tensor.size()), tensor.stride()
-    if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides, strict=True)):
-        return NotImplemented  # elements share memory: torch's to refuse
-    if tensor.numel() == 0 or tensor.is_meta:
+    if not tensor.numel():
+        block.generator.next_stream()
         return tensor
-    fills = Fills(block.seed, tensor.device)
-    write = Write(kind, tuple(map(float, parameters)), stream, (), None, key)
-    fills.write(tensor, (write,))
-    block.keep_order((write,), None)
-    block.run(fills)
+    alias: Any = over(block, tensor)
+    if fill(alias, kind, tuple(map(float, parameters))) is NotImplemented:
+        return NotImplemented
     torch.autograd.graph.increment_version(tensor)
-    block.keep_history(tensor, (write,))
+    block.keep_history(tensor, alias._record.executed or ())
     return tensor
