@@ -18,8 +18,8 @@ from ..execution import Fills, can_fill
 from ..layout import contiguous_strides, numel
 from ..native import CONSTANT
 from ..recipe import CALLED, Region, Write
-from .precision import result_dtypes
-from .records import HALVES, Record, is_whole, view_of
+from .precision import result_dtypes, values_dtype
+from .records import Record, is_whole, view_of
 from .tensors import Placeholder, stand_for
 
 _HOST = torch.device("cpu")
@@ -187,7 +187,7 @@ def record_call(func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) 
     results = [each for each in tree_flatten(on_meta)[0] if isinstance(each, torch.Tensor)]
     block = tensors[0]._record.block  # type: ignore[attr-defined]
     dtypes = result_dtypes(func, args, kwargs, on_meta, block.default_dtype)
-    if any(each.dtype not in _VALUES or not each.numel() for each in results):
+    if any(each.dtype not in (torch.float32, torch.float64) or not each.numel() for each in results):
         return NotImplemented
     if not all(can_fill(dtype, _HOST) for dtype in dtypes):
         return NotImplemented
@@ -228,18 +228,10 @@ _WAITS = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, to
 def _operand(tensor: Placeholder) -> _Operand:
     record = tensor._record
     assert record.recipe is not None
-    return _Operand(record.recipe, record.shape, _values_dtype(record.dtype), tensor._region)
+    return _Operand(record.recipe, record.shape, values_dtype(record.dtype), tensor._region)
 
 
 def _on_meta(tensor: Placeholder) -> torch.Tensor:
     """A tensor like its values."""
-    dtype = _values_dtype(tensor.dtype)
+    dtype = values_dtype(tensor.dtype)
     return view_of(torch.empty(tensor._record.shape, dtype=dtype, device="meta"), tensor._region)
-
-
-# The dtypes of values.
-_VALUES = (torch.float32, torch.float64)
-
-
-def _values_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in HALVES else dtype

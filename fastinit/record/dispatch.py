@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from ..recipe import COMPUTED, Region, Write
 from .block import Block
 from .calls import evaluate, is_elementwise, record_call
 from .nested import map_tensors, tensors_in
-from .precision import SINGLE, WHOLE, in_doubles, result_dtypes
+from .precision import SINGLE, WHOLE, in_doubles, result_dtypes, values_dtype
 from .records import HALVES, Record, is_in_order, modes_off, view_of
 from .tensors import Placeholder, has_master, stand_for
 
@@ -39,19 +39,22 @@ class _Operator(NamedTuple):
     Attributes:
         recorded: what records it, or None.
         is_composite: torch defines it by others; calls from below autograd arrive here undecomposed.
-        is_view, is_mutable: as its schema has it.
+        is_view: as its schema has it.
         is_random: it draws from a generator.
         changes_geometry: it gives its first operand other sizes or strides of the same memory.
         wants_memory: it is not torch's, or is about memory itself.
+        writes: positions and names of the arguments that it writes to.
+        returns_them: it returns these, or nothing, and no new tensor beside them.
     """
 
     recorded: Callable[..., Any] | None
     is_composite: bool
     is_view: bool
-    is_mutable: bool
     is_random: bool
     changes_geometry: bool
     wants_memory: bool
+    writes: tuple[tuple[int, str], ...]
+    returns_them: bool
 
 
 @functools.cache
@@ -63,11 +66,17 @@ def operator_of(func: Any) -> _Operator:
         recorded=RECORDED.get(func),
         is_composite=func.namespace == "aten" and func.has_kernel_for_dispatch_key(composite),
         is_view=func.is_view,
-        is_mutable=func._schema.is_mutable,
         is_random=torch.Tag.nondeterministic_seeded in func.tags,
         changes_geometry=torch.Tag.inplace_view in func.tags and not takes_memory,
         wants_memory=func.namespace not in ("aten", "prims") or takes_memory,
+        writes=tuple((i, each.name) for i, each in enumerate(func._schema.arguments) if _is_written(each)),
+        returns_them=all(map(_is_written, func._schema.returns)),
     )
+
+
+def _is_written(value: Any) -> bool:
+    """Whether a schema says of an argument, or of a result, that it is written in place."""
+    return value.alias_info is not None and value.alias_info.is_write
 
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -81,19 +90,10 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
-    if operator.changes_geometry and type(args[0]) is Placeholder:
-        try:
-            geometry = func(on_meta(args[0]), *args[1:], **kwargs)
-        except AssertionError:  # of what torch has in Python for meta tensors
-            return run(func, args, kwargs)  # torch's refusal
-        if _ends_beyond(args[0]._record, geometry):
-            return run(func, args, kwargs)  # torch's refusal
-        _retarget(args[0], Region(int(geometry.storage_offset()), tuple(geometry.shape), geometry.stride()))
+    if operator.changes_geometry and type(args[0]) is Placeholder and _change_geometry(func, *args, **kwargs):
         return args[0]
     if operator.is_view and type(args[0]) is Placeholder:
-        result = take_view(func, *args, **kwargs)
-        if result is not NotImplemented:
-            return result
+        return take_view(func, *args, **kwargs)
     return run(func, args, kwargs)
 
 
@@ -173,10 +173,10 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         block.ran[str(func.overloadpacket)] += 1
     device = kwargs.get("device")
     if device is not None and torch.device(device).type == "meta":  # as init_empty_weights asks: no values for that
-        args, kwargs = map_tensors(_like_on_meta, (args, kwargs))
+        args, kwargs = map_tensors(on_meta, (args, kwargs))
         return func(*args, **kwargs)
     operator = operator_of(func)
-    if (kwargs.get("generator") is not None or func in _DRAWS_BY_DTYPE) and has_master(args[0]) and operator.is_mutable:
+    if (kwargs.get("generator") is not None or func in _DRAWS_BY_DTYPE) and has_master(args[0]) and operator.writes:
         return _run_in_its_dtype(func, args, kwargs)
     values: dict[int, torch.Tensor] = {}
     if not _is_in_use(operator, tensors, kwargs):
@@ -266,9 +266,9 @@ def _run_on_masters(
         if type(each) is not Placeholder and each.dtype in HALVES:  # a number that torch has made a tensor
             values[id(each)] = each.float()
     results = _call(func, args, given, values)
-    if operator.is_mutable:
+    if operator.writes:
         results = _own(func, results, _written(func, args, kwargs), values)
-        if _returns_operands(func):
+        if operator.returns_them:
             return results
     if block.default_dtype == torch.float64 and all(each.dtype in WHOLE for each in tensors):
         # Of integers torch makes its default dtype, which is another one in the process.
@@ -283,15 +283,14 @@ def _run_on_masters(
     else:
         device = concrete(device)
     dtypes = iter(result_dtypes(func, args, kwargs, results, block.default_dtype))
-    storages = {value.untyped_storage()._cdata: each for each, value in _with_values(placeholders, values)}
+    storages = {values[id(each)].untyped_storage()._cdata: each for each in placeholders}
 
     def finish(result: torch.Tensor) -> torch.Tensor:
         dtype = next(dtypes)
         if result.layout == torch.strided and result.dtype == values_dtype(dtype):
             of = storages.get(result.untyped_storage()._cdata)
             if of is not None:
-                region = Region(int(result.storage_offset()), tuple(result.shape), result.stride())
-                return stand_for(of._record, region)
+                return stand_for(of._record, _region_of(result))
         return wrap(block, result, dtype, device, followed)
 
     # What a decomposition gives goes into the next function of it, which has to run as `evaluate` lets it.
@@ -299,22 +298,10 @@ def _run_on_masters(
     return map_tensors(finish, results)
 
 
-def values_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of a dtype are computed."""
-    return torch.float32 if dtype in HALVES else dtype
-
-
-def _with_values(
-    placeholders: Iterable[Placeholder], values: dict[int, torch.Tensor]
-) -> Iterable[tuple[Placeholder, torch.Tensor]]:
-    return ((each, values[id(each)]) for each in placeholders)
-
-
-def _like_on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return on_meta(tensor) if type(tensor) is Placeholder else tensor
-
-
-def on_meta(tensor: Placeholder) -> torch.Tensor:
+def on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the meta device with a placeholder's geometry; any other tensor as it is."""
+    if type(tensor) is not Placeholder:
+        return tensor
     meta = torch.empty(tensor._record.shape, dtype=tensor.dtype, device="meta")
     return view_of(meta, tensor._region)
 
@@ -327,25 +314,18 @@ def _call(func: Any, args: Any, kwargs: Any, values: dict[int, torch.Tensor]) ->
     return evaluate(func, args, kwargs)
 
 
-def _on_values(args: Any, kwargs: Any, values: dict[int, torch.Tensor]) -> tuple[Any, Any]:
-    def replaced(tensor: torch.Tensor) -> torch.Tensor:
-        return values.get(id(tensor), tensor)
-
-    return map_tensors(replaced, args), map_tensors(replaced, kwargs)
+def _on_values(args: Any, kwargs: Any, values: dict[int, torch.Tensor]) -> Any:
+    return map_tensors(lambda tensor: values.get(id(tensor), tensor), (args, kwargs))
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """What an operator writes to, by its schema."""
-    if not operator_of(func).is_mutable:
-        return []
-    written = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            if argument.name in kwargs:
-                written.append(kwargs[argument.name])
-            elif position < len(args):
-                written.append(args[position])
-    return written
+    """What a call of an operator writes to."""
+    writes = operator_of(func).writes
+    return [
+        kwargs[name] if name in kwargs else args[position]
+        for position, name in writes
+        if name in kwargs or position < len(args)
+    ]
 
 
 def _own(func: Any, results: Any, written: list[Any], values: dict[int, torch.Tensor]) -> Any:
@@ -358,22 +338,15 @@ def _own(func: Any, results: Any, written: list[Any], values: dict[int, torch.Te
             each.resize_(values[id(each)].shape).copy_(values[id(each)])
     if not func._schema.returns:
         return None
-    if not _returns_operands(func):
+    if not operator_of(func).returns_them:
         return results
     return written[0] if isinstance(results, torch.Tensor) else tuple(written)
-
-
-def _returns_operands(func: Any) -> bool:
-    """Whether an operator returns what it has written, and not something new beside that."""
-    returns = func._schema.returns
-    return not returns or all(each.alias_info is not None and each.alias_info.is_write for each in returns)
 
 
 def _follow(func: Any, tensor: Placeholder, value: torch.Tensor) -> None:
     """What an operator did to the shape of a tensor, done to its placeholder."""
     if tuple(value.shape) == tuple(tensor.shape) and value.stride() == tensor.stride():
         return
-    region = Region(int(value.storage_offset()), tuple(value.shape), value.stride())
     record = tensor._record
     if value.untyped_storage().nbytes() != numel(record.shape) * value.element_size():
         # An out= argument that was resized: what it has now is all of it.
@@ -382,7 +355,19 @@ def _follow(func: Any, tensor: Placeholder, value: torch.Tensor) -> None:
             record.values = value.detach()
         else:
             record.memory = value.detach()
-    _retarget(tensor, region)
+    _retarget(tensor, _region_of(value))
+
+
+def _change_geometry(func: Any, tensor: Placeholder, *args: Any, **kwargs: Any) -> bool:
+    """Give a placeholder other sizes or strides; False if torch is to refuse them."""
+    try:
+        geometry = func(on_meta(tensor), *args, **kwargs)
+    except AssertionError:  # of what torch has in Python for meta tensors
+        return False
+    if _ends_beyond(tensor._record, geometry):
+        return False
+    _retarget(tensor, _region_of(geometry))
+    return True
 
 
 def _retarget(tensor: Placeholder, region: Region) -> None:
@@ -408,7 +393,7 @@ def take_view(func: Callable[..., Any], tensor: Placeholder, *args: Any, **kwarg
         # Memory under another dtype, or torch's refusal: the views of the tensor itself.
         return func(view_of(record.materialize(), tensor._region), *args, **kwargs)
     views = [
-        stand_for(record, Region(int(each.storage_offset()), tuple(each.shape), each.stride()))
+        stand_for(record, _region_of(each))
         if each.numel()
         else torch.empty_strided(each.shape, each.stride(), dtype=record.dtype, device=record.device)
         for each in results
@@ -416,11 +401,13 @@ def take_view(func: Callable[..., Any], tensor: Placeholder, *args: Any, **kwarg
     return views[0] if isinstance(geometry, torch.Tensor) else type(geometry)(views)
 
 
+def _region_of(view: torch.Tensor) -> Region:
+    return Region(int(view.storage_offset()), tuple(view.shape), view.stride())
+
+
 def _ends_beyond(record: Record, view: torch.Tensor) -> bool:
     """Whether a view on meta, where as_strided takes any sizes, needs more elements than a record has."""
-    if not view.numel():
-        return False
-    return Region(int(view.storage_offset()), tuple(view.shape), view.stride()).end > numel(record.shape)
+    return view.numel() > 0 and _region_of(view).end > numel(record.shape)
 
 
 _SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}

@@ -92,19 +92,16 @@ class Generator(native.Generator):
         """``torch.get_rng_state()``: a state that tells how many fills were recorded, for it may be restored."""
         with _lock:
             self.resume()
-            return self._marked(function)
-
-    def _marked(self, function: Callable[[], torch.Tensor]) -> torch.Tensor:
-        state = function()
-        if torch.default_generator.initial_seed() != self._seed:
-            return state
-        # Recorded fills draw nothing: without a mark, states before and after them would be the same.
-        told = hashlib.blake2b(_bytes(state) + self.streams.to_bytes(8, "little"), digest_size=8)
-        torch.default_generator.manual_seed(int.from_bytes(told.digest(), "little"))
-        marked = function()
-        torch.default_generator.set_state(state)
-        self._read[_bytes(marked)] = (self.streams, state)
-        return marked
+            state = function()
+            if torch.default_generator.initial_seed() != self._seed:
+                return state
+            # Recorded fills draw nothing: without a mark, states before and after them would be the same.
+            told = hashlib.blake2b(_bytes(state) + self.streams.to_bytes(8, "little"), digest_size=8)
+            torch.default_generator.manual_seed(int.from_bytes(told.digest(), "little"))
+            marked = function()
+            torch.default_generator.set_state(state)
+            self._read[_bytes(marked)] = (self.streams, state)
+            return marked
 
     def state_was_set(self, state: torch.Tensor) -> None:
         """After ``torch.set_rng_state``: recorded fills go on where they were when that state was read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,14 +37,19 @@ def result_dtypes(func: Any, args: Any, kwargs: Any, results: Any, default: torc
     if answer is None:
         # What draws is not asked: that would take numbers of the generator.
         asked = None if torch.Tag.nondeterministic_seeded in func.tags else _asked(func, args, kwargs)
-        answer = _answers[key] = asked or _with_promoted(operands, computed)
-    return answer if len(answer) == len(computed) else _with_promoted(operands, computed)
+        answer = _answers[key] = asked or _with_promoted(operands, computed, kwargs.get("dtype"))
+    return answer if len(answer) == len(computed) else _with_promoted(operands, computed, kwargs.get("dtype"))
 
 
 # What torch makes of whole numbers where its default dtype is fp32.
 SINGLE = (torch.float32, torch.complex64)
 
 WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def values_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of a dtype are computed."""
+    return torch.float32 if dtype in HALVES else dtype
 
 
 def of_default(dtype: torch.dtype, default: torch.dtype) -> torch.dtype:
@@ -105,15 +111,11 @@ def _zeros(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(tensor, device="cpu") if tensor.layout == torch.strided else tensor
 
 
-def _with_promoted(operands: list[torch.Tensor], computed: list[torch.dtype]) -> list[torch.dtype]:
-    return [_promoted(operands) if dtype == torch.float32 else dtype for dtype in computed]
-
-
-def _promoted(operands: list[torch.Tensor]) -> torch.dtype:
-    """The dtype that torch's promotion gives the result of an operation on these tensors."""
+def _with_promoted(
+    operands: list[torch.Tensor], computed: list[torch.dtype], named: torch.dtype | None
+) -> list[torch.dtype]:
+    """What was computed in fp32 in the dtype that the call names, or that torch's promotion gives for its operands."""
     floats = [each for each in operands if each.is_floating_point() or each.is_complex()]
-    dimensioned = [each.dtype for each in floats if each.dim()] or [each.dtype for each in floats]
-    dtype = dimensioned[0]
-    for other in dimensioned[1:]:
-        dtype = torch.promote_types(dtype, other)
-    return dtype
+    dtypes = [each.dtype for each in floats if each.dim()] or [each.dtype for each in floats]
+    promoted = named or functools.reduce(torch.promote_types, dtypes)
+    return [promoted if dtype == torch.float32 else dtype for dtype in computed]

@@ -70,6 +70,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Let torch run an operator that reads what is written, or writes over what is not."""
     written = list(_overwritten(func, args, kwargs))
     substitutes: dict[int, torch.Tensor] = {}
+    originals: dict[int, torch.Tensor] = {}
     for tensor in tensors_in((args, kwargs)):
         if type(tensor) is not Unwritten:
             continue
@@ -78,11 +79,9 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             substitutes[id(tensor)] = view_of(rest_of(tensor).with_memory(), region_of(tensor)).detach()
         else:
             substitutes[id(tensor)] = readable(tensor, _UNSENT if func.namespace == "c10d" else "")
-
-    def replaced(tensor: torch.Tensor) -> torch.Tensor:
-        return substitutes.get(id(tensor), tensor)
-
-    results = func(*map_tensors(replaced, args), **map_tensors(replaced, kwargs))
+        originals[id(substitutes[id(tensor)])] = tensor
+    args_read, kwargs_read = map_tensors(lambda each: substitutes.get(id(each), each), (args, kwargs))
+    results = func(*args_read, **kwargs_read)
     places = _places(func, args, kwargs) if written and func in _SCATTERS else None
     for tensor in written:
         if substitutes[id(tensor)].shape != tensor.shape:
@@ -92,13 +91,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         else:
             rest_of(tensor).written.add_places(places)
             rest_of(tensor).settle()
-    own = {id(value): key for key, value in substitutes.items()}
-    originals = {id(tensor): tensor for tensor in tensors_in((args, kwargs))}
-
-    def callers(result: torch.Tensor) -> torch.Tensor:
-        return originals[own[id(result)]] if id(result) in own else result
-
-    return map_tensors(callers, results)
+    return map_tensors(lambda each: originals.get(id(each), each), results)
 
 
 def _overwritten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Unwritten]:
@@ -183,7 +176,7 @@ def _view(func: Any, tensor: Unwritten, *args: Any, **kwargs: Any) -> Any:
 
 @functools.lru_cache(maxsize=4096)  # the layers of a model are alike
 def _regions(
-    func: Any, shape: tuple[int, ...], region: Region | None, dtype: torch.dtype, *args: Any, **kwargs: Any
+    func: Any, shape: tuple[int, ...], region: Region | None, dtype: torch.dtype, /, *args: Any, **kwargs: Any
 ) -> Region | list[Region] | None:
     """What views of a region of a storage show, as torch computes it on meta; None: not what lies there."""
     views = func(view_of(torch.empty(shape, dtype=dtype, device="meta"), region), *args, **kwargs)

@@ -15,8 +15,8 @@ from ..native import ADD, CLAMP, CONSTANT, DIVIDE, ERFINV, MULTIPLY, NORMAL, UNI
 from ..recipe import COMPUTED, COPIED, Region, Write, with_step
 from .block import Block, current
 from .calls import record_call
-from .dispatch import RECORDED, create, on_meta, values_dtype
-from .precision import WHOLE
+from .dispatch import RECORDED, create, on_meta
+from .precision import WHOLE, values_dtype
 from .records import LARGEST_MASTER, Record, is_dense, is_in_order, is_whole, view_of
 from .tensors import Placeholder, has_master, stand_for
 
@@ -101,7 +101,7 @@ def _fill(func: Any, tensor: Any, value: Any) -> Any:
 
 @_records(aten.zero_.default)
 def _zero(func: Any, tensor: Any) -> Any:
-    return fill(tensor, CONSTANT, (0.0,)) if type(tensor) is Placeholder else NotImplemented
+    return _fill(func, tensor, 0.0)
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def _stepped(tensor: Placeholder, steps: _Steps | None) -> tuple[Write, ...] | N
 
 
 def _step(name: str, steps_of: Callable[..., _Steps | None]) -> None:
-    """Record an operator and its in-place twin as steps; steps_of gets the arguments behind the tensor."""
+    """Record an operator, and its in-place twin if it has one, as steps; steps_of gets what is behind the tensor."""
 
     def out_of_place(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         if type(tensor) is not Placeholder or (torch.is_grad_enabled() and tensor.requires_grad):
@@ -148,7 +148,8 @@ def _step(name: str, steps_of: Callable[..., _Steps | None]) -> None:
 
     base, _, overload = name.partition(".")
     RECORDED[getattr(getattr(aten, base), overload)] = out_of_place
-    RECORDED[getattr(getattr(aten, f"{base}_"), overload)] = in_place
+    if hasattr(aten, f"{base}_"):
+        RECORDED[getattr(getattr(aten, f"{base}_"), overload)] = in_place
 
 
 def _steps_natively(record: Record) -> bool:
@@ -203,22 +204,12 @@ _step("mul.Tensor", _scalar(MULTIPLY))
 _step("div.Tensor", _scalar(DIVIDE))
 _step("add.Tensor", _sum(1.0))
 _step("sub.Tensor", _sum(-1.0))
+_step("rsub.Scalar", _reversed_subtract)
 _step("neg.default", lambda: ((MULTIPLY, -1.0, 0.0),))
 _step("clamp.default", _clamp)
 _step("clamp_min.default", lambda low: _clamp(low=low))
 _step("clamp_max.default", lambda high: _clamp(high=high))
 _step("erfinv.default", lambda: ((ERFINV, 0.0, 0.0),))
-
-
-@_records(aten.rsub.Scalar)
-def _rsub(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-    if type(tensor) is not Placeholder or (torch.is_grad_enabled() and tensor.requires_grad):
-        return NotImplemented
-    record = tensor._record
-    recipe = _stepped(tensor, _reversed_subtract(*args, **kwargs)) if is_in_order(record, tensor._region) else None
-    if recipe is None:
-        return NotImplemented
-    return stand_for(Record(record.block, tuple(tensor.shape), record.dtype, record.device, recipe))
 
 
 # --- copies and conversions -----------------------------------------------------------------------------------------
@@ -287,18 +278,8 @@ def _copy(func: Any, tensor: Any, source: Any, non_blocking: bool = False) -> An
     return tensor
 
 
-@_records(aten.clone.default)
-def _clone(func: Any, tensor: Any, *, memory_format: Any = None) -> Any:
-    if not _is_pending(tensor) or memory_format not in (None, torch.preserve_format, torch.contiguous_format):
-        return NotImplemented
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        return NotImplemented
-    record = tensor._record
-    return stand_for(Record(record.block, tuple(tensor.shape), record.dtype, record.device, record.recipe))
-
-
-@_records(aten._to_copy.default)
-def _to_copy(func: Any, tensor: Any, **options: Any) -> Any:
+@_records(aten._to_copy.default, aten.clone.default)
+def _copied(func: Any, tensor: Any, **options: Any) -> Any:
     if not _is_pending(tensor) or (torch.is_grad_enabled() and tensor.requires_grad):
         return NotImplemented
     if options.get("memory_format") not in (None, torch.preserve_format, torch.contiguous_format):
@@ -380,10 +361,8 @@ def _like(func: Any, other: torch.Tensor, args: Any, options: dict[str, Any], wr
     elif type(other) is Placeholder and other._region is None and options.get("memory_format") is None:
         return create(block, other._record.shape, dtype, device, write)
     else:
-        like = on_meta(other) if type(other) is Placeholder else other
-        meta = torch.empty_like(
-            like, device="meta", memory_format=options.get("memory_format") or torch.preserve_format
-        )
+        memory_format = options.get("memory_format") or torch.preserve_format
+        meta = torch.empty_like(on_meta(other), device="meta", memory_format=memory_format)
     sizes, strides = tuple(meta.shape), meta.stride()
     if strides == contiguous_strides(sizes):
         return create(block, sizes, dtype, device, write)

@@ -312,6 +312,20 @@ def test_a_tied_tensor_is_one_under_any_of_its_names(name):
     assert_same_bits(lazy, built(tied, "bf16"))
 
 
+@over_dtypes
+def test_a_weight_that_is_turned_or_squeezed_in_place_is_left_out_too(dtype):
+    def constructor():
+        module = nn.Module()
+        module.turned = nn.Parameter(torch.empty(3, 4).normal_().t_())
+        module.squeezed = nn.Parameter(torch.rand(1, 4).squeeze_(0))
+        return module
+
+    made, expected = emptied(constructor, dtype), built(constructor, dtype)
+    assert fastinit.uninitialized(made) == fastinit.initialize(made) == ["turned", "squeezed"]
+    assert made.turned.stride() == (1, 4) and made.squeezed.shape == (4,)
+    assert_same_bits(made, expected)
+
+
 def test_layers_that_were_deep_copied_in_the_constructor_are_left_out_too():
     def encoder():
         return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)

@@ -289,6 +289,7 @@ USES = {
     "forward": lambda m, p: m(X),
     "a forward without gradients": lambda m, p: torch.no_grad()(m)(X),
     "inference mode": lambda m, p: torch.inference_mode()(m)(X),
+    "another order in inference mode": lambda m, p: torch.inference_mode()(lambda w: w.t().reshape(64))(m.first.weight),
     "a submodule": lambda m, p: m.second(X),
     "its function": lambda m, p: nn.functional.linear(X, m.first.weight),
     "a traced module": lambda m, p: torch.jit.trace(m, (X,)),

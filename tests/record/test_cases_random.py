@@ -78,6 +78,9 @@ DRAWS = {
     "randperm": lambda: torch.randperm(N),
     "randint": lambda: torch.randint(99, (N,)),
     "randint_like": lambda: torch.randint_like(torch.zeros(N), 99),
+    "randint_like of whole numbers, in half precision": lambda: torch.ops.aten.randint_like(
+        torch.empty(N, dtype=torch.int64), 99, dtype=torch.float16
+    ),
     "random_": lambda: torch.empty(N).random_(99),
     "multinomial": lambda: torch.multinomial(torch.ones(N), N),
     "multinomial with replacement": lambda: torch.multinomial(torch.ones(9), N, True, generator=None),
