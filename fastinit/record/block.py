@@ -69,6 +69,7 @@ class Block(native.Block):
         records: weak references, in the order of creation.
         modules: weak references to those that have been given a tensor or a child, by id, in the order of the first
         time.
+        mode: weak reference to its mode.
         report: weak reference to the report that somebody may read, or None.
         histories: of tensors that have become real, with their version at the time.
     """
@@ -76,6 +77,7 @@ class Block(native.Block):
     generator: Generator
     records: list[weakref.ref[Record]]
     modules: dict[int, weakref.ref[torch.nn.Module]]
+    mode: weakref.ref[Any]
 
     def __init__(
         self,

@@ -110,6 +110,8 @@ def _install() -> None:
     _replace(parametrizations, "_is_orthogonal", _orthogonal_in_fp32)
     if fast.in_use:
         _replace(torch.overrides, "handle_torch_function", native.around_handle)
+    # What Tensor.backward calls once the mode has been asked, and is off.
+    _replace(torch.autograd, "_engine_run_backward", _in_the_mode)
     # What torch.autograd.Function.apply does first: no mode sees that one.
     _replace(torch._functorch.utils, "unwrap_dead_wrappers", _before_graph)
     # Code of C++ that keeps tensors, or reads their memory.
@@ -277,6 +279,19 @@ def _real_first(block: Block, function: Any, *args: Any, **kwargs: Any) -> Any:
     for each in tensors_in((args, kwargs)):
         become_real(each)
     return function(*args, **kwargs)
+
+
+@_in_block
+def _in_the_mode(block: Block, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function that runs code of the caller's: hooks, and what a checkpoint runs once more."""
+    mode = block.mode() if _mode_of(block) is None else None
+    if mode is None:
+        return function(*args, **kwargs)
+    torch._C._push_on_torch_function_stack(mode)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        torch._C._pop_torch_function_stack()
 
 
 @_in_block

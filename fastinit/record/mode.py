@@ -6,6 +6,7 @@ Everything else is decided below, in fastinit.record.dispatch, by what a placeho
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -105,6 +106,7 @@ class Mode(native.Mode, TorchFunctionMode):
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block
+        block.mode = weakref.ref(self)
         self._outer_device_context: DeviceContext | None = None
 
     def __enter__(self) -> Mode:

@@ -143,6 +143,44 @@ def test_activation_checkpointing_draws_the_same_mask_again(reentrant, dtype):
         assert same_bits(result, mask) and 300 < (mask == 0).sum() < 700
 
 
+DRAWN_AGAIN = {
+    "rand": lambda x: x * torch.rand(100),
+    "an init": lambda x: x * nn.init.normal_(torch.empty(100)),
+    "randn_like": lambda x: x * torch.randn_like(x.detach()),
+    "both kinds": lambda x: F.dropout(x, 0.5) * torch.rand(100) * F.dropout(torch.ones(100), 0.3) * torch.randn(100),
+    "nested": lambda x: checkpoint(lambda y: y * torch.rand(100), x * torch.rand(100), use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", DRAWN_AGAIN)
+@over_dtypes
+def test_activation_checkpointing_draws_the_same_numbers_again(name, reentrant, dtype):
+    def recompute():
+        x = torch.ones(100, requires_grad=True)
+        y = checkpoint(DRAWN_AGAIN[name], x, use_reentrant=reentrant)
+        torch.rand(5)
+        y.sum().backward()
+        return y.detach(), x.grad, torch.rand(3)
+
+    y, gradient, _ = draw(recompute, dtype)
+    assert torch.allclose(y.float(), gradient.float(), rtol=4 * torch.finfo(DTYPES[dtype]).eps)  # products in any order
+    assert y.dtype == gradient.dtype == DTYPES[dtype] and y.unique().numel() > 20
+
+
+@over_dtypes
+def test_what_backward_calls_is_in_the_block(dtype):
+    made = []
+
+    def call():
+        w = nn.Parameter(torch.full((2,), 0.5))
+        w.register_hook(lambda g: made.append(torch.ones(2)) or g * torch.full((2,), 0.5))
+        (w * w).sum().backward()
+        return w.grad, *torch.autograd.grad((w * w).sum(), w), *made
+
+    assert [each.dtype for each in draw(call, dtype)] == [DTYPES[dtype]] * 4
+
+
 # Steps ----------------------------------------------------------------------------------------------------------------
 
 
