@@ -116,7 +116,7 @@ py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list&
 // that it requires a gradient. What fastinit.record.tensors.swap_in does.
 bool swap_plain(const py::object& record, const py::object& tensor, const py::object& memory) {
     const Target target(tensor.ptr());
-    if (!target.whole() || own_attribute(tensor.ptr(), names->_view_of)) return false;
+    if (!target.whole() || !own_attribute(tensor.ptr(), names->_view_of).is_none()) return false;
     const bool requires_grad = truth(get(state.requires_grad, tensor.ptr()));
     if (requires_grad) {
         if (!truth(get(state.is_leaf, tensor.ptr()))) return false;
@@ -124,8 +124,8 @@ bool swap_plain(const py::object& record, const py::object& tensor, const py::ob
             if (!get(descriptor, tensor.ptr()).is_none()) return false;
         check(Py_TYPE(state.requires_grad)->tp_descr_set(state.requires_grad, memory.ptr(), Py_True));
     }
-    const py::object is_parameter = own_attribute(tensor.ptr(), names->_is_param);
-    PyObject* const type = is_parameter && truth(is_parameter) ? state.parameter : state.tensor;
+    const bool is_parameter = truth(own_attribute(tensor.ptr(), names->_is_param));
+    PyObject* const type = is_parameter ? state.parameter : state.tensor;
     set_attribute(tensor.ptr(), names->_record, nullptr);
     set_attribute(tensor.ptr(), names->_region, nullptr);
     if (is_parameter) set_attribute(tensor.ptr(), names->_is_param, nullptr);

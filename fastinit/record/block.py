@@ -290,8 +290,7 @@ class Block(native.Block):
             for record, memory in given:
                 record.become_resident(memory)
             for record in (*resident, *(record for record, _ in given), *native.swap_in(plain)):
-                for tensor in record.placeholders():
-                    take_record_memory(tensor)
+                take_record_memory(record, record.placeholders())
             for record, history in histories:
                 assert record.memory is not None
                 self.keep_history(record.memory, *history)

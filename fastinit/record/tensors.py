@@ -37,7 +37,9 @@ class Placeholder(torch.Tensor):
 
     # The tensor of which this one is a view that torch has not been told of yet, and how it was made: `note_view`. Or
     # None, and the tensor whose `data` it is.
-    _view_of: tuple[torch.Tensor | None, Any]
+    _view_of: tuple[torch.Tensor | None, Any] | None = None
+
+    _is_param: bool = False  # what torch asks for an nn.Parameter that is of another class
 
     # What an operator does to placeholders: fastinit.record.dispatch, which is above this module, puts it here.
     dispatch: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -112,7 +114,7 @@ class Placeholder(torch.Tensor):
         with alone():
             values = view_of(self._record.compute(), self._region).to(self.device, self.dtype)
             values.requires_grad_(self.requires_grad)
-            return repr(torch.nn.Parameter(values, self.requires_grad) if "_is_param" in self.__dict__ else values)
+            return repr(torch.nn.Parameter(values, self.requires_grad) if self._is_param else values)
 
     def __format__(self, specification: str) -> str:
         return format(self.item(), specification) if self.dim() == 0 else object.__format__(self, specification)
@@ -274,7 +276,7 @@ def become_real(tensor: torch.Tensor) -> None:
         if type(tensor) is Placeholder:  # no other thread has done it meanwhile
             record = tensor._record
             record.materialize()
-            take_record_memory(tensor)
+            take_record_memory(record, [tensor])
             record.block.keep_history(tensor, record.executed or (), record.replaced or ())
 
 
@@ -326,39 +328,47 @@ def take_memory(tensor: Placeholder, memory: torch.Tensor) -> None:
         tensor._record.did(COPIED)
 
 
-def take_record_memory(tensor: Placeholder) -> None:
-    """Let a placeholder have the memory of its record, and those that are its views be views of what it is then.
+def take_record_memory(record: Record, wanted: list[Placeholder]) -> None:
+    """Let placeholders have the memory of their record, and those that are their views be views of what they are then.
 
     A view becomes real together with the tensor that it is a view of: torch's graphs lead to that one's new C++ object.
     """
-    if type(tensor) is not Placeholder:
-        return
-    record = tensor._record
-    base, made = _view_of(tensor)
-    if type(base) is Placeholder and base._record is record:
-        take_record_memory(base)
+    memory = record.memory
+    assert memory is not None
+    everyone = wanted if len(record.tensors) == 1 else record.placeholders()
+    family: dict[int, list[Placeholder]] = {}  # views of a tensor, and what is its data, by its id
+    for each in everyone:
+        base, made = _view_of(each)
+        family.setdefault(id(made if base is None else base), []).append(each)
+    edges = {edge_of(each): each for each in everyone if not is_leaf(each)}
+
+    def take(tensor: torch.Tensor) -> None:
         if type(tensor) is not Placeholder:
             return
-    others = record.placeholders() if len(record.tensors) > 1 else []
-    views = [(each, meta) for each in others for of, meta in (_view_of(each),) if of is tensor]
-    edges = {edge_of(each): each for each in (tensor, *others) if not is_leaf(each)}
-    viewed = [tensor if is_leaf(each) else viewed_in_graph(each, tensor, edges) for each, _ in views]
-    assert record.memory is not None
-    memory = view_of(record.memory, tensor._region)
-    # What is written to the data of a tensor is no new version of that.
-    swap_in(tensor, memory.data if isinstance(made, torch.Tensor) else memory)
-    for (each, meta), of in zip(views, viewed, strict=True):
-        swap_in(each, view_of(record.memory, each._region), viewed=of, meta=meta)
-    for each in others:
-        if type(each) is Placeholder and _view_of(each)[1] is tensor:
-            take_record_memory(each)
+        base, made = _view_of(tensor)
+        if type(base) is Placeholder and base._record is record:
+            take(base)
+            if type(tensor) is not Placeholder:
+                return
+        related = [each for each in family.get(id(tensor), ()) if type(each) is Placeholder]
+        views = [(each, meta) for each in related for of, meta in (_view_of(each),) if of is tensor]
+        viewed = [tensor if is_leaf(each) else viewed_in_graph(each, tensor, edges) for each, _ in views]
+        part = view_of(memory, tensor._region)
+        # What is written to the data of a tensor is no new version of that.
+        swap_in(tensor, part.data if isinstance(made, torch.Tensor) else part)
+        for (each, meta), of in zip(views, viewed, strict=True):
+            swap_in(each, view_of(memory, each._region), viewed=of, meta=meta)
+        for each in related:
+            take(each)
+
+    for each in wanted:
+        take(each)
 
 
 def _view_of(tensor: Placeholder) -> tuple[torch.Tensor | None, Any]:
     """The tensor that one is a view of, and torch's word for how it was made; or None, and what it is the data of."""
-    noted = tensor.__dict__.get("_view_of")
-    if noted is not None:
-        return noted  # type: ignore[no-any-return]
+    if tensor._view_of is not None:
+        return tensor._view_of
     if _torch_is_view(tensor):
         return _torch_base.__get__(tensor), torch._C._autograd._get_creation_meta(tensor)
     return None, None
@@ -387,7 +397,7 @@ def note_view(view: torch.Tensor, of: Placeholder, several: bool) -> None:
 
 def become_torchs_view(tensor: torch.Tensor) -> None:
     """Tell torch what a placeholder is a view of, before somebody asks or autograd records what is done to it."""
-    if type(tensor) is not Placeholder or tensor.__dict__.get("_view_of", (None,))[0] is None:
+    if type(tensor) is not Placeholder or tensor._view_of is None or tensor._view_of[0] is None:
         return
     if torch._C._get_tracing_state():  # torch.jit.trace knows tensors by their C++ objects
         return
