@@ -65,15 +65,6 @@ py::object by_torch(PyObject* name, PyObject* self, PyObject* const* given = nul
     return checked(PyObject_Vectorcall(attribute(state.tensor, name).ptr(), all.data(), count + 1, kwnames));
 }
 
-// What torch says of a tensor, without telling the modes.
-template <PyObject* State::* descriptor>
-PyObject* getter(PyObject* self, void*) {
-    return for_python([&] {
-        const ModesOff off;
-        return get(state.*descriptor, self);
-    });
-}
-
 PyObject* grad_fn(PyObject* self, void*) {
     return for_python([&] {
         py::object node;
@@ -505,10 +496,7 @@ PyMethodDef methods[] = {
     {"zero_", zero_, METH_NOARGS, nullptr},
 };
 PyGetSetDef getters[] = {
-    {"device", getter<&State::device>, nullptr, nullptr, nullptr},
-    {"dtype", getter<&State::dtype>, nullptr, nullptr, nullptr},
     {"grad_fn", grad_fn, nullptr, nullptr, nullptr},
-    {"is_cuda", getter<&State::is_cuda>, nullptr, nullptr, nullptr},
     {"shape", shape, nullptr, nullptr, nullptr},
 };
 PyMethodDef torch_function_def = {"__torch_function__", as_c_function(torch_function), METH_FASTCALL | METH_KEYWORDS,

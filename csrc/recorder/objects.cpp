@@ -162,11 +162,8 @@ py::tuple connect(const py::kwargs& connected) {
     state.acquire = keep(lock.attr("acquire"));
     state.release = keep(lock.attr("release"));
     state.backward_hooks = keep(tensor.attr("_backward_hooks"));
-    state.device = keep(tensor.attr("device"));
-    state.dtype = keep(tensor.attr("dtype"));
     state.grad = keep(low.attr("TensorBase").attr("grad"));
     state.grad_fn = keep(tensor.attr("grad_fn"));
-    state.is_cuda = keep(tensor.attr("is_cuda"));
     state.is_leaf = keep(tensor.attr("is_leaf"));
     state.post_hooks = keep(tensor.attr("_post_accumulate_grad_hooks"));
     state.requires_grad = keep(tensor.attr("requires_grad"));

@@ -58,7 +58,7 @@ struct Mode {
 #define FASTINIT_OF_TORCH(X) \
     X(tensor) X(parameter) X(size) X(make) X(refuse_address) X(empty) X(increment_version) X(modes_off) X(enter) X(exit) \
     X(function_modes) X(dispatch_modes) X(transform) X(inference_mode) X(grad_enabled) X(initial_seed) X(acquire) X(release) \
-    X(backward_hooks) X(device) X(dtype) X(grad) X(grad_fn) X(is_cuda) X(is_leaf) X(post_hooks) X(requires_grad) \
+    X(backward_hooks) X(grad) X(grad_fn) X(is_leaf) X(post_hooks) X(requires_grad) \
     X(shape_getter) X(no_steps) X(zero) X(mode_at) X(pop_mode) X(push_mode) X(deterministic)
 struct State {
 #define X(name) PyObject* name;

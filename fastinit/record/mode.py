@@ -30,7 +30,15 @@ from .nested import tensors_in
 from .precision import SINGLE, WHOLE, in_doubles, of_default
 from .recorded import fill
 from .records import HALVES, lock, modes_off, view_of
-from .tensors import Placeholder, become_real, become_torchs_view, before_graph, has_master, use_values
+from .tensors import (
+    Placeholder,
+    become_real,
+    become_torchs_view,
+    before_graph,
+    count_write,
+    has_master,
+    use_values,
+)
 
 _TENSOR: Any = torch.Tensor
 
@@ -332,8 +340,7 @@ def _set_element(tensor: Placeholder, index: Any, value: Any) -> bool:
         view_of(tensor._record.values, tensor._region)[index] = value
         tensor._record.block.touch(tensor._record)
         tensor._record.did(COMPUTED)
-    become_torchs_view(tensor)  # whose versions are those of its base
-    torch.autograd.graph.increment_version(tensor)
+    count_write(tensor)
     return True
 
 

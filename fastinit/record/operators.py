@@ -17,7 +17,7 @@ from ..execution import DTYPES
 from .dispatch import dispatch, take_view
 from .mode import AS_METHODS, is_mine
 from .records import Record, lock, modes_off
-from .tensors import Placeholder, become_torchs_view, note_view, stand_for
+from .tensors import Placeholder, count_write, note_view, stand_for
 
 aten = torch.ops.aten
 
@@ -80,15 +80,14 @@ def _method(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         usual = getattr(_torch, name)
-        in_place = name.endswith("_") and not name.endswith("__")
+        in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
         def method(self: Placeholder, *args: Any, **kwargs: Any) -> Any:
             result = NotImplemented if kwargs else _plainly(function, self, *args)
             if result is NotImplemented:
                 return usual(self, *args, **kwargs)
             if in_place:
-                become_torchs_view(self)  # whose versions are those of its base
-                torch.autograd.graph.increment_version(self)
+                count_write(self)
             return result
 
         method.__name__ = name
@@ -132,6 +131,7 @@ _method("__neg__")(_unary(aten.neg.default, _torch.neg))
 for _name, _base in (("mul", "mul"), ("add", "add"), ("sub", "sub"), ("div", "div"), ("truediv", "div")):
     _function = _binary(getattr(aten, _base).Tensor, getattr(_torch, _base))
     _method(f"__{_name}__")(_function)
+    _method(f"__i{_name}__")(_binary(getattr(aten, f"{_base}_").Tensor))
     if _name == _base:
         _method(_name)(_function)
         _method(f"{_name}_")(_binary(getattr(aten, f"{_name}_").Tensor))

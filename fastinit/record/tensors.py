@@ -410,6 +410,18 @@ def become_torchs_view(tensor: torch.Tensor) -> None:
         swap_impl(tensor, view)
 
 
+def count_write(tensor: torch.Tensor) -> None:
+    """Give a tensor that was written to without torch's dispatcher another version, with all that share its versions.
+
+    Those of a view that torch has not been told of are its base's.
+    """
+    if type(tensor) is Placeholder and tensor._view_of is not None and not tensor.requires_grad:
+        base = tensor._view_of[0]
+        if type(base) is Placeholder and base._record is tensor._record:
+            tensor = base
+    torch.autograd.graph.increment_version(tensor)
+
+
 def swap_in(
     tensor: Any,
     memory: torch.Tensor,

@@ -1,6 +1,7 @@
 """Views in a block: what torch's graphs, versions and refusals know of them is what they know outside."""
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -227,6 +228,7 @@ def test_a_view_of_a_parameter_requires_grad_also_while_no_graph_is_recorded(tak
 WRITES = {
     "an element": lambda v: v.__setitem__(0, 9.0),
     "a step": lambda v: v.mul_(3.0),
+    "a sum": lambda v: operator.iadd(v, torch.ones(3)),
     "a fill": lambda v: v.zero_(),
 }
 

@@ -1,5 +1,6 @@
 """What fastinit.on promises beyond the values: clean exit, isolation, seeds, memory, no garbage, aliases, refusals."""
 
+import contextlib
 import copy
 import io
 import math
@@ -850,6 +851,24 @@ def test_aliases_made_in_the_context_are_aliases_after_it():
     for alias in (data, detached, row, flat, again):
         assert (alias == 0.5).all() and alias.dtype == torch.bfloat16
     assert data.data_ptr() == parameter.data_ptr() == again.data_ptr() == flat.data_ptr()
+
+
+def test_the_end_of_a_block_takes_work_in_proportion_to_the_number_of_aliases():
+    def calls(aliases):
+        found = []
+        with contextlib.ExitStack() as block:
+            block.enter_context(fastinit.on("cpu", "bf16", seed=SEED))
+            weight = nn.Linear(2, 2).weight
+            kept = [weight.detach() for _ in range(aliases)]
+            sys.setprofile(lambda frame, event, argument: found.append(event))
+            try:
+                block.close()
+            finally:
+                sys.setprofile(None)
+        assert all(type(each) is torch.Tensor for each in kept)
+        return len(found)
+
+    assert calls(400) < 3 * calls(200)
 
 
 @over_dtypes
