@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from .nested import map_tensors, tensors_in
 from .records import HALVES, view_of
@@ -70,15 +71,12 @@ def in_doubles(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     try:
         return function(*map_tensors(torch.Tensor.double, args), **map_tensors(torch.Tensor.double, kwargs))
     except RuntimeError:
-        # Conditions stay what they are, and numbers bring the precision.
-        return function(*_exact(args), **_exact(kwargs))
+        args, kwargs = tree_map(_exact, (args, kwargs))
+        return function(*args, **kwargs)
 
 
 def _exact(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _exact(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_exact, value))
+    """An operand in fp64; conditions stay what they are, and numbers bring the precision."""
     if isinstance(value, float):
         return torch.tensor(value, dtype=torch.float64)
     return value.double() if isinstance(value, torch.Tensor) and value.dtype != torch.bool else value

@@ -255,9 +255,9 @@ class Unwritten(torch.Tensor):
     # What an operator does to unwritten tensors: fastinit.record.reading, above this module, puts it here.
     dispatch: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = True) -> Any:
         """What ``type(tensor)(...)`` means: a parameter."""
-        return torch.nn.Parameter(args[0], kwargs.get("requires_grad", True))
+        return torch.nn.Parameter(data, requires_grad)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -390,10 +390,10 @@ def _take(tensor: Unwritten, value: torch.Tensor) -> None:
         torch.Tensor.data.__set__(tensor, value)  # type: ignore[attr-defined]
         tensor._record, tensor._region = value._record, value._region
         value._record.stands(tensor)
-    elif value.device != tensor.device or value.dtype != tensor.dtype:
+    elif value.device != tensor.device:
         raise RuntimeError(
-            f"fastinit: {tensor._record.origin.name} is {tensor.dtype} on {str(tensor.device)!r}, and the data that it "
-            f"is to take {value.dtype} on {str(value.device)!r}; convert them, or assign a new parameter"
+            f"fastinit: {tensor._record.origin.name} is on {str(tensor.device)!r}, and the data that it is to take on "
+            f"{str(value.device)!r}; move them, or assign a new parameter"
         )
     else:
         swap_in(tensor, value.detach(), Unwritten)

@@ -10,6 +10,7 @@ import io
 import pickle
 import re
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -242,6 +243,44 @@ def test_hooks_and_gradients_stay_with_it(make):
     assert make.shards or not torch.equal(model.first.bias.grad, built(Net).first.bias)
 
 
+def test_hooks_of_the_constructor_stay_with_it(make):
+    calls = []
+
+    class Hooked(Net):
+        def __init__(self):
+            super().__init__()
+            self.first.weight.register_hook(lambda gradient: calls.append("hook"))
+            self.first.weight.register_post_accumulate_grad_hook(lambda parameter: calls.append("post"))
+
+    model = make(Hooked)
+    fastinit.materialize(model, "cpu", empty=True)
+    finished(model)(X).sum().backward()
+    assert sorted(calls) == ["hook", "post"]
+
+
+def test_its_data_may_have_another_dtype_but_no_other_device(make):
+    weight = make().first.weight
+    with pytest.raises(RuntimeError, match=r"first\.weight is on '(cpu|meta)', and the data that it is to take on"):
+        weight.data = torch.ones(8, 8, device="cpu" if make.shards else "meta")
+    weight.data = torch.ones(8, 8, dtype=torch.float16, device=weight.device)
+    assert type(weight) is nn.Parameter and weight.dtype == torch.float16
+
+
+def test_its_type_makes_parameters_as_loaders_ask_for(make):
+    weight = make().first.weight
+    for given, options in (((False,), {}), ((), {"requires_grad": False})):
+        made = type(weight)(torch.ones(2), *given, **options)
+        assert type(made) is nn.Parameter and not made.requires_grad and made.tolist() == [1, 1]
+
+
+def test_views_that_nobody_has_any_more_are_gone(make):
+    weight = make().first.weight
+    first = weakref.ref(weight[0])
+    for _ in range(200):
+        weight[0]
+    assert first() is None
+
+
 def test_one_that_a_vector_of_parameters_or_an_assignment_writes_is_written(make):
     model = make()
     model.second.weight = nn.Parameter(torch.ones(8, 8))
@@ -385,10 +424,11 @@ def test_saving_it_warns_by_name_and_a_written_one_is_saved_without_fastinit(mak
         assert b"fastinit.record" not in pickle.dumps(model)
 
 
-def test_it_is_shown_without_values(make):
+def test_it_is_shown_without_values_and_has_no_memory_of_a_special_kind(make):
     model = make()
     assert "unwritten 'first.weight', size=(8, 8)" in repr(model.first.weight)
     assert "Linear(in_features=8" in repr(model)
+    assert not model.first.weight.is_pinned() and not model.first.weight.is_shared()
 
 
 def test_shapes_are_known_to_fake_tensors(make):
