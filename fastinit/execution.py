@@ -313,7 +313,10 @@ class Fills:
     def run_or_be_captured(self) -> None:
         """Run every batch, also where that is to be part of a CUDA graph."""
         for batch in self._batches:
-            run_batch(batch, self.device)
+            if self.device.type == "cuda":
+                batch.run_cuda(self.device.index, torch.cuda.current_stream(self.device).cuda_stream)
+            else:
+                batch.run_cpu(torch.get_num_threads())
         for write in self._others:
             write()
         self._batches.clear()
@@ -356,14 +359,6 @@ def copy_part(values: torch.Tensor, memory: torch.Tensor, boxes: Sequence[Box] |
     for index_offset, sizes, index_strides, memory_offset, memory_strides in boxes:
         part = memory.as_strided(sizes, memory_strides, start + memory_offset)
         part.copy_(values.as_strided(sizes, index_strides, index_offset) if values.dim() else values)
-
-
-def run_batch(batch: native.Batch, device: torch.device) -> None:
-    """Run a native batch whose tensors lie on this device."""
-    if device.type == "cuda":
-        batch.run_cuda(device.index, torch.cuda.current_stream(device).cuda_stream)
-    else:
-        batch.run_cpu(torch.get_num_threads())
 
 
 # --- what native fills do not reach ---------------------------------------------------------------------------------
