@@ -436,16 +436,14 @@ def remake(tensor: torch.Tensor) -> None:
 
 
 def _exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
-    """Let a leaf have another tensor's memory, or want of it; hooks and gradient stay with it."""
+    """Let a leaf be like another tensor, which is elsewhere: its hooks stay with it, a gradient cannot."""
     other.requires_grad_(tensor.requires_grad)
-    hooks, post, grad = tensor._backward_hooks, tensor._post_accumulate_grad_hooks, tensor.grad
+    hooks, post = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
     swap_impl(tensor, other)
     if hooks is not None:
         tensor._backward_hooks = hooks
     if post is not None:
         tensor._post_accumulate_grad_hooks = post
-    if grad is not None:
-        tensor.grad = grad
 
 
 def settle(tensor: Unwritten) -> None:

@@ -258,6 +258,20 @@ def test_hooks_of_the_constructor_stay_with_it(make):
     assert sorted(calls) == ["hook", "post"]
 
 
+def test_a_gradient_stays_behind_where_its_tensor_changes_the_device(make):
+    class Started(Net):
+        def __init__(self):
+            super().__init__()
+            self.first.weight.grad = torch.ones(8, 8)
+
+    model = make(Started)
+    assert (model.first.weight.grad is None) == make.shards
+    model.second.weight.grad = torch.zeros_like(model.second.weight)
+    fastinit.materialize(model, "cpu", empty=True)
+    assert (model.second.weight.grad is None) == make.shards
+    assert_values(finished(model))
+
+
 def test_its_data_may_have_another_dtype_but_no_other_device(make):
     weight = make().first.weight
     with pytest.raises(RuntimeError, match=r"first\.weight is on '(cpu|meta)', and the data that it is to take on"):
