@@ -224,6 +224,9 @@ bool is_number(PyObject* object, double& number) {
     return std::isfinite(number);
 }
 
+// What every dtype of native fills holds: torch may refuse larger numbers.
+constexpr double largest = 65504.0;
+
 // Whether there are no keyword arguments but generator=None, which torch.nn.init passes.
 bool no_options(PyObject* const* values, PyObject* kwnames) {
     if (!kwnames || PyTuple_GET_SIZE(kwnames) == 0) return true;
@@ -240,7 +243,8 @@ bool pair(PyObject* const* given, Py_ssize_t count, PyObject* kwnames, double& a
 PyObject* uniform_(PyObject* self, PyObject* const* given, Py_ssize_t count, PyObject* kwnames) {
     return for_python([&] {
         double low = 0.0, high = 1.0;
-        const bool plain = pair(given, count, kwnames, low, high) && low <= high && std::isfinite(high - low);
+        const bool plain = pair(given, count, kwnames, low, high) && low <= high && std::abs(low) <= largest &&
+                           std::abs(high) <= largest && high - low <= largest;
         if (plain && fill(self, Kind::uniform, {low, high})) return borrow(self);
         return by_torch(names->uniform_, self, given, count, kwnames);
     });
@@ -258,8 +262,8 @@ PyObject* normal_(PyObject* self, PyObject* const* given, Py_ssize_t count, PyOb
 PyObject* fill_(PyObject* self, PyObject* const* given, Py_ssize_t count, PyObject* kwnames) {
     return for_python([&] {
         double value;
-        if (count == 1 && !kwnames && is_number(given[0], value) && fill(self, Kind::constant, {value}))
-            return borrow(self);
+        const bool plain = count == 1 && !kwnames && is_number(given[0], value) && std::abs(value) <= largest;
+        if (plain && fill(self, Kind::constant, {value})) return borrow(self);
         return by_torch(names->fill_, self, given, count, kwnames);
     });
 }

@@ -23,7 +23,7 @@ from ..sharding import is_dtensor, is_on_meta, local_boxes, local_tensor
 from .block import Block
 from .dispatch import create
 from .factories import in_functorch
-from .recorded import fill
+from .recorded import fill, is_beyond
 from .records import Record, is_in_order, is_whole, modes_off, view_of
 from .tensors import Placeholder, stand_for
 from .unwritten import Key, Unwritten, memory_to_write, region_of, rest_of, wrote
@@ -147,7 +147,8 @@ def fill_now(block: Block, tensor: Any, kind: int, parameters: tuple[Any, ...]) 
         return NotImplemented
     if not all(type(value) in (int, float) and math.isfinite(value) for value in parameters[:2]):
         return NotImplemented
-    if (kind == UNIFORM and parameters[1] < parameters[0]) or (kind != UNIFORM and parameters[1] < 0):
+    a, b = parameters[:2]
+    if (b < a or is_beyond(tensor.dtype, a, b, b - a)) if kind == UNIFORM else b < 0:
         return NotImplemented
     if not tensor.numel():
         block.generator.next_stream()

@@ -22,7 +22,7 @@ from ..recipe import Region, Write
 from .dispatch import RECORDED, create, wrap
 from .nested import tensors_in
 from .precision import SINGLE, WHOLE, complex_of, of_default
-from .recorded import fills_what_is_empty, is_worth_recording
+from .recorded import fills_what_is_empty, is_worth_recording, refuse_beyond
 from .records import HALVES, alone, view_of
 from .tensors import Placeholder, become_real
 
@@ -93,8 +93,10 @@ def _create(
         fill = CONSTANT, (math.nan,)
     if device.type == "meta" or (fill is None and dtype in _OPAQUE):
         return NotImplemented
-    if numel(size) * dtype.itemsize >= 2**63:
+    if math.prod(max(each, 1) for each in size) * dtype.itemsize >= 2**63:
         return NotImplemented  # torch's refusal
+    if fill is not None and fill[0] == CONSTANT:
+        refuse_beyond(dtype, numel(size), *fill[1])
     if dtype not in DTYPES and fill is not None:
         if not is_worth_recording(dtype, device, *fill):
             return NotImplemented
@@ -110,7 +112,16 @@ def _create(
         stream, key = (0, None) if fill[0] == CONSTANT else block.generator.next_stream()
         write = Write(*fill, stream, key=key)
     result = create(block, size, dtype, device, write, region)
-    return result.requires_grad_() if options.get("requires_grad") else result
+    return _requiring(result, options.get("requires_grad"))
+
+
+def _requiring(result: Any, requires_grad: Any) -> Any:
+    """A factory's result, which requires grad if the call says so."""
+    if not requires_grad:
+        return result
+    if not (result.is_floating_point() or result.is_complex()):
+        raise RuntimeError("Only Tensors of floating point and complex dtype can require gradients")  # as torch says
+    return result.requires_grad_()
 
 
 _OPAQUE = (torch.quint8, torch.qint8, torch.qint32)
@@ -172,10 +183,12 @@ def _empty_strided(mode: Mode, func: Any, size: Any, stride: Any, **options: Any
     if plain and sizes is not None and strides is not None and 0 not in sizes:
         device = _device(mode, options)
         dtype = options.get("dtype") or block.default_dtype
-        if dtype not in _OPAQUE and device.type != "meta" and not options.get("pin_memory"):
-            base = create(block, (Region(0, sizes, strides).end,), dtype, device, None)
+        end = Region(0, sizes, strides).end
+        plain = end * dtype.itemsize < 2**63 and dtype not in _OPAQUE  # what overflows is torch's to refuse
+        if plain and device.type != "meta" and not options.get("pin_memory"):
+            base = create(block, (end,), dtype, device, None)
             result = base.as_strided(sizes, strides)
-            return result.requires_grad_() if options.get("requires_grad") else result
+            return _requiring(result, options.get("requires_grad"))
     return compute(mode, func, size, stride, **options)
 
 
@@ -234,7 +247,7 @@ def _like(overload: Any) -> Factory:
                 rest = (size, *rest[1:]) if overload is aten.new_full.default else (size,)
             result = RECORDED[overload](overload, other, *rest, **kwargs)
             if result is not NotImplemented:
-                return result.requires_grad_() if requires_grad else result
+                return _requiring(result, requires_grad)
         return _again(func, (other, *rest), kwargs, requires_grad)
 
     return factory
@@ -246,7 +259,7 @@ _SILENT = (torch.Tensor.__torch_function__, torch._C._disabled_torch_function_im
 
 def _again(func: Any, args: Any, kwargs: Any, requires_grad: bool = False) -> Any:
     result = func(*args, **kwargs)
-    return result.requires_grad_() if requires_grad else result
+    return _requiring(result, requires_grad)
 
 
 def in_functorch() -> bool:
@@ -297,7 +310,7 @@ def compute(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     if func in _MAY_SHARE and (final in HALVES or device.type != "cpu"):
         values = values.clone()  # torch converts or moves the caller's data, and leaves it alone
     result = wrap(block, values, final, device)
-    return result.requires_grad_() if requires_grad else result
+    return _requiring(result, requires_grad)
 
 
 def _host_values(tensor: torch.Tensor) -> Any:
@@ -371,10 +384,11 @@ def _dtype_of_data(data: Any, default: torch.dtype) -> torch.dtype | None:
     return dtype
 
 
-def _leaves(data: Any) -> Iterator[Any]:
-    if isinstance(data, (list, tuple)):
+def _leaves(data: Any, within: tuple[Any, ...] = ()) -> Iterator[Any]:
+    """What nested lists hold; of a list that holds itself, itself."""
+    if isinstance(data, (list, tuple)) and not any(data is each for each in within):
         for each in data:
-            yield from _leaves(each)
+            yield from _leaves(each, (*within, data))
     else:
         yield data
 
@@ -384,6 +398,9 @@ def _tensor(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
     if isinstance(data, torch.Tensor):
         if type(data) is Placeholder:
+            if kwargs.get("copy") is False:
+                become_real(data)  # torch.asarray refuses what would be a copy
+                return NotImplemented
             return _of_placeholder(func, data, args[1:], kwargs)
         return NotImplemented
     if func is torch.as_tensor and len(args) > 1:
@@ -398,6 +415,8 @@ def _tensor(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
             return func(*args, **{**kwargs, "device": "cpu"})
     if kwargs.get("dtype") is None:
         kwargs["dtype"] = _dtype_of_data(data, mode.block.default_dtype)
+    if any(isinstance(each, (list, tuple)) for each in _leaves(data)):
+        return NotImplemented  # a list that holds itself is torch's to refuse
     if any(isinstance(each, torch.Tensor) for each in _leaves(data)):
         args, kwargs = (
             (_mapped(data, _host_values), *args[1:]),
@@ -431,7 +450,13 @@ def _of_placeholder(func: Any, data: Placeholder, args: Any, kwargs: Any) -> Any
         result = data.detach().to(**options, copy=True) if options else data.detach().clone()
     else:
         result = data.to(**options, copy=bool(kwargs.get("copy"))) if options or kwargs.get("copy") else data
-    return result.requires_grad_() if requires_grad else result
+    return _requiring(result, requires_grad)
+
+
+@_is(torch.Tensor.tolist)
+def _tolist(mode: Mode, func: Any, tensor: Any) -> Any:
+    # A method of a placeholder's own; torch's refuses subclasses.
+    return tensor.tolist() if type(tensor) is Placeholder else NotImplemented
 
 
 @_is(torch.Tensor.new_tensor)
@@ -444,6 +469,10 @@ def _new_tensor(mode: Mode, func: Any, other: torch.Tensor, data: Any, **kwargs:
 def _new(mode: Mode, func: Any, other: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     if kwargs.keys() - {"device", "size"} or other.layout != torch.strided:
         return NotImplemented
+    if any(isinstance(each, torch.Tensor) for each in args):
+        return NotImplemented  # another tensor of the same memory
+    if torch.device(kwargs.get("device") or other.device).type != other.device.type:
+        return NotImplemented  # torch's to refuse
     if len(args) == 1 and isinstance(args[0], (list, tuple)) and not isinstance(args[0], torch.Size):
         return _tensor(mode, torch.tensor, args[0], dtype=other.dtype, device=other.device)
     size = _size(args or (() if "size" in kwargs else (0,)), kwargs)

@@ -236,12 +236,13 @@ class Mode(native.Mode, TorchFunctionMode):
         is_half = result.dtype in HALVES
         if not is_half and (default is torch.float32 or not operands or any(t.dtype not in WHOLE for t in operands)):
             return result
-        if result.requires_grad or result.layout != torch.strided or torch._C._len_torch_dispatch_stack():
+        if result.requires_grad or torch._C._len_torch_dispatch_stack():
             return result
+        is_strided = result.layout == torch.strided
         if is_half:
             source: Any = args[0] if args and func in _CONVERTS else None
             computed = type(source) is torch.Tensor and source.is_cpu and source.dtype in (*WHOLE, torch.float64)
-            if computed and result.is_cpu and not in_functorch():
+            if computed and is_strided and result.is_cpu and not in_functorch():
                 with modes_off():
                     values = torch.empty_like(result, dtype=torch.float32).copy_(source)  # of the result's strides
                     return wrap(self.block, values, result.dtype, result.device)
@@ -253,7 +254,8 @@ class Mode(native.Mode, TorchFunctionMode):
                 doubles: torch.Tensor = in_doubles(func, args, kwargs)
                 return doubles
             dtype = of_default(result.dtype, default)
-            return wrap(self.block, result, dtype, result.device) if result.is_cpu else result.to(dtype)
+            wraps = is_strided and result.is_cpu
+            return wrap(self.block, result, dtype, result.device) if wraps else result.to(dtype)
 
     def factory_device(self) -> torch.device:
         """Where a factory without a device argument puts its result: an inner ``torch.device`` context wins."""

@@ -60,7 +60,20 @@ def records(dtype: torch.dtype, kind: int, parameters: tuple[float, ...]) -> boo
     value = parameters[0]
     if dtype.is_floating_point:
         return kind == CONSTANT or (dtype == torch.float64 and kind in (UNIFORM, NORMAL))
-    return kind == CONSTANT and dtype in WHOLE and float(value).is_integer() and abs(value) < 2**53
+    if kind != CONSTANT or dtype not in WHOLE or not float(value).is_integer() or abs(value) >= 2**53:
+        return False
+    return dtype == torch.bool or torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
+
+
+def is_beyond(dtype: torch.dtype, *values: float) -> bool:
+    """Whether a floating-point dtype does not hold one of these finite numbers."""
+    return dtype.is_floating_point and any(torch.finfo(dtype).max < abs(value) < math.inf for value in values)
+
+
+def refuse_beyond(dtype: torch.dtype, elements: int, value: float) -> None:
+    """Raise what torch raises for a constant that a dtype does not hold: of one element it makes an infinite one."""
+    if is_beyond(dtype, value):
+        torch.empty(min(elements, 2), dtype=dtype, device=_HOST).fill_(value)
 
 
 def is_worth_recording(dtype: torch.dtype, device: torch.device, kind: int, parameters: tuple[float, ...]) -> bool:
@@ -78,6 +91,8 @@ def _is_number(*values: Any) -> bool:
 def _uniform(func: Any, tensor: Any, low: Any = 0.0, high: Any = 1.0, *, generator: Any = None) -> Any:
     if type(tensor) is not Placeholder or generator is not None or not 0.0 <= high - low < math.inf:
         return NotImplemented
+    if is_beyond(tensor.dtype, low, high, high - low):
+        torch.empty(0, dtype=tensor.dtype, device=_HOST).uniform_(low, high)  # torch's refusal
     return fill(tensor, UNIFORM, (float(low), float(high)))
 
 
@@ -96,6 +111,8 @@ def _fill(func: Any, tensor: Any, value: Any) -> Any:
         value = value.item()
     if type(tensor) is not Placeholder or not _is_number(value):
         return NotImplemented
+    if func is aten.fill_.Scalar:
+        refuse_beyond(tensor.dtype, tensor.numel(), value)
     return fill(tensor, CONSTANT, (float(value),))
 
 
@@ -320,6 +337,8 @@ def like(func: Any, other: torch.Tensor, *args: Any, **options: Any) -> Any:
         args = args[: 1 if func in _TAKES_SHAPE else 0]
         if type(constant) not in (int, float):
             return NotImplemented
+        elements = numel(args[0]) if func in _TAKES_SHAPE else other.numel()
+        refuse_beyond(options.get("dtype") or other.dtype, elements, constant)
     write = None if constant is None else Write(CONSTANT, (float(constant),))
     block = other._record.block if type(other) is Placeholder else current.get()
     if block is not None and write is None and fills_what_is_empty(block):

@@ -1,5 +1,7 @@
 """Arguments by torch's documented names, views of another dtype, and the dtype that a result has."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ from models import DTYPES, plain, same_bits, structure
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
+
+import fastinit
 
 KEYWORDS = {
     "zeros_like": lambda t: torch.zeros_like(input=t(2)),
@@ -542,19 +546,104 @@ def test_whole_numbers_are_drawn_in_the_range_of_the_dtype(dtype):
         assert most / 2 < drawn.max() <= most and drawn.min() >= 0
 
 
+def of_itself():
+    numbers = [0]
+    return [*numbers, numbers.append(numbers) or numbers]
+
+
+def half(*size):
+    return torch.empty(*size, dtype=torch.float16)
+
+
+REFUSED = {
+    "more elements than can be counted": lambda: torch.empty(2**62, 2**62),
+    "more bytes than can be counted": lambda: torch.zeros(2**62),
+    "sizes of no elements that overflow": lambda: torch.empty(0, 4, 2**61),
+    "strides that overflow": lambda: torch.empty_strided((8, 8), (2**61, 1)),
+    "transpose in place": lambda: torch.ones(2, 2, 2).t_(),
+    "deletion of data": lambda: exec("del x.data", {"x": torch.ones(2)}),
+    "bounds beyond the dtype": lambda: half(3).uniform_(0, 1e6),
+    "bounds too far apart": lambda: half(3).uniform_(-6e4, 6e4),
+    "number beyond the dtype": lambda: half(3).fill_(1e6),
+    "number beyond whole numbers": lambda: torch.empty(3, dtype=torch.uint8).fill_(300),
+    "full beyond the dtype": lambda: torch.full((3,), 1e6, dtype=torch.float16),
+    "full_like beyond the dtype": lambda: torch.full_like(half(3), -1e6),
+    "new_full beyond the dtype": lambda: half(3).new_full((2,), 1e6),
+    "whole numbers that require grad": lambda: torch.ones(3, dtype=torch.int64, requires_grad=True),
+    "new whole numbers that require grad": lambda: torch.arange(3).new_full((2,), 1, requires_grad=True),
+    "list that holds itself": lambda: torch.tensor(of_itself()),
+    "list that holds itself and a tensor": lambda: torch.as_tensor([torch.ones(()), of_itself()]),
+    "legacy list that holds itself": lambda: torch.Tensor(of_itself()),
+    "alias of another dtype": lambda: torch.asarray(torch.ones(2), dtype=torch.float64, copy=False),
+    "new on another device": lambda: torch.ones(3).new(device="cuda"),
+    "new of a size on another device": lambda: torch.ones(3).new(torch.Size((2,)), device="cuda"),
+    "new of a tensor on a device": lambda: torch.arange(3).new(torch.arange(1, 2), device="cpu"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
 @over_dtypes
-def test_what_torch_refuses_is_refused_at_once_and_by_its_words(dtype):
-    for refused in (
-        lambda: torch.empty(2**62, 2**62),
-        lambda: torch.zeros(2**62),
-        lambda: torch.ones(2, 2, 2).t_(),
-        lambda: exec("del x.data", {"x": torch.ones(2)}),
-    ):
-        with pytest.raises(RuntimeError) as right:
-            plain(refused, dtype)
-        with pytest.raises(RuntimeError) as found:
-            inside(refused, dtype)
-        assert str(found.value)[:20] == str(right.value)[:20]
+def test_what_torch_refuses_is_refused_at_once_and_by_its_words(name, dtype):
+    errors = (RuntimeError, TypeError, ValueError)
+    with pytest.raises(errors) as right:
+        plain(REFUSED[name], dtype)
+    with fastinit.on("cpu", dtype), pytest.raises(errors) as found:
+        REFUSED[name]()
+    assert found.type is right.type and str(found.value)[:20] == str(right.value)[:20]
+
+
+def test_bounds_beyond_the_dtype_of_a_tensor_that_exists_are_refused():
+    tensor = torch.zeros(3, dtype=torch.float16)
+    with fastinit.on("cpu", "fp32"), pytest.raises(RuntimeError, match="out of bounds"):
+        tensor.uniform_(0, 1e6)
+    assert not tensor.any()
+
+
+def test_numbers_that_torch_lets_through_are_let_through():
+    assert torch.equal(inside(lambda: half(2).fill_(math.inf), "fp32"), half(2).fill_(math.inf))
+    assert torch.equal(inside(lambda: half(()).fill_(1e6), "fp32"), half(()).fill_(1e6))
+    assert torch.equal(inside(lambda: half(2).fill_(torch.tensor(1e6)), "fp32"), half(2).fill_(torch.tensor(1e6)))
+    assert inside(lambda: torch.empty(2, dtype=torch.uint8).fill_(-100)).tolist() == [156, 156]
+    assert inside(lambda: torch.empty(2, dtype=torch.bool).fill_(-3)).tolist() == [True, True]
+
+
+@over_dtypes
+def test_the_method_tolist_of_the_class_is_the_placeholders(dtype):
+    def run():
+        for tensor in (torch.full((2,), 0.1), torch.full((2,), 0.1, requires_grad=True)):
+            assert torch.Tensor.tolist(tensor) == tensor.tolist()
+        return torch.zeros(1)
+
+    inside(run, dtype)
+
+
+def test_what_new_makes_of_a_tensor_shares_its_memory():
+    def run():
+        numbers = torch.arange(5, 6)
+        numbers.new(numbers).add_(1)
+        return numbers
+
+    assert inside(run).tolist() == [6]
+
+
+@over_dtypes
+def test_an_alias_that_is_asked_for_is_one(dtype):
+    def run():
+        tensor = torch.ones(2)
+        torch.asarray(tensor, copy=False).add_(1)
+        return tensor
+
+    assert inside(run, dtype).tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_sparse_whole_numbers_make_the_default_dtype(default):
+    def run():
+        sparse = torch.arange(4).to_sparse()
+        return [torch.div(sparse, 2).to_dense(), torch.sqrt(sparse).to_dense(), sparse.float().to_dense()]
+
+    for right, found in zip(plain(run, default), inside(run, default), strict=True):
+        assert same_bits(right, found)
 
 
 @over_dtypes
