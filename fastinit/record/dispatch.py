@@ -291,7 +291,8 @@ def _run_on_masters(
             of = storages.get(result.untyped_storage()._cdata)
             if of is not None:
                 return stand_for(of._record, _region_of(result))
-        return wrap(block, result, dtype, device, followed)
+        # C++ of torch reads whole numbers, lengths say, past its dispatcher.
+        return wrap(block, result, dtype, device, followed and dtype not in WHOLE)
 
     # What a decomposition gives goes into the next function of it, which has to run as `evaluate` lets it.
     followed = not is_elementwise(func)

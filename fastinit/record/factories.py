@@ -381,7 +381,7 @@ def _dtype_of_data(data: Any, default: torch.dtype) -> torch.dtype | None:
         else:
             return None
         dtype = own if dtype is None else torch.promote_types(dtype, own)
-    return dtype
+    return default if dtype is None else dtype
 
 
 def _leaves(data: Any, within: tuple[Any, ...] = ()) -> Iterator[Any]:

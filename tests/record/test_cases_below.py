@@ -136,6 +136,9 @@ OPERATORS = {
     "a custom operator by its name": lambda t: torch.ops.fastinit_cases.largest(t(2, 3).half()),
     "a custom operator in place": lambda t: (lambda x: (ramp_(x, 0.3), x)[1])(t(3)),
     "_VF": lambda t: torch._VF.add(t(3), t(3)),
+    "_VF of lengths": lambda t: nn.utils.rnn.pad_packed_sequence(
+        nn.utils.rnn.pack_padded_sequence(t(3, 2, 1), torch.tensor([3, 2]))
+    )[0],
     "_C._nn": lambda t: torch._C._nn.gelu(t(3)),
     "TensorBase": lambda t: torch._C.TensorBase.mul(t(3), t(3)),
 }
@@ -547,3 +550,20 @@ def test_a_model_that_is_compiled_in_the_block_has_its_values(dtype):
     x = torch.ones(2, 3, dtype=DTYPES[dtype])
     assert torch.equal(ours(x), usual(x))
     assert all(same_bits(p.detach(), q.detach()) for p, q in zip(ours.parameters(), usual.parameters(), strict=True))
+
+
+def _copied_parameters():
+    tagged, view = nn.Linear(2, 2), nn.Parameter(torch.ones(4, 4)[:, :2])
+    tagged.weight.tag, tagged.weight.grad = "a tag", torch.ones(2, 2)
+    pieces = tagged.weight.data.chunk(2)
+    copies = copy.deepcopy([tagged, tagged.weight, view, *pieces])
+    nn.init.constant_(copies[0].weight, 0.5)
+    return [
+        (hasattr(each, "tag"), each.grad is None, each.stride(), each.requires_grad, bool((each == 0.5).all()))
+        for each in copies[1:]
+    ]
+
+
+@over_dtypes
+def test_a_copy_of_a_parameter_is_of_its_data_alone(dtype):
+    assert inside(_copied_parameters, dtype) == plain(_copied_parameters, dtype)

@@ -512,6 +512,7 @@ NAMED = {
     "ones_like": lambda: torch.ones_like(torch.ones(2, dtype=torch.float32)) / 3,
     "full_like with dtype": lambda: torch.full_like(torch.ones(2), 0.1, dtype=torch.float32),
     "scalar_tensor": lambda: torch.scalar_tensor(0.1),
+    "tensor of nothing": lambda: torch.tensor([[]]),
     "tensor of bools": lambda: torch.tensor([True, False]),
     "tensor with gradient": lambda: torch.tensor([0.1, 0.2], requires_grad=True),
     "where": lambda: torch.where(torch.arange(4) > 1, 0.1, 0.2),
