@@ -19,7 +19,7 @@ from ..execution import allocate
 from ..layout import contiguous_strides
 from ..recipe import COPIED, Region
 from . import fast
-from .graphs import edge_of, is_leaf, viewed_in_graph, with_graph_of
+from .graphs import Edge, edge_of, is_leaf, viewed_in_graph, with_graph_of
 from .records import Record, alone, is_in_order, lock, modes_off, view_of
 
 
@@ -337,36 +337,39 @@ def take_record_memory(record: Record, wanted: list[Placeholder]) -> None:
 
     A view becomes real together with the tensor that it is a view of: torch's graphs lead to that one's new C++ object.
     """
-    memory = record.memory
-    assert memory is not None
     everyone = wanted if len(record.tensors) == 1 else record.placeholders()
     family: dict[int, list[Placeholder]] = {}  # views of a tensor, and what is its data, by its id
     for each in everyone:
         base, made = _view_of(each)
         family.setdefault(id(made if base is None else base), []).append(each)
-    edges = {edge_of(each): each for each in everyone if not is_leaf(each)}
-
-    def take(tensor: torch.Tensor) -> None:
-        if type(tensor) is not Placeholder:
-            return
-        base, made = _view_of(tensor)
-        if type(base) is Placeholder and base._record is record:
-            take(base)
-            if type(tensor) is not Placeholder:
-                return
-        related = [each for each in family.get(id(tensor), ()) if type(each) is Placeholder]
-        views = [(each, meta) for each in related for of, meta in (_view_of(each),) if of is tensor]
-        viewed = [tensor if is_leaf(each) else viewed_in_graph(each, tensor, edges) for each, _ in views]
-        part = view_of(memory, tensor._region)
-        # What is written to the data of a tensor is no new version of that.
-        swap_in(tensor, part.data if isinstance(made, torch.Tensor) else part)
-        for (each, meta), of in zip(views, viewed, strict=True):
-            swap_in(each, view_of(memory, each._region), viewed=of, meta=meta)
-        for each in related:
-            take(each)
+    edges: dict[Edge, torch.Tensor] = {edge_of(each): each for each in everyone if not is_leaf(each)}
 
     for each in wanted:
-        take(each)
+        _take_memory(each, record, family, edges)
+
+
+# No function in the one above: one that calls itself would keep the tensors alive until the garbage collector comes.
+def _take_memory(
+    tensor: Placeholder, record: Record, family: dict[int, list[Placeholder]], edges: dict[Edge, torch.Tensor]
+) -> None:
+    if type(tensor) is not Placeholder:
+        return
+    base, made = _view_of(tensor)
+    if type(base) is Placeholder and base._record is record:
+        _take_memory(base, record, family, edges)
+        if type(tensor) is not Placeholder:
+            return
+    related = [each for each in family.get(id(tensor), ()) if type(each) is Placeholder]
+    views = [(each, meta) for each in related for of, meta in (_view_of(each),) if of is tensor]
+    viewed = [tensor if is_leaf(each) else viewed_in_graph(each, tensor, edges) for each, _ in views]
+    assert record.memory is not None
+    memory = view_of(record.memory, tensor._region)
+    # What is written to the data of a tensor is no new version of that.
+    swap_in(tensor, memory.data if isinstance(made, torch.Tensor) else memory)
+    for (each, meta), of in zip(views, viewed, strict=True):
+        swap_in(each, view_of(record.memory, each._region), viewed=of, meta=meta)
+    for each in related:
+        _take_memory(each, record, family, edges)
 
 
 def _view_of(tensor: Placeholder) -> tuple[torch.Tensor | None, Any]:

@@ -1,13 +1,17 @@
 """Views in a block: what torch's graphs, versions and refusals know of them is what they know outside."""
 
 import copy
+import gc
 import operator
+import weakref
 
 import pytest
 import torch
 from cases import assert_as_torch, inside, over_dtypes
 from models import DTYPES, plain
 from torch import nn
+
+import fastinit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -285,3 +289,18 @@ def test_the_data_of_a_tensor_keeps_no_trace_of_it(dtype):
 
     weight, data = inside(run, dtype)
     assert not vars(data) and not vars(weight) and not data.any() and weight.all()
+
+
+@over_dtypes
+def test_a_tensor_and_its_views_are_freed_with_their_last_references(dtype):
+    gc.collect()
+    gc.disable()
+    try:
+        with fastinit.on("cpu", dtype):
+            base = torch.randn(4, 3)
+            kept = [base[0], base.data, base]
+        gone = [weakref.ref(each) for each in kept]
+        del base, kept
+        assert [ref() for ref in gone] == [None, None, None]
+    finally:
+        gc.enable()
