@@ -303,7 +303,7 @@ def compute(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     if any(type(each) is Placeholder for each in tensors_in((args, kwargs))):
         args, kwargs = tree_map_only(Placeholder, _host_values, (args, kwargs))
     values = func(*args, **kwargs)
-    if func is torch.empty:
+    if func is torch.empty and not fills_what_is_empty(block):
         values.zero_()
     if final is None:
         final = values.dtype
