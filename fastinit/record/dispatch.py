@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..compiler import never_compiled
 from ..execution import concrete
 from ..layout import contiguous_strides, numel
 from ..recipe import COMPUTED, Region, Write
@@ -79,6 +80,7 @@ def _is_written(value: Any) -> bool:
     return value.alias_info is not None and value.alias_info.is_write
 
 
+@never_compiled  # also where a compiled function is called in the block: its frames reach dispatch one by one
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of an operator, one of whose operands is a placeholder."""
     operator = operator_of(func)

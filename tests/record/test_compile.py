@@ -1,4 +1,4 @@
-"""torch.compile of functions that enter a block: they run as they are written, and are no part of a graph."""
+"""torch.compile of functions that enter a block, which run as they are written, or are called in one."""
 
 import pytest
 import torch
@@ -95,6 +95,27 @@ def test_what_is_before_and_behind_the_block_is_compiled():
     assert_eager(model)
     assert torch.equal(y, (x.sin() + 1).cos() * 2)
     assert (counter.frame_count, counter.op_count) == (2, 4)
+
+
+def of_a_layer(x):
+    return nn.Linear(3, 3)(x).detach()
+
+
+CALLED = [lambda x: x * 2 + torch.ones(3), lambda x: x @ torch.eye(3), of_a_layer]
+
+
+@pytest.mark.parametrize("called", CALLED)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_was_compiled_before_gives_the_eager_bits_in_a_block(called, dtype):
+    compiled = torch.compile(called, backend="eager")
+    compiled(torch.ones(3))
+
+    def run(function):
+        with fastinit.on("cpu", dtype, seed=0):
+            return function(torch.ones(3))
+
+    ours, eager = run(compiled), run(called)
+    assert ours.dtype == eager.dtype and torch.equal(ours, eager)
 
 
 def raising():
