@@ -364,8 +364,8 @@ def _give_values(
         for part in distinct.values():
             kept.enter_context(part.rest.keeping_what_is_written())
         write_pieces(pieces, timing)
-    # Only now, when nothing is left that fails.
-    for part in parts:
+    # Only now, when nothing is left that fails. Windows first: what shares their storage becomes real with that.
+    for part in sorted(parts, key=lambda each: each.window is None):
         part.take(memories[part.key])
 
 

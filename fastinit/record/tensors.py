@@ -404,12 +404,13 @@ def note_view(view: torch.Tensor, of: Placeholder, several: bool) -> None:
 
 def become_torchs_view(tensor: torch.Tensor) -> None:
     """Tell torch what a placeholder is a view of, before somebody asks or autograd records what is done to it."""
-    if type(tensor) is not Placeholder or tensor._view_of is None or tensor._view_of[0] is None:
+    if type(tensor) is not Placeholder or tensor.__dict__.get("_view_of", (None,))[0] is None:
         return
     if torch._C._get_tracing_state():  # torch.jit.trace knows tensors by their C++ objects
         return
     with alone():
-        base, meta = tensor.__dict__.pop("_view_of")
+        # Another thread may have told it meanwhile, or made the tensor real.
+        base, meta = tensor.__dict__.pop("_view_of", (None, None))
         if type(base) is not Placeholder or base._record is not tensor._record or tensor.requires_grad:
             return
         view = torch.Tensor.as_strided(base, tensor.size(), tensor.stride(), tensor.storage_offset())
@@ -422,10 +423,11 @@ def count_write(tensor: torch.Tensor) -> None:
 
     Those of a view that torch has not been told of are its base's.
     """
-    if type(tensor) is Placeholder and tensor._view_of is not None and not tensor.requires_grad:
-        base = tensor._view_of[0]
-        if type(base) is Placeholder and base._record is tensor._record:
-            tensor = base
+    with lock:
+        if type(tensor) is Placeholder and tensor._view_of is not None and not tensor.requires_grad:
+            base = tensor._view_of[0]
+            if type(base) is Placeholder and base._record is tensor._record:
+                tensor = base
     torch.autograd.graph.increment_version(tensor)
 
 

@@ -355,11 +355,14 @@ def test_windows_of_transposed_parameters_and_of_some_that_share_storage_hold_th
             super().__init__()
             self.transposed = nn.Parameter(torch.empty(5, 9).T.normal_())
             self.left, self.right = map(nn.Parameter, torch.empty(6, 8).normal_().detach().chunk(2, dim=1))
+            self.whole, self.cut = map(nn.Parameter, torch.empty(6, 8).normal_().detach().chunk(2, dim=1))
 
     parts = {
         "transposed": (slice(3, 8), slice(1, 4)),
         "left": (slice(1, 3), slice(0, 3)),
         "right": (slice(2, 6), slice(1, 4)),
+        "whole": None,
+        "cut": (slice(1, 3), slice(0, 3)),
     }
     shapes = {}
 
@@ -371,7 +374,7 @@ def test_windows_of_transposed_parameters_and_of_some_that_share_storage_hold_th
     fastinit.materialize(model, window=window)
     assert shapes == {name: tuple(tensor.shape) for name, tensor in whole.named_parameters()}
     for name, tensor in whole.named_parameters():
-        assert same_bits(model.get_parameter(name), tensor[parts[name]]), name
+        assert same_bits(model.get_parameter(name), tensor[parts[name] or ...]), name
 
 
 @HALF_AND_FULL
