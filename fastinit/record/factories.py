@@ -304,7 +304,10 @@ def compute(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map_only(Placeholder, _host_values, (args, kwargs))
     values = func(*args, **kwargs)
     if func is torch.empty and not fills_what_is_empty(block):
-        values.zero_()
+        if values.is_quantized:  # which torch has no zero_ for
+            values.untyped_storage().fill_(0)
+        else:
+            values.zero_()
     if final is None:
         final = values.dtype
     if func in _MAY_SHARE and (final in HALVES or device.type != "cpu"):

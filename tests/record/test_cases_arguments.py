@@ -679,3 +679,11 @@ def test_in_deterministic_mode_what_nobody_initializes_is_what_torch_makes_it(dt
             torch.use_deterministic_algorithms(False)
 
     assert inside(run, dtype) == plain(run, dtype)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says that quantized tensors are to go
+@pytest.mark.parametrize("dtype", [torch.quint8, torch.qint8, torch.qint32])
+def test_what_nobody_writes_of_a_quantized_dtype_is_zero(dtype):
+    with fastinit.on("cpu"):
+        made = torch.empty(500, dtype=dtype)
+    assert made.dtype == dtype and not made.int_repr().any()
