@@ -22,9 +22,8 @@ from ..recipe import Region
 from ..sharding import is_dtensor, is_on_meta, local_boxes, local_tensor
 from .block import Block
 from .dispatch import create
-from .factories import in_functorch
 from .recorded import fill, is_beyond
-from .records import Record, is_in_order, is_whole, modes_off, view_of
+from .records import Record, in_functorch, is_in_order, is_whole, modes_off, view_of
 from .tensors import Placeholder, stand_for
 from .unwritten import Key, Unwritten, memory_to_write, region_of, rest_of, wrote
 

@@ -24,12 +24,12 @@ from ..recipe import COMPUTED
 from . import existing
 from .block import Block, current
 from .dispatch import wrap
-from .factories import FACTORIES, in_functorch, with_torchs_dtype
+from .factories import FACTORIES, with_torchs_dtype
 from .graphs import is_leaf
 from .nested import tensors_in
 from .precision import SINGLE, WHOLE, in_doubles, of_default
 from .recorded import fill
-from .records import HALVES, lock, modes_off, view_of
+from .records import HALVES, in_functorch, lock, modes_off, view_of
 from .tensors import (
     Placeholder,
     become_real,

@@ -42,6 +42,11 @@ def alone() -> Iterator[None]:
         yield
 
 
+def in_functorch() -> bool:
+    """Whether a transform of functions is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 # Master values of one tensor beyond this are not made: the tensor gets its memory, and torch computes with that.
 LARGEST_MASTER = 32 << 20
 
