@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import native
 from ..execution import Fills, Timing, allocate, reserve
+from ..log import listed
 from ..recipe import COMPUTED, Write
 from . import fast
 from .calls import streams_in
@@ -145,9 +146,8 @@ class Block(native.Block):
         """Say which draws have the streams of their order, where names were to decide them."""
         noted = list(dict.fromkeys(what for what in self.by_order.values() if what))
         if noted:
-            more = f" and {len(noted) - _NOTED} more" if len(noted) > _NOTED else ""
             warnings.warn(
-                f"fastinit.on: names decide what is drawn, but not of {', '.join(noted[:_NOTED])}{more}: their values "
+                f"fastinit.on: names decide what is drawn, but not of {listed(noted, _NOTED)}: their values "
                 "were used before the block ended, or no module of the block has them, so that their order decides. "
                 "docs/stream-v1.md says more.",
                 stacklevel=4,
