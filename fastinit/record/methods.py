@@ -22,7 +22,8 @@ from .block import current
 from .mode import INITIALIZERS, TAKES_OVER, Mode, graph_of
 from .operators import OPERATORS
 from .records import Record, lock
-from .tensors import Placeholder, leave_behind, stand_for, swap_impl
+from .storageless import swap_impl
+from .tensors import Placeholder, leave_behind, stand_for
 
 _in_python: Any = Mode.__torch_function__
 

@@ -24,7 +24,8 @@ from ..recipe import Region, Write
 from ..runs import Runs
 from .graphs import is_leaf
 from .records import lock, modes_off, view_of
-from .tensors import attributes_of, deep_copy, swap_impl, swap_in, without_storage
+from .storageless import attributes_of, deep_copy, swap_impl, without_storage
+from .tensors import swap_in
 
 
 class Key:
