@@ -20,7 +20,7 @@ from fastinit.cli import machine, results, text
 from fastinit.cli.results import Measured, Table
 
 PICTURED = ("fills", "first", "growth")  # in the picture, if they were measured
-README_SUITES = ("first", "fills")
+README_SUITE = "first"
 MARKERS = ("<!-- benchmarks: written by benchmarks/report.py -->", "<!-- benchmarks end -->")
 
 Name = tuple[str, str, str]  # suite, how the case begins and what else it has, way
@@ -96,9 +96,8 @@ def beyond_table(measured: list[Measured]) -> Table:
 
 
 def readme_table(document: dict[str, Any], measured: list[Measured]) -> str:
-    shown = [each for each in measured if each.suite in README_SUITES and "cuda" in each.case]
-    parts = [about(document), *(table.markdown() for table in results.tables(shown) if "memory" not in table.header)]
-    return "\n\n".join(parts)
+    table = results.suite_table(README_SUITE, [each for each in measured if each.suite == README_SUITE])
+    return f"{table.markdown()}\n\n{about(document)}"
 
 
 def about(document: dict[str, Any]) -> str:

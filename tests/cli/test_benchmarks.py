@@ -117,14 +117,14 @@ def test_memory_beyond_a_ranks_own_has_a_limit():
 
 
 def test_the_readme_gets_the_table_of_a_run(tmp_path, monkeypatch):
-    case = "normal bf16, cuda"
+    case, fill = "Llama-shaped, 6.74B, torch.nn, cuda", "normal bf16, cuda"
     document = {
         "datetime": "2026-01-02T03:04:05",
         "machine_info": {"fastinit": {
             "cpu": "X", "cpu_isa": "avx2", "torch_threads": 2, "gpus": [], "torch": "2.11", "fastinit": "0.1",
             "git_commit": "0123456789abcdef", "driver": "580",
         }},
-        "benchmarks": [measured("fills", case, "fastinit", 1.0, elements=1e9)],
+        "benchmarks": [measured("first", case, "fastinit", 1.0), measured("fills", fill, "fastinit", 1.0, elements=1e9)],
     }  # fmt: skip
     file, page = tmp_path / "results.json", tmp_path / "README.md"
     file.write_text(json.dumps(document))
@@ -132,9 +132,9 @@ def test_the_readme_gets_the_table_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report.py", str(file), "--readme", str(page)])
     report.main()
     shown = page.read_text()
-    assert f"| {case} | 1 G/s |" in shown and "driver 580, commit 012345678, 2026-01-02" in shown
+    assert f"| {case} | 1 s |" in shown and fill not in shown and "driver 580, commit 012345678, 2026-01-02" in shown
     assert shown.startswith("above\n") and shown.endswith("\nbelow\n") and "old" not in shown
-    assert f"| {case} | 1 G/s |" in file.with_suffix(".md").read_text()
+    assert f"| {fill} | 1 G/s |" in file.with_suffix(".md").read_text()
 
 
 # peers
