@@ -204,7 +204,7 @@ class Zero3:
         whole = torch.empty((), dtype=slices[0].dtype, device=self.device).expand(shape)
         # The parameter stays the object that it is. torch.utils.swap_tensors would exchange the attributes too.
         if type(parameter) is Unwritten:
-            swap_in(parameter, whole, Unwritten)
+            swap_in(parameter, whole)
         else:
             torch._C._swap_tensor_impl(parameter, nn.Parameter(whole, parameter.requires_grad))
         self._init._convert_to_deepspeed_param(parameter)

@@ -329,7 +329,7 @@ class _Part(NamedTuple):
         """Let the tensor have the memory, which is written."""
         _, tensor, unwritten = self.named
         if self.window is not None:
-            swap_in(unwritten, memory, Unwritten)
+            swap_in(unwritten, memory)
             return
         self.rest.memory = memory
         self.rest.wrote(None)

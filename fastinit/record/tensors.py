@@ -380,27 +380,19 @@ def count_write(tensor: torch.Tensor) -> None:
     torch.autograd.graph.increment_version(tensor)
 
 
-def swap_in(
-    tensor: Any,
-    memory: torch.Tensor,
-    kind: type[torch.Tensor] = Placeholder,
-    *,
-    viewed: torch.Tensor | None = None,
-    meta: Any = None,
-) -> None:
-    """Let a tensor without storage, of this kind, have memory: torch's hooks, gradient and graph stay with it.
+def swap_in(tensor: Any, memory: torch.Tensor, *, viewed: torch.Tensor | None = None, meta: Any = None) -> None:
+    """Let a tensor without storage have memory: torch's hooks, gradient and graph stay with it.
 
     Args:
-        tensor: the tensor.
+        tensor: the tensor, a placeholder or one that a block left unwritten.
         memory: a tensor over that memory, of its shape and strides.
-        kind: its class.
         viewed: the tensor of which it is to be a view, over the same memory.
         meta: torch's word for how that view was made.
     """
-    record, region = tensor._record, tensor._region
+    kind, record, region = type(tensor), tensor._record, tensor._region
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            swap_in(tensor, memory, kind, viewed=viewed, meta=meta)
+            swap_in(tensor, memory, viewed=viewed, meta=meta)
         return
     requires_grad = tensor.requires_grad
     graph = requires_grad and not is_leaf(tensor)

@@ -155,7 +155,7 @@ class Rest:
             # FSDP2 looks at the parts of all ranks: most views are gone for everybody but this list.
             if type(tensor) is Unwritten and tensor._record is self and sys.getrefcount(tensor) > _ALONE:
                 if self.has(tensor._region):
-                    swap_in(tensor, view_of(self.memory, tensor._region), Unwritten)
+                    swap_in(tensor, view_of(self.memory, tensor._region))
                 else:
                     waiting.append(tensor)
         self.tensors = waiting
@@ -397,7 +397,7 @@ def _take(tensor: Unwritten, value: torch.Tensor) -> None:
             f"{str(value.device)!r}; move them, or assign a new parameter"
         )
     else:
-        swap_in(tensor, value.detach(), Unwritten)
+        swap_in(tensor, value.detach())
 
 
 def origin_of(tensor: torch.Tensor) -> Origin | None:
@@ -454,7 +454,7 @@ def settle(tensor: Unwritten) -> None:
     rest = tensor._record
     rest.settle()
     if type(tensor) is Unwritten and rest.has(tensor._region):
-        swap_in(tensor, view_of(rest.with_memory(), tensor._region), Unwritten)
+        swap_in(tensor, view_of(rest.with_memory(), tensor._region))
 
 
 def inner(tensor: torch.Tensor | None) -> Unwritten | None:
