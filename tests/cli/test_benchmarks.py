@@ -124,7 +124,9 @@ def test_the_readme_gets_the_table_of_a_run(tmp_path, monkeypatch):
             "cpu": "X", "cpu_isa": "avx2", "torch_threads": 2, "gpus": [], "torch": "2.11", "fastinit": "0.1",
             "git_commit": "0123456789abcdef", "driver": "580",
         }},
-        "benchmarks": [measured("first", case, "fastinit", 1.0), measured("fills", fill, "fastinit", 1.0, elements=1e9)],
+        "benchmarks": [
+            measured("first", case, "fastinit", 1.0), measured("fills", fill, "fastinit", 1.0, elements=1e9),
+        ],
     }  # fmt: skip
     file, page = tmp_path / "results.json", tmp_path / "README.md"
     file.write_text(json.dumps(document))
