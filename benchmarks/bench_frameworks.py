@@ -73,8 +73,8 @@ STRATEGIES = ("DDP", "FSDP1", "FSDP2", "DeepSpeed 3")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_first_step(figure, once, main_device, quick, strategy, when, way):
     gpus = torch.cuda.device_count() if main_device.type == "cuda" else 0
-    # Lightning alone creates it on the CPU under FSDP, by one thread.
     small = DecoderConfig.of_size(1_000_000)
+    # Lightning alone creates it on the CPU under FSDP, by one thread.
     config = LLAMA_7B.with_layers(4) if gpus and not quick else small
     case = f"{strategy}, {text.count(config.parameters)}, first step of the {when} fit, 2 ranks, {main_device.type}"
     with figure(case, way) as record:

@@ -6,7 +6,7 @@ called as `fastinit.record.factories` says, which is above this module and knows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,10 +131,10 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, float) or getattr(getattr(value, "dtype", None), "kind", "") in ("f", "b")
 
 
-def _dtype_of_data(data: Any, default: torch.dtype) -> torch.dtype | None:
-    """The dtype that torch infers for lists of numbers, with this default; None for what is no such list."""
+def _dtype_of_data(leaves: Iterable[Any], default: torch.dtype) -> torch.dtype | None:
+    """The dtype that torch infers for numbers of nested lists, with this default; None for what is no number."""
     dtype: torch.dtype | None = None
-    for each in _leaves(data):
+    for each in leaves:
         if isinstance(each, torch.Tensor):
             own = each.dtype
         elif hasattr(each, "dtype"):
@@ -180,11 +180,12 @@ def from_data(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
         own = own or isinstance(data, (torch.UntypedStorage, torch.TypedStorage))
         if (own or (func is torch.asarray and _is_memory(data))) and device_for(mode, kwargs).type == "cpu":
             return func(*args, **{**kwargs, "device": "cpu"})
-    if kwargs.get("dtype") is None:
-        kwargs["dtype"] = _dtype_of_data(data, mode.block.default_dtype)
-    if any(isinstance(each, (list, tuple)) for each in _leaves(data)):
+    leaves = list(_leaves(data))
+    if any(isinstance(each, (list, tuple)) for each in leaves):
         return NotImplemented  # a list that holds itself is torch's to refuse
-    if any(isinstance(each, torch.Tensor) for each in _leaves(data)):
+    if kwargs.get("dtype") is None:
+        kwargs["dtype"] = _dtype_of_data(leaves, mode.block.default_dtype)
+    if any(isinstance(each, torch.Tensor) for each in leaves):
         args, kwargs = (
             (_mapped(data, _host_values), *args[1:]),
             {k: v for k, v in kwargs.items() if k not in ("data", "obj")},
@@ -249,5 +250,5 @@ def of_other_layout(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     if func is torch.sparse_coo_tensor:
         data = args[1] if len(args) > 1 else kwargs.get("values")
     if kwargs.get("dtype") is None and not isinstance(data, torch.Tensor):
-        kwargs["dtype"] = _dtype_of_data(data, mode.block.default_dtype)
+        kwargs["dtype"] = _dtype_of_data(_leaves(data), mode.block.default_dtype)
     return func(*args, **{**kwargs, "device": device})

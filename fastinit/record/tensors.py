@@ -61,7 +61,7 @@ class Placeholder(torch.Tensor):
             if not self.is_leaf:
                 become_real(self)
                 return copy.deepcopy(self, memo)  # torch's refusal
-            if "_is_param" in self.__dict__:  # of which torch copies the data alone
+            if self._is_param:  # of which torch copies the data alone
                 if id(self) not in memo:
                     memo[id(self)] = torch.nn.Parameter(self.data.clone(), self.requires_grad)
                 return memo[id(self)]  # type: ignore[no-any-return]

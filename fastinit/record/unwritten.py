@@ -437,14 +437,16 @@ def remake(tensor: torch.Tensor) -> None:
 
 
 def _exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
-    """Let a leaf be like another tensor, which is elsewhere: its hooks stay with it, a gradient cannot."""
+    """Let a leaf be like another tensor: its hooks stay with it, and a gradient, unless that one is elsewhere."""
     other.requires_grad_(tensor.requires_grad)
-    hooks, post = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    hooks, post, grad = tensor._backward_hooks, tensor._post_accumulate_grad_hooks, tensor.grad
     swap_impl(tensor, other)
     if hooks is not None:
         tensor._backward_hooks = hooks
     if post is not None:
         tensor._post_accumulate_grad_hooks = post
+    if grad is not None and grad.device == tensor.device:
+        tensor.grad = grad
 
 
 def settle(tensor: Unwritten) -> None:

@@ -125,6 +125,20 @@ def test_ranks_that_have_drawn_other_seeds_take_that_of_rank_0(ranks):
     ranks.run(_check_seeds_that_differ, world=2)
 
 
+def _check_gradient():
+    with fastinit.on("cpu", "fp32", empty=True, seed=SEED):
+        model = nn.Linear(8, 8, bias=False)
+    placed = (init_device_mesh("cpu", (2,)), [Shard(0)])
+    model.weight = nn.Parameter(distribute_tensor(model.weight, *placed, src_data_rank=None))
+    gradient = model.weight.grad = distribute_tensor(torch.ones(8, 8), *placed)
+    assert fastinit.initialize(model) == ["weight"]
+    assert model.weight.grad is gradient
+
+
+def test_a_gradient_stays_with_a_distributed_tensor_that_gets_its_values(ranks):
+    ranks.run(_check_gradient, world=2)
+
+
 def _check_fill():
     mesh = init_device_mesh("cpu", (2, 2))
     expected = fastinit.fill_(torch.empty(5, 7), fastinit.Normal(), seed=SEED, stream=3)
