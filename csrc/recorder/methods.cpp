@@ -5,21 +5,24 @@
 #include "recorder/recorder.h"
 
 namespace fastinit::recorder {
+// A tensor of the placeholder class as one that stands for a record, or for a region of it.
+py::object standing(py::object tensor, PyObject* record, PyObject* region) {
+    set_attribute(tensor.ptr(), names->_record, record);
+    set_attribute(tensor.ptr(), names->_region, region);
+    const py::object ref = checked(PyWeakref_NewRef(tensor.ptr(), nullptr));
+    check(PyList_Append(reinterpret_cast<Record*>(record)->tensors, ref.ptr()));
+    return tensor;
+}
+
 // A new placeholder for the whole of a record: what fastinit.record.tensors.stand_for does; outside of inference mode.
-py::object new_placeholder(const py::object& object, bool requires_grad) {
+py::object new_placeholder(const py::object& object) {
     Record* const record = as_record(object);
     // The options of the last call are those of this one, mostly.
-    static struct {
-        PyObject *dtype, *device, *options;
-    } last[2][2];
-    const bool defers = reinterpret_cast<Block*>(record->block)->defers;
-    auto& [dtype, device, options] = last[defers][requires_grad];
+    static PyObject *dtype = nullptr, *device = nullptr, *options = nullptr;
     if (record->dtype != dtype || record->device != device) {
         const py::object fresh = py::dict();
         check(PyDict_SetItem(fresh.ptr(), names->dtype, record->dtype));
         check(PyDict_SetItem(fresh.ptr(), names->device, record->device));
-        if (defers) check(PyDict_SetItem(fresh.ptr(), names->storage_size, state.zero));  // see without_storage
-        if (requires_grad) check(PyDict_SetItem(fresh.ptr(), names->requires_grad, Py_True));
         assign(dtype, record->dtype);
         assign(device, record->device);
         assign(options, fresh.ptr());
@@ -27,11 +30,7 @@ py::object new_placeholder(const py::object& object, bool requires_grad) {
     const py::object args = checked(PyTuple_Pack(2, state.placeholder, record->shape));
     py::object tensor = checked(PyObject_Call(state.make, args.ptr(), borrow(options).ptr()));
     call(state.refuse_address, {tensor.ptr()});
-    set_attribute(tensor.ptr(), names->_record, object.ptr());
-    set_attribute(tensor.ptr(), names->_region, Py_None);
-    const py::object ref = checked(PyWeakref_NewRef(tensor.ptr(), nullptr));
-    check(PyList_Append(record->tensors, ref.ptr()));
-    return tensor;
+    return standing(std::move(tensor), object.ptr(), Py_None);
 }
 
 namespace {
@@ -54,7 +53,18 @@ py::object size_of(const Target& target) {
 }
 
 py::object stand_for(const py::object& record) {
-    return truth(call(state.inference_mode)) ? call(state.stand_for, {record.ptr()}) : new_placeholder(record, false);
+    return truth(call(state.inference_mode)) ? call(state.stand_for, {record.ptr()}) : new_placeholder(record);
+}
+
+// What fastinit.record.tensors.alias_of does; null in inference mode, or if a transform of functions is to see it.
+py::object alias_of(PyObject* tensor, const Target& target, PyObject* requires_grad) {
+    if (truth(call(state.inference_mode)) || !call(state.transform).is_none()) return {};
+    py::object alias;
+    {
+        const Entered undispatched(state.undispatched);
+        alias = call(state.make_subclass, {state.placeholder, tensor, requires_grad});
+    }
+    return standing(std::move(alias), target.record.ptr(), target.region.ptr());
 }
 
 // torch's own method of a name.
@@ -112,9 +122,9 @@ PyObject* dim(PyObject* self, PyObject*) {
 PyObject* detach(PyObject* self, PyObject*) {
     return for_python([&]() -> py::object {
         const Locked locked;
-        const Target target(self);
-        if (target.whole()) return stand_for(target.record);
-        if (target.record) return call(state.stand_for, {target.record.ptr(), target.region.ptr()});
+        if (const Target target(self); target.record) {
+            if (py::object alias = alias_of(self, target, Py_False)) return alias;
+        }
         return by_torch(names->detach, self);
     });
 }
@@ -436,14 +446,13 @@ PyObject* handle_torch_function(PyObject* original, PyObject* const* given, Py_s
 PyObject* make_subclass(PyObject* wrapper, PyObject* const* given, Py_ssize_t count, PyObject* kwnames) {
     return for_python([&] {
         if (state.in_use && !kwnames && count == 3 && given[0] == state.parameter && PyBool_Check(given[2]) &&
-            is_placeholder(given[1]) && !truth(call(state.inference_mode))) {
+            is_placeholder(given[1])) {
             const Locked locked;
-            const Target target(given[1]);
-            Dtype code;
-            if (target.whole() && fillable(target->dtype, code)) {  // torch refuses gradients of whole numbers
-                py::object parameter = new_placeholder(target.record, given[2] == Py_True);
-                set_attribute(parameter.ptr(), names->_is_param, Py_True);
-                return parameter;
+            if (const Target target(given[1]); target.record) {
+                if (const py::object parameter = alias_of(given[1], target, given[2])) {
+                    set_attribute(parameter.ptr(), names->_is_param, Py_True);
+                    return parameter;
+                }
             }
         }
         return checked(PyObject_Vectorcall(wrapper, given, count, kwnames));

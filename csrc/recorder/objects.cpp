@@ -146,12 +146,12 @@ py::tuple connect(const py::kwargs& connected) {
     state.parameter = keep(torch.attr("nn").attr("Parameter"));
     state.size = keep(torch.attr("Size"));
     state.make = keep(tensor.attr("_make_wrapper_subclass"));
+    state.make_subclass = keep(low.attr("TensorBase").attr("_make_subclass"));
+    state.undispatched = keep(low.attr("_DisableTorchDispatch"));
     state.refuse_address = keep(low.attr("_set_throw_on_mutable_data_ptr"));
     state.empty = keep(torch.attr("empty"));
     state.increment_version = keep(low.attr("_increment_version"));
     state.modes_off = keep(low.attr("DisableTorchFunction"));
-    state.enter = keep(low.attr("DisableTorchFunction").attr("__enter__"));
-    state.exit = keep(low.attr("DisableTorchFunction").attr("__exit__"));
     state.function_modes = keep(low.attr("_len_torch_function_stack"));
     state.dispatch_modes = keep(low.attr("_len_torch_dispatch_stack"));
     state.transform = keep(low.attr("_functorch").attr("peek_interpreter_stack"));
@@ -189,7 +189,7 @@ void add_recorder(py::module_& m) {
     m.def("give_turn",
           [](const py::object& generator) { assign(state.turn, generator.is_none() ? nullptr : generator.ptr()); });
     m.def("use", [](bool fast) { state.in_use = fast; });
-    m.def("new_placeholder", [](const py::object& record) { return new_placeholder(record, false); });
+    m.def("new_placeholder", [](const py::object& record) { return new_placeholder(record); });
     m.def("around_handle", &around_handle);
     m.def("around_make_subclass", &around_make_subclass);
     m.add_object("type_of", type_function());

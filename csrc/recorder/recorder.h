@@ -53,10 +53,10 @@ struct Mode {
 // What Python has connected, and what of torch is called. They live as long as the process.
 #define FASTINIT_CONNECTED(X) \
     X(placeholder) X(record) X(write) X(current) X(lock) X(can_fill) X(dtypes) X(factories) X(initializers) \
-    X(takes_over) X(passed) X(stand_for) X(leave_behind) X(swap_impl) X(mode) X(torch_function) \
+    X(takes_over) X(passed) X(stand_for) X(swap_impl) X(mode) X(torch_function) \
     X(graph_of)
 #define FASTINIT_OF_TORCH(X) \
-    X(tensor) X(parameter) X(size) X(make) X(refuse_address) X(empty) X(increment_version) X(modes_off) X(enter) X(exit) \
+    X(tensor) X(parameter) X(size) X(make) X(make_subclass) X(undispatched) X(refuse_address) X(empty) X(increment_version) X(modes_off) \
     X(function_modes) X(dispatch_modes) X(transform) X(inference_mode) X(grad_enabled) X(initial_seed) X(acquire) X(release) \
     X(backward_hooks) X(grad) X(grad_fn) X(is_leaf) X(post_hooks) X(requires_grad) \
     X(shape_getter) X(no_steps) X(zero) X(mode_at) X(pop_mode) X(push_mode) X(deterministic)
@@ -71,8 +71,8 @@ struct State {
 extern State state;
 
 #define FASTINIT_NAMES(X) \
-    X(_is_param) X(_record) X(_region) X(_view_of) X(__class__) X(device) X(dtype) X(itemsize) X(tensor) X(generator) X(next_stream) X(detach) \
-    X(requires_grad) X(requires_grad_) X(uniform_) X(normal_) X(fill_) X(zero_) X(shape) X(size) X(storage_size) X(dim) X(numel) X(element_size) X(_use_count) X(data_ptr) X(needs_master) X(copy_values) X(_modules) X(_parameters)
+    X(_is_param) X(_record) X(_region) X(__class__) X(__enter__) X(__exit__) X(device) X(dtype) X(itemsize) X(tensor) X(generator) X(next_stream) X(detach) \
+    X(requires_grad) X(requires_grad_) X(uniform_) X(normal_) X(fill_) X(zero_) X(shape) X(size) X(dim) X(numel) X(element_size) X(_use_count) X(data_ptr) X(needs_master) X(copy_values) X(_modules) X(_parameters)
 struct Names {
 #define X(name) PyObject* const name = PyUnicode_InternFromString(#name);
     FASTINIT_NAMES(X)
@@ -160,20 +160,28 @@ PyCFunction as_c_function(Function* function) {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
-// While it lives, torch tells neither modes nor subclasses what is called.
-class ModesOff {
+// While it lives, a context manager of torch's is entered.
+class Entered {
 public:
-    ModesOff() : guard_(checked(PyObject_CallNoArgs(state.modes_off))) { call(state.enter, {guard_.ptr()}); }
-    ~ModesOff() {
+    explicit Entered(PyObject* type) : guard_(checked(PyObject_CallNoArgs(type))) {
+        call_method(names->__enter__, {guard_.ptr()});
+    }
+    ~Entered() {
         const py::error_scope error;  // one that is under way is not this one's to lose
         PyObject* const args[] = {guard_.ptr(), Py_None, Py_None, Py_None};
-        Py_XDECREF(PyObject_Vectorcall(state.exit, args, 4, nullptr));
+        Py_XDECREF(PyObject_VectorcallMethod(names->__exit__, args, 4, nullptr));
     }
-    ModesOff(const ModesOff&) = delete;
-    ModesOff& operator=(const ModesOff&) = delete;
+    Entered(const Entered&) = delete;
+    Entered& operator=(const Entered&) = delete;
 
 private:
     py::object guard_;
+};
+
+// While it lives, torch tells neither modes nor subclasses what is called.
+class ModesOff : Entered {
+public:
+    ModesOff() : Entered(state.modes_off) {}
 };
 
 // The lock of all records: another thread may be in the middle of computing one, without the GIL.
@@ -245,7 +253,7 @@ uint64_t nbytes(const Record* record);
 // What a record contains so far is about to be overwritten.
 void set_aside(Record* record);
 
-py::object new_placeholder(const py::object& record, bool requires_grad);
+py::object new_placeholder(const py::object& record);
 py::dict methods_of_placeholder();
 py::object method_of_mode(PyObject* type);
 py::object around_handle(const py::object& original);

@@ -112,11 +112,12 @@ py::tuple give_memory(const py::list& segment, Py_ssize_t start, const py::list&
     return py::make_tuple(at, bytes, fills);
 }
 
-// Lets the only placeholder of a record have its memory; false, and nothing done, if autograd knows more of it than
-// that it requires a gradient. What fastinit.record.tensors.swap_in does.
+// Lets the only placeholder of a record have its memory; false, and nothing done, if a graph has saved it, or autograd
+// knows more of it than that it requires a gradient. What fastinit.record.tensors.swap_in does.
 bool swap_plain(const py::object& record, const py::object& tensor, const py::object& memory) {
     const Target target(tensor.ptr());
-    if (!target.whole() || !own_attribute(tensor.ptr(), names->_view_of).is_none()) return false;
+    if (!target.whole()) return false;
+    if (PyLong_AsLong(call_method(names->_use_count, {tensor.ptr()}).ptr()) > 1) return false;
     const bool requires_grad = truth(get(state.requires_grad, tensor.ptr()));
     if (requires_grad) {
         if (!truth(get(state.is_leaf, tensor.ptr()))) return false;
@@ -131,13 +132,7 @@ bool swap_plain(const py::object& record, const py::object& tensor, const py::ob
     if (is_parameter) set_attribute(tensor.ptr(), names->_is_param, nullptr);
     check(PyObject_SetAttr(tensor.ptr(), names->__class__, type));  // first, since torch looks longer at a subclass
     call(state.swap_impl, {tensor.ptr(), memory.ptr()});
-    // The object that had the memory is a placeholder now. Mostly nothing else is left of it, nor of the record.
-    if (PyLong_AsLong(call_method(names->_use_count, {memory.ptr()}).ptr()) > 1) {
-        assign(as_record(record)->memory, call_method(names->detach, {tensor.ptr()}).ptr());
-        call(state.leave_behind, {memory.ptr(), record.ptr(), Py_None, requires_grad ? tensor.ptr() : Py_None});
-    } else {
-        assign(as_record(record)->memory, tensor.ptr());
-    }
+    assign(as_record(record)->memory, tensor.ptr());
     return true;
 }
 

@@ -25,7 +25,7 @@ from .calls import evaluate, is_elementwise, record_call
 from .nested import map_tensors, tensors_in
 from .precision import SINGLE, WHOLE, in_doubles, result_dtypes, values_dtype
 from .records import HALVES, Record, is_in_order, modes_off, view_of
-from .tensors import Placeholder, has_master, stand_for
+from .tensors import Placeholder, alias_of, change_geometry, has_master, region_of, stand_for, views_of
 
 aten = torch.ops.aten
 
@@ -92,8 +92,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
-    if operator.changes_geometry and type(args[0]) is Placeholder and _change_geometry(func, *args, **kwargs):
-        return args[0]
+    if operator.changes_geometry and type(args[0]) is Placeholder:
+        return change_geometry(args[0], func, *args[1:], **kwargs)
     if operator.is_view and type(args[0]) is Placeholder:
         return take_view(func, *args, **kwargs)
     return run(func, args, kwargs)
@@ -292,7 +292,7 @@ def _run_on_masters(
         if result.layout == torch.strided and result.dtype == values_dtype(dtype):
             of = storages.get(result.untyped_storage()._cdata)
             if of is not None:
-                return stand_for(of._record, _region_of(result))
+                return stand_for(of._record, region_of(result))
         # C++ of torch reads whole numbers, lengths say, past its dispatcher.
         return wrap(block, result, dtype, device, followed and dtype not in WHOLE)
 
@@ -358,19 +358,7 @@ def _follow(func: Any, tensor: Placeholder, value: torch.Tensor) -> None:
             record.values = value.detach()
         else:
             record.memory = value.detach()
-    _retarget(tensor, _region_of(value))
-
-
-def _change_geometry(func: Any, tensor: Placeholder, *args: Any, **kwargs: Any) -> bool:
-    """Give a placeholder other sizes or strides; False if torch is to refuse them."""
-    try:
-        geometry = func(on_meta(tensor), *args, **kwargs)
-    except AssertionError:  # of what torch has in Python for meta tensors
-        return False
-    if _ends_beyond(tensor._record, geometry):
-        return False
-    _retarget(tensor, _region_of(geometry))
-    return True
+    _retarget(tensor, region_of(value))
 
 
 def _retarget(tensor: Placeholder, region: Region) -> None:
@@ -384,33 +372,13 @@ def _retarget(tensor: Placeholder, region: Region) -> None:
 
 
 def take_view(func: Callable[..., Any], tensor: Placeholder, *args: Any, **kwargs: Any) -> Any:
-    """What a function that takes views gives, as placeholders of the same record."""
-    record = tensor._record
+    """What a function that takes views gives."""
     if func in _SAME:
-        return stand_for(record, tensor._region)
-    geometry = func(on_meta(tensor), *args, **kwargs)
-    results = [geometry] if isinstance(geometry, torch.Tensor) else list(geometry)
-    if any(
-        each.dtype != record.dtype or each.is_conj() or each.is_neg() or _ends_beyond(record, each) for each in results
-    ):
-        # Memory under another dtype, or torch's refusal: the views of the tensor itself.
-        return func(view_of(record.materialize(), tensor._region), *args, **kwargs)
-    views = [
-        stand_for(record, _region_of(each))
-        if each.numel()
-        else torch.empty_strided(each.shape, each.stride(), dtype=record.dtype, device=record.device)
-        for each in results
-    ]
-    return views[0] if isinstance(geometry, torch.Tensor) else type(geometry)(views)
-
-
-def _region_of(view: torch.Tensor) -> Region:
-    return Region(int(view.storage_offset()), tuple(view.shape), view.stride())
-
-
-def _ends_beyond(record: Record, view: torch.Tensor) -> bool:
-    """Whether a view on meta, where as_strided takes any sizes, needs more elements than a record has."""
-    return view.numel() > 0 and _region_of(view).end > numel(record.shape)
+        return alias_of(tensor)
+    views = views_of(tensor, func, *args, **kwargs)
+    if views is None:  # memory under another dtype: views of that itself
+        return func(view_of(tensor._record.materialize(), tensor._region), *args, **kwargs)
+    return views
 
 
 _SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}

@@ -59,7 +59,7 @@ class _WithMemory(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        return memory.data  # not as a view, which torch would not let anybody write to in place
+        return memory.detach()  # not as a view, which torch would not let anybody write to in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

@@ -43,7 +43,7 @@ from .names import name_streams
 from .nested import tensors_in
 from .pending import leave_unwritten
 from .records import modes_off
-from .tensors import Placeholder, become_real, before_graph, has_master
+from .tensors import Placeholder, alias_of, become_real, has_master
 from .unwritten import Unwritten, readable, refuse
 
 # Python objects made between two runs of the garbage collector while a model is created.
@@ -113,7 +113,7 @@ def _install() -> None:
     # What Tensor.backward calls once the mode has been asked, and is off.
     _replace(torch.autograd, "_engine_run_backward", _in_the_mode)
     # What torch.autograd.Function.apply does first: no mode sees that one.
-    _replace(torch._functorch.utils, "unwrap_dead_wrappers", _before_graph)
+    _replace(torch._functorch.utils, "unwrap_dead_wrappers", _before_function)
     # Code of C++ that keeps tensors, or reads their memory.
     _replace(torch.utils, "swap_tensors", _exchangeable_first)
     for owner in (torch, torch.utils.dlpack):
@@ -261,13 +261,18 @@ def _set_rng_state(block: Block, function: Any, new_state: torch.Tensor) -> None
         block.generator.state_was_set(new_state)
 
 
-def _before_graph(function: Any) -> Any:
-    """A function whose arguments autograd records next, also those of another thread's block."""
+def _before_function(function: Any) -> Any:
+    """A function whose arguments a function of the caller's gets next that autograd records: it finds ordinary tensors.
+
+    Also those of another thread's block.
+    """
 
     @functools.wraps(function)
     def called(args: Any) -> Any:
-        if torch.is_grad_enabled():
-            before_graph(tensors_in(args))
+        tensors = tensors_in(args)
+        if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
+            for each in tensors:
+                become_real(each)
         return function(args)
 
     return called
@@ -393,7 +398,7 @@ def _wrap_constructors() -> None:
         if len(args) > 1 and type(args[1]) is Placeholder:
             if args[0] is torch.nn.Parameter and len(args) == 3 and not kwargs:
                 with temporarily_clear_interpreter_stack():  # transforms of functions refuse to set requires_grad
-                    parameter: Any = args[1].detach().requires_grad_(args[2])
+                    parameter = alias_of(args[1], args[2])
                 parameter._is_param = True
                 return parameter
             become_real(args[1])

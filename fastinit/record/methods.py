@@ -23,7 +23,7 @@ from .mode import INITIALIZERS, TAKES_OVER, Mode, graph_of
 from .operators import OPERATORS
 from .records import Record, lock
 from .storageless import swap_impl
-from .tensors import Placeholder, leave_behind, stand_for
+from .tensors import Placeholder, stand_for
 
 _in_python: Any = Mode.__torch_function__
 
@@ -53,7 +53,6 @@ _METHODS, _torch_function, _registered = native.connect(
     takes_over=TAKES_OVER,
     passed=_PASSED,
     stand_for=stand_for,
-    leave_behind=leave_behind,
     swap_impl=swap_impl,
     torch_function=_in_python,
     graph_of=graph_of,

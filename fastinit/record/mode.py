@@ -33,9 +33,7 @@ from .records import HALVES, in_functorch, lock, modes_off, view_of
 from .tensors import (
     Placeholder,
     become_real,
-    become_torchs_view,
     before_graph,
-    count_write,
     has_master,
     use_values,
 )
@@ -186,9 +184,6 @@ class Mode(native.Mode, TorchFunctionMode):
                 use_values(each)  # for another C++ object would not know the tangent
         elif torch.is_grad_enabled() and func not in _ABOUT_TENSORS and func not in _VIEWS:
             before_graph(tensors)
-        else:
-            for each in tensors:
-                become_torchs_view(each)
         if func in _SPLITS:
             for each in tensors_in((args[1:], kwargs)):
                 become_real(each)
@@ -342,7 +337,7 @@ def _set_element(tensor: Placeholder, index: Any, value: Any) -> bool:
         view_of(tensor._record.values, tensor._region)[index] = value
         tensor._record.block.touch(tensor._record)
         tensor._record.did(COMPUTED)
-    count_write(tensor)
+    torch.autograd.graph.increment_version(tensor)
     return True
 
 

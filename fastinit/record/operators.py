@@ -17,7 +17,7 @@ from ..execution import DTYPES
 from .dispatch import dispatch, take_view
 from .mode import AS_METHODS, is_mine
 from .records import Record, lock, modes_off
-from .tensors import Placeholder, count_write, note_view, stand_for
+from .tensors import Placeholder, stand_for
 
 aten = torch.ops.aten
 
@@ -87,7 +87,7 @@ def _method(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             if result is NotImplemented:
                 return usual(self, *args, **kwargs)
             if in_place:
-                count_write(self)
+                torch.autograd.graph.increment_version(self)
             return result
 
         method.__name__ = name
@@ -239,15 +239,7 @@ def _view(name: str) -> None:
         # What views something that requires grad requires it, too, also while no graph is recorded.
         if self.requires_grad or any(isinstance(each, (torch.Tensor, torch.dtype)) for each in args):
             return NotImplemented
-        return _noted(take_view(usual, self, *args), self)
-
-
-def _noted(views: Any, of: Placeholder) -> Any:
-    """Views that torch has not been told of, with what they are views of."""
-    several = isinstance(views, (list, tuple))
-    for each in views if several else (views,):
-        note_view(each, of, several)
-    return views
+        return take_view(usual, self, *args)
 
 
 for _name in "chunk expand narrow permute select split squeeze t transpose unbind unsqueeze view".split():
@@ -259,7 +251,7 @@ def _getitem(self: Placeholder, index: Any) -> Any:
     parts = index if type(index) is tuple else (index,)
     if self.requires_grad or not all(each is None or each is Ellipsis or type(each) in (int, slice) for each in parts):
         return NotImplemented
-    return _noted(take_view(_torch.__getitem__, self, index), self)
+    return take_view(_torch.__getitem__, self, index)
 
 
 # Not under its own name, with which C++ would take tensors without dimensions for sequences.

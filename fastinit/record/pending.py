@@ -44,8 +44,7 @@ def leave_unwritten(block: Block) -> Key:
                 tensor._record = rest
                 rest.stands(tensor)
             record.tensors = []  # torch.utils.swap_tensors refuses what has weak references
-            if block.shard:
-                move(rest, device)
+            move(rest, device)
     return key
 
 

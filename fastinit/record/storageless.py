@@ -16,13 +16,10 @@ from ..layout import contiguous_strides
 from ..recipe import Region
 
 
-def without_storage(kind: type[torch.Tensor], record: Any, region: Region | None) -> Any:
-    """A new tensor of a class of this package, with the sizes and strides of a region.
-
-    Its storage has no bytes: TorchScript writes as many to a file as it has, from no address.
-    """
+def without_storage(kind: type[torch.Tensor], record: Any, region: Region | None, nbytes: int) -> Any:
+    """A new tensor of a class of this package, with the sizes and strides of a region; its storage claims `nbytes`."""
     offset, sizes, strides = region or Region(0, record.shape, contiguous_strides(record.shape))
-    options = {"dtype": record.dtype, "device": record.device, "storage_size": 0}
+    options = {"dtype": record.dtype, "device": record.device, "storage_size": nbytes}
     tensor = _make(kind, sizes, strides=strides, storage_offset=offset, **options)
     _refuse_address(tensor)
     return tensor
@@ -53,7 +50,7 @@ def deep_copy(tensor: Any, memo: dict[int, Any], stand_for: Callable[..., Any]) 
 
 def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
     """What others have set on a tensor without storage, and that it is a parameter."""
-    own = ("_record", "_region", "_view_of", "_fastinit_refused")
+    own = ("_record", "_region", "_fastinit_refused")
     return {name: value for name, value in tensor.__dict__.items() if name not in own}
 
 

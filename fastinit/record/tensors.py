@@ -35,10 +35,6 @@ class Placeholder(torch.Tensor):
     _record: Record
     _region: Region | None
 
-    # The tensor of which this one is a view that torch has not been told of yet, and how it was made: `note_view`. Or
-    # None, and the tensor whose `data` it is.
-    _view_of: tuple[torch.Tensor | None, Any] | None = None
-
     _is_param: bool = False  # what torch asks for an nn.Parameter that is of another class
 
     # What an operator does to placeholders: fastinit.record.dispatch, which is above this module, puts it here.
@@ -72,10 +68,7 @@ class Placeholder(torch.Tensor):
         with modes_off(), lock:
             if type(self) is not Placeholder:  # while this thread waited for the lock, another one has made it real
                 return _torch_data.__get__(self)  # type: ignore[no-any-return]
-            result = stand_for(self._record, self._region)
-            source = _view_of(self)[1]
-            result._view_of = None, source if isinstance(source, torch.Tensor) else self
-            return result
+            return stand_for(self._record, self._region)  # with versions of its own
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
@@ -143,7 +136,6 @@ class Placeholder(torch.Tensor):
 # What Python's and torch's errors call it: the class that it stands for.
 Placeholder.__name__ = "Tensor"
 
-_torch_base: Any = torch.Tensor._base
 _torch_grad: Any = torch.Tensor.grad
 _torch_data: Any = torch.Tensor.data
 
@@ -154,21 +146,6 @@ def _real_first(name: str) -> Callable[..., Any]:
         return getattr(self, name)(*args, **kwargs)
 
     return method
-
-
-def _of_view(name: str) -> property:
-    usual = getattr(torch.Tensor, name)
-
-    def getter(self: Placeholder) -> Any:
-        become_torchs_view(self)
-        with modes_off():
-            return usual.__get__(self)
-
-    return property(getter)
-
-
-for _name in ("_base", "_version"):
-    setattr(Placeholder, _name, _of_view(_name))
 
 
 # Methods that no dispatcher sees, or only after an address was taken: they find a tensor with memory and values.
@@ -203,14 +180,65 @@ def stand_for(record: Record, region: Region | None = None) -> Placeholder:
         # An inference tensor is of no use outside of that mode; a model's should be, whenever it was made.
         with torch.inference_mode(False):
             return stand_for(record, region)
-    tensor: Placeholder
     if region is None and fast.in_use:
-        tensor = native.new_placeholder(record)
+        tensor: Placeholder = native.new_placeholder(record)
         return tensor
-    tensor = without_storage(Placeholder, record, region)
+    return _standing(without_storage(Placeholder, record, region, record.nbytes), record, region)
+
+
+def _standing(tensor: Placeholder, record: Record, region: Region | None) -> Placeholder:
     tensor._record, tensor._region = record, region
     record.tensors.append(weakref.ref(tensor))
     return tensor
+
+
+# While it is entered, torch does to placeholders what it does to tensors with memory. That is right for what gives
+# views and aliases, which read none: versions, bases and sizes are torch's own.
+_undispatched: Any = torch._C._DisableTorchDispatch
+
+_make_subclass: Any = torch._C.TensorBase._make_subclass
+
+
+def alias_of(tensor: Placeholder, requires_grad: bool = False) -> Placeholder:
+    """What ``tensor.detach()`` gives: another placeholder of the same region, with the same versions."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return alias_of(tensor, requires_grad)
+    with _undispatched():
+        return _standing(_make_subclass(Placeholder, tensor, requires_grad), tensor._record, tensor._region)
+
+
+def views_of(tensor: Placeholder, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a function that takes views gives, as placeholders of the same record; None if they show other values."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            return views_of(tensor, function, *args, **kwargs)
+    record = tensor._record
+    with _undispatched():
+        taken = function(tensor, *args, **kwargs)
+        views = [taken] if isinstance(taken, torch.Tensor) else list(taken)
+        if any(each.dtype != record.dtype or each.is_conj() or each.is_neg() for each in views):
+            return None
+        for i, each in enumerate(views):
+            if each.numel():
+                views[i] = _standing(torch.Tensor.as_subclass(each, Placeholder), record, region_of(each))
+            else:
+                views[i] = torch.empty_strided(each.shape, each.stride(), dtype=record.dtype, device=record.device)
+    return views[0] if isinstance(taken, torch.Tensor) else type(taken)(views)
+
+
+def change_geometry(tensor: Placeholder, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Placeholder:
+    """Let a function give a placeholder other sizes or strides."""
+    with _undispatched():
+        function(tensor, *args, **kwargs)
+        tensor._region = region_of(tensor)
+    return tensor
+
+
+def region_of(view: torch.Tensor) -> Region:
+    """The elements of its storage that a tensor shows."""
+    # By torch's own method: those of placeholders say what their region is.
+    return Region(int(view.storage_offset()), tuple(torch.Tensor.size(view)), view.stride())
 
 
 def has_master(tensor: torch.Tensor) -> bool:
@@ -245,17 +273,8 @@ def use_values(tensor: torch.Tensor) -> None:
 
 def before_graph(tensors: list[torch.Tensor]) -> None:
     """Prepare tensors for what autograd may record of them."""
-    is_recorded = any(each.requires_grad for each in tensors)
-    if is_recorded:
-        for each in tensors:
-            if type(each) is Placeholder and len(each._record.tensors) > 1:
-                with lock:
-                    others = each._record.placeholders()
-                for other in others:
-                    become_torchs_view(other)
-    for each in tensors:
-        become_torchs_view(each)
-        if is_recorded:  # those without gradient, too: one that is written in place gets a node
+    if any(each.requires_grad for each in tensors):
+        for each in tensors:  # those without gradient, too: one that is written in place gets a node
             use_values(each)
 
 
@@ -286,98 +305,29 @@ def take_record_memory(record: Record, wanted: list[Placeholder]) -> None:
 
     A view becomes real together with the tensor that it is a view of: torch's graphs lead to that one's new C++ object.
     """
-    everyone = wanted if len(record.tensors) == 1 else record.placeholders()
-    family: dict[int, list[Placeholder]] = {}  # views of a tensor, and what is its data, by its id
-    for each in everyone:
-        base, made = _view_of(each)
-        family.setdefault(id(made if base is None else base), []).append(each)
-    edges: dict[Edge, torch.Tensor] = {edge_of(each): each for each in everyone if not is_leaf(each)}
-
-    for each in wanted:
-        _take_memory(each, record, family, edges)
-
-
-# No function in the one above: one that calls itself would keep the tensors alive until the garbage collector comes.
-def _take_memory(
-    tensor: Placeholder, record: Record, family: dict[int, list[Placeholder]], edges: dict[Edge, torch.Tensor]
-) -> None:
-    if type(tensor) is not Placeholder:
-        return
-    base, made = _view_of(tensor)
-    if type(base) is Placeholder and base._record is record:
-        _take_memory(base, record, family, edges)
-        if type(tensor) is not Placeholder:
-            return
-    related = [each for each in family.get(id(tensor), ()) if type(each) is Placeholder]
-    views = [(each, meta) for each in related for of, meta in (_view_of(each),) if of is tensor]
-    viewed = [tensor if is_leaf(each) else viewed_in_graph(each, tensor, edges) for each, _ in views]
     assert record.memory is not None
-    memory = view_of(record.memory, tensor._region)
-    # What is written to the data of a tensor is no new version of that.
-    swap_in(tensor, memory.data if isinstance(made, torch.Tensor) else memory)
-    for (each, meta), of in zip(views, viewed, strict=True):
-        swap_in(each, view_of(record.memory, each._region), viewed=of, meta=meta)
-    for each in related:
-        _take_memory(each, record, family, edges)
+    everyone = wanted if len(record.tensors) == 1 else record.placeholders()
+    views: dict[int, list[Placeholder]] = {}  # by the id of what they are views of
+    for each in everyone:
+        if _is_view(each):
+            views.setdefault(id(_base.__get__(each)), []).append(each)
+    edges: dict[Edge, torch.Tensor] = {edge_of(each): each for each in everyone if not is_leaf(each)}
+    for tensor in wanted:
+        if type(tensor) is not Placeholder:
+            continue
+        base = _base.__get__(tensor) if _is_view(tensor) else None
+        if type(base) is Placeholder and base._record is record:
+            tensor = base
+        related = [each for each in views.get(id(tensor), ()) if type(each) is Placeholder]
+        metas = [torch._C._autograd._get_creation_meta(each) for each in related]
+        viewed = [tensor if is_leaf(each) else viewed_in_graph(each, tensor, edges) for each in related]
+        swap_in(tensor, view_of(record.memory, tensor._region))
+        for each, of, meta in zip(related, viewed, metas, strict=True):
+            swap_in(each, view_of(record.memory, each._region), viewed=of, meta=meta)
 
 
-def _view_of(tensor: Placeholder) -> tuple[torch.Tensor | None, Any]:
-    """The tensor that one is a view of, and torch's word for how it was made; or None, and what it is the data of."""
-    if tensor._view_of is not None:
-        return tensor._view_of
-    if _torch_is_view(tensor):
-        return _torch_base.__get__(tensor), torch._C._autograd._get_creation_meta(tensor)
-    return None, None
-
-
-_torch_is_view: Any = torch.Tensor._is_view
-
-
-def note_view(view: torch.Tensor, of: Placeholder, several: bool) -> None:
-    """Remember for a view that was taken without torch's dispatcher what it is a view of.
-
-    Args:
-        view: the new tensor.
-        of: the tensor that was viewed, itself a view perhaps.
-        several: whether torch makes views of this kind several at a time, and lets nobody write to those in a graph.
-    """
-    if type(view) is not Placeholder:
-        return
-    metas = torch._C._autograd.CreationMeta
-    base, before = _view_of(of)
-    meta = metas.NO_GRAD_MODE if not torch.is_grad_enabled() else metas.MULTI_OUTPUT_NODE if several else metas.DEFAULT
-    if base is not None and meta == metas.DEFAULT:
-        meta = before
-    view._view_of = (of if base is None else base, meta)
-
-
-def become_torchs_view(tensor: torch.Tensor) -> None:
-    """Tell torch what a placeholder is a view of, before somebody asks or autograd records what is done to it."""
-    if type(tensor) is not Placeholder or tensor.__dict__.get("_view_of", (None,))[0] is None:
-        return
-    if torch._C._get_tracing_state():  # torch.jit.trace knows tensors by their C++ objects
-        return
-    with alone():
-        # Another thread may have told it meanwhile, or made the tensor real.
-        base, meta = tensor.__dict__.pop("_view_of", (None, None))
-        if type(base) is not Placeholder or base._record is not tensor._record or tensor.requires_grad:
-            return
-        view = torch.Tensor.as_strided(base, tensor.size(), tensor.stride(), tensor.storage_offset())
-        torch._C._autograd._set_creation_meta(view, meta)
-        swap_impl(tensor, view)
-
-
-def count_write(tensor: torch.Tensor) -> None:
-    """Give a tensor that was written to without torch's dispatcher another version, with all that share its versions.
-
-    Those of a view that torch has not been told of are its base's.
-    """
-    with lock:
-        if type(tensor) is Placeholder and tensor._view_of is not None and not tensor.requires_grad:
-            base = tensor._view_of[0]
-            if type(base) is Placeholder and base._record is tensor._record:
-                tensor = base
-    torch.autograd.graph.increment_version(tensor)
+_base: Any = torch._C.TensorBase._base
+_is_view: Any = torch.Tensor._is_view
 
 
 def swap_in(tensor: Any, memory: torch.Tensor, *, viewed: torch.Tensor | None = None, meta: Any = None) -> None:
@@ -399,7 +349,7 @@ def swap_in(tensor: Any, memory: torch.Tensor, *, viewed: torch.Tensor | None = 
     if graph and (meta not in _KNOWN_VIEWS or tensor._backward_hooks):
         viewed = None
     if viewed is None:
-        real = memory.detach()
+        real = _with_versions_of(tensor, memory) if kind is Placeholder else memory.detach()
     else:
         with torch.set_grad_enabled(graph):
             real = viewed.as_strided(memory.size(), memory.stride(), memory.storage_offset())
@@ -407,14 +357,14 @@ def swap_in(tensor: Any, memory: torch.Tensor, *, viewed: torch.Tensor | None = 
     hooks = post = grad = None
     if requires_grad and not graph:
         real.requires_grad_()
-        hooks, post, grad = tensor._backward_hooks, tensor._post_accumulate_grad_hooks, tensor.grad
+        hooks, post = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+        grad = None if _is_view(tensor) else tensor.grad
         if grad is not None:
             become_real(grad)
     elif graph and viewed is None:
         real = with_graph_of(tensor, real)
     attributes = tensor.__dict__
     del attributes["_record"], attributes["_region"]
-    attributes.pop("_view_of", None)
     is_parameter = attributes.pop("_is_param", False)
     swap_impl(tensor, real)
     tensor.__class__ = torch.nn.Parameter if is_parameter else torch.Tensor
@@ -427,14 +377,22 @@ def swap_in(tensor: Any, memory: torch.Tensor, *, viewed: torch.Tensor | None = 
     if real._use_count() > 1:  # type: ignore[attr-defined]
         # Of a view that was taken while no graph was recorded, gradients go to what it is a view of.
         accumulates = requires_grad and viewed is None and tensor.is_leaf
-        leave_behind(real, record, region, tensor if accumulates else None, kind)
+        _leave_behind(real, record, region, tensor if accumulates else None, kind)
+
+
+def _with_versions_of(tensor: Placeholder, memory: torch.Tensor) -> torch.Tensor:
+    """A tensor over memory that shares its versions with a placeholder: graphs that have saved that look at them."""
+    with _undispatched():
+        real: torch.Tensor = _make_subclass(torch.Tensor, tensor, False)
+    real.data = memory
+    return real
 
 
 # Views in a graph that are nothing but that: torch has made them itself, and of the tensor as it was.
 _KNOWN_VIEWS = (torch._C._autograd.CreationMeta.DEFAULT, torch._C._autograd.CreationMeta.MULTI_OUTPUT_NODE)
 
 
-def leave_behind(
+def _leave_behind(
     old: Any,
     record: Any,
     region: Region | None,

@@ -381,7 +381,8 @@ def _made(rest: Rest, region: Region | None) -> Unwritten:
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             return _made(rest, region)
-    tensor: Unwritten = without_storage(Unwritten, rest, region)
+    # Its storage has no bytes: TorchScript writes as many to a file as it has, from no address.
+    tensor: Unwritten = without_storage(Unwritten, rest, region, 0)
     return tensor
 
 
@@ -407,7 +408,7 @@ def origin_of(tensor: torch.Tensor) -> Origin | None:
 
 
 def move(rest: Rest, device: torch.device) -> None:
-    """Let what has no memory yet be on another device."""
+    """Let what has no memory yet be on a device."""
     rest.device = device
     for tensor in rest.tensors:
         if type(tensor) is Unwritten and tensor._record is rest and is_leaf(tensor):
@@ -439,7 +440,8 @@ def remake(tensor: torch.Tensor) -> None:
 def _exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
     """Let a leaf be like another tensor: its hooks stay with it, and a gradient, unless that one is elsewhere."""
     other.requires_grad_(tensor.requires_grad)
-    hooks, post, grad = tensor._backward_hooks, tensor._post_accumulate_grad_hooks, tensor.grad
+    hooks, post = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    grad = None if tensor._is_view() else tensor.grad
     swap_impl(tensor, other)
     if hooks is not None:
         tensor._backward_hooks = hooks

@@ -452,3 +452,20 @@ def test_a_model_is_run_under_autocast_in_the_block_and_after_it(quietly):
         assert layer.weight.grad.tolist() == [[1.0] * 3] * 2
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer(torch.ones(1, 3)), result)
+
+
+class _Doubles(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+@over_dtypes
+def test_backward_hooks_of_a_module_that_is_called_with_pending_tensors_see_its_gradients(dtype):
+    def run():
+        seen, module, p = [], _Doubles(), nn.Parameter(torch.full((3,), 0.5))
+        module.register_full_backward_hook(lambda _, inputs, outputs: seen.extend((*inputs, *outputs)))
+        module.register_full_backward_pre_hook(lambda _, outputs: seen.extend(outputs))
+        module(module(p * 3)).sum().backward()
+        return [*seen, p.grad]
+
+    assert_as_torch(inside(run, dtype), plain(run, dtype), dtype)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import fastinit
-from fastinit.record.records import alone, lock
+from fastinit.record.records import lock
 from fastinit.record.tensors import Placeholder, become_real
 
 
@@ -179,27 +179,6 @@ def test_what_has_become_real_while_another_thread_waited_is_an_ordinary_tensor(
     usual = inside(lambda: nn.Linear(4, 4), dtype)
     assert_as_torch(results, [MEANWHILE[name](usual.weight)], dtype)
     assert_same_bits(layer, usual)
-
-
-@over_dtypes
-def test_threads_that_ask_for_the_version_of_one_view_at_once_are_all_told(dtype):
-    waiting, versions = alone.__wrapped__.__code__, []
-    with fastinit.on("cpu", dtype, seed=SEED):
-        base = torch.zeros(4, 3)
-        row = base[0]
-        base.add_(1)
-        threads = [threading.Thread(target=lambda: versions.append(row._version)) for _ in range(2)]
-        with lock:
-            for thread in threads:
-                thread.start()
-            for _ in range(10_000):
-                frames = [sys._current_frames().get(thread.ident) for thread in threads if thread.is_alive()]
-                if all(frame is not None and frame.f_code is waiting for frame in frames):
-                    break
-                time.sleep(0.001)
-        for thread in threads:
-            thread.join(60)
-    assert versions == [1, 1]
 
 
 @over_dtypes

@@ -232,23 +232,50 @@ def test_a_view_of_a_parameter_requires_grad_also_while_no_graph_is_recorded(tak
 WRITES = {
     "an element": lambda v: v.__setitem__(0, 9.0),
     "a step": lambda v: v.mul_(3.0),
-    "a sum": lambda v: operator.iadd(v, torch.ones(3)),
+    "a sum": lambda v: operator.iadd(v, torch.ones_like(v)),
     "a fill": lambda v: v.zero_(),
 }
 
 
+# What shares the versions of a tensor. It is written to in the block, or when that has ended.
+ALIASES = {
+    "itself": lambda b: b,
+    "a view": lambda b: b[1:],
+    "detached": lambda b: b.detach(),
+    "a part of it, detached": lambda b: b.detach()[1:],
+    "a view, detached": lambda b: b[1:].detach(),
+    "a parameter": lambda b: nn.Parameter(b, requires_grad=False),
+    "a parameter's alias": lambda b: nn.Parameter(b).detach().view(2, 2)[0],
+}
+
+
 @pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("alias", ALIASES)
+@pytest.mark.parametrize("saved", ["filled", "computed", "of a graph"])
+@pytest.mark.parametrize("ended", [False, True])
 @over_dtypes
-def test_what_is_written_to_a_view_is_a_new_version_of_what_a_graph_has_saved(write, dtype):
+def test_what_is_written_to_an_alias_is_a_new_version_of_what_a_graph_has_saved(write, alias, saved, ended, dtype):
+    def made():
+        w = nn.Parameter(torch.ones(4))
+        b = {"filled": torch.ones(4), "computed": torch.arange(4.0).add(1), "of a graph": w * 2}[saved]
+        return (b * w).sum(), ALIASES[alias](b)
+
     def run():
-        b, w = torch.arange(4.0).add(1), nn.Parameter(torch.ones(4))
-        y = (b * w).sum()
-        WRITES[write](b[1:])
+        y, written = made()
+        with torch.no_grad():
+            WRITES[write](written)
         y.backward()
 
-    for where in (plain, inside):
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            where(run, dtype)
+    def run_afterwards():
+        y, written = inside(made, dtype)
+        with torch.no_grad():
+            WRITES[write](written)
+        y.backward()
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        plain(run, dtype)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        run_afterwards() if ended else inside(run, dtype)
 
 
 @over_dtypes
