@@ -61,7 +61,7 @@ py::object alias_of(PyObject* tensor, const Target& target, PyObject* requires_g
     if (truth(call(state.inference_mode)) || !call(state.transform).is_none()) return {};
     py::object alias;
     {
-        const Entered undispatched(state.undispatched);
+        const Undispatched below;
         alias = call(state.make_subclass, {state.placeholder, tensor, requires_grad});
     }
     return standing(std::move(alias), target.record.ptr(), target.region.ptr());

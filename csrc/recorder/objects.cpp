@@ -148,10 +148,13 @@ py::tuple connect(const py::kwargs& connected) {
     state.make = keep(tensor.attr("_make_wrapper_subclass"));
     state.make_subclass = keep(low.attr("TensorBase").attr("_make_subclass"));
     state.undispatched = keep(low.attr("_DisableTorchDispatch"));
+    state.enter_undispatched = keep(low.attr("_DisableTorchDispatch").attr("__enter__"));
     state.refuse_address = keep(low.attr("_set_throw_on_mutable_data_ptr"));
     state.empty = keep(torch.attr("empty"));
     state.increment_version = keep(low.attr("_increment_version"));
     state.modes_off = keep(low.attr("DisableTorchFunction"));
+    state.enter = keep(low.attr("DisableTorchFunction").attr("__enter__"));
+    state.exit = keep(low.attr("DisableTorchFunction").attr("__exit__"));
     state.function_modes = keep(low.attr("_len_torch_function_stack"));
     state.dispatch_modes = keep(low.attr("_len_torch_dispatch_stack"));
     state.transform = keep(low.attr("_functorch").attr("peek_interpreter_stack"));

@@ -56,7 +56,7 @@ struct Mode {
     X(takes_over) X(passed) X(stand_for) X(swap_impl) X(mode) X(torch_function) \
     X(graph_of)
 #define FASTINIT_OF_TORCH(X) \
-    X(tensor) X(parameter) X(size) X(make) X(make_subclass) X(undispatched) X(refuse_address) X(empty) X(increment_version) X(modes_off) \
+    X(tensor) X(parameter) X(size) X(make) X(make_subclass) X(undispatched) X(enter_undispatched) X(refuse_address) X(empty) X(increment_version) X(modes_off) X(enter) X(exit) \
     X(function_modes) X(dispatch_modes) X(transform) X(inference_mode) X(grad_enabled) X(initial_seed) X(acquire) X(release) \
     X(backward_hooks) X(grad) X(grad_fn) X(is_leaf) X(post_hooks) X(requires_grad) \
     X(shape_getter) X(no_steps) X(zero) X(mode_at) X(pop_mode) X(push_mode) X(deterministic)
@@ -71,7 +71,7 @@ struct State {
 extern State state;
 
 #define FASTINIT_NAMES(X) \
-    X(_is_param) X(_record) X(_region) X(__class__) X(__enter__) X(__exit__) X(device) X(dtype) X(itemsize) X(tensor) X(generator) X(next_stream) X(detach) \
+    X(_is_param) X(_record) X(_region) X(__class__) X(device) X(dtype) X(itemsize) X(tensor) X(generator) X(next_stream) X(detach) \
     X(requires_grad) X(requires_grad_) X(uniform_) X(normal_) X(fill_) X(zero_) X(shape) X(size) X(dim) X(numel) X(element_size) X(_use_count) X(data_ptr) X(needs_master) X(copy_values) X(_modules) X(_parameters)
 struct Names {
 #define X(name) PyObject* const name = PyUnicode_InternFromString(#name);
@@ -160,28 +160,29 @@ PyCFunction as_c_function(Function* function) {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
-// While it lives, a context manager of torch's is entered.
-class Entered {
+// While it lives, torch tells neither modes nor subclasses what is called.
+class ModesOff {
 public:
-    explicit Entered(PyObject* type) : guard_(checked(PyObject_CallNoArgs(type))) {
-        call_method(names->__enter__, {guard_.ptr()});
-    }
-    ~Entered() {
+    ModesOff() : guard_(call(state.modes_off)) { call(state.enter, {guard_.ptr()}); }
+    ~ModesOff() {
         const py::error_scope error;  // one that is under way is not this one's to lose
         PyObject* const args[] = {guard_.ptr(), Py_None, Py_None, Py_None};
-        Py_XDECREF(PyObject_VectorcallMethod(names->__exit__, args, 4, nullptr));
+        Py_XDECREF(PyObject_Vectorcall(state.exit, args, 4, nullptr));
     }
-    Entered(const Entered&) = delete;
-    Entered& operator=(const Entered&) = delete;
+    ModesOff(const ModesOff&) = delete;
+    ModesOff& operator=(const ModesOff&) = delete;
 
 private:
     py::object guard_;
 };
 
-// While it lives, torch tells neither modes nor subclasses what is called.
-class ModesOff : Entered {
+// While it lives, torch does to placeholders what it does to tensors with memory. It ends with the guard of torch's.
+class Undispatched {
 public:
-    ModesOff() : Entered(state.modes_off) {}
+    Undispatched() : guard_(call(state.undispatched)) { call(state.enter_undispatched, {guard_.ptr()}); }
+
+private:
+    py::object guard_;
 };
 
 // The lock of all records: another thread may be in the middle of computing one, without the GIL.
