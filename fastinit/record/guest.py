@@ -115,7 +115,7 @@ def _install() -> None:
     # What torch.autograd.Function.apply does first: no mode sees that one.
     _replace(torch._functorch.utils, "unwrap_dead_wrappers", _before_function)
     # Code of C++ that keeps tensors, or reads their memory.
-    _replace(torch.utils, "swap_tensors", _exchangeable_first)
+    _replace(torch.utils, "swap_tensors", _real_first)
     for owner in (torch, torch.utils.dlpack):
         _replace(owner, "to_dlpack", _real_first)
     _replace(torch, "compile", _compiled_later)
@@ -297,17 +297,6 @@ def _in_the_mode(block: Block, function: Any, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
     finally:
         torch._C._pop_torch_function_stack()
-
-
-@_in_block
-def _exchangeable_first(block: Block, function: Any, *args: Any, **kwargs: Any) -> Any:
-    """A function that exchanges tensors, which torch does with none that has weak references."""
-    tensors = [each for each in tensors_in((args, kwargs)) if type(each) is Placeholder]
-    for each in tensors:
-        become_real(each)
-    for record in [record for ref in block.records if tensors and (record := ref()) is not None]:
-        record.tensors = [ref for ref in record.tensors if all(ref() is not each for each in tensors)]
-    return function(*args, **kwargs)
 
 
 @_in_block

@@ -324,6 +324,8 @@ def take_record_memory(record: Record, wanted: list[Placeholder]) -> None:
         swap_in(tensor, view_of(record.memory, tensor._region))
         for each, of, meta in zip(related, viewed, metas, strict=True):
             swap_in(each, view_of(record.memory, each._region), viewed=of, meta=meta)
+    # torch.utils.swap_tensors refuses what has weak references.
+    record.tensors = [ref for ref in record.tensors if type(ref()) is Placeholder]
 
 
 _base: Any = torch._C.TensorBase._base

@@ -159,6 +159,7 @@ OUTSIDE = {
     "copy": lambda t: copy.copy(t(3)),
     "share_memory_": lambda t: t(3).share_memory_(),
     "swap_tensors": lambda t: _swapped(t(3), t(2)),
+    "swap_tensors of what is real and has an alias": lambda t: _swapped_real(t(3), t(2)),
     "functional tensor": lambda t: torch._from_functional_tensor(torch._to_functional_tensor(t(3))),
     "iteration": lambda t: torch.tensor([float(x) for x in t(3)]),
     "format": lambda t: torch.tensor([float(f"{x:.6g}") for x in t(3).float()]),
@@ -182,6 +183,12 @@ def _saved(tensor):
 def _swapped(one, other):
     torch.utils.swap_tensors(one, other)
     return one, other
+
+
+def _swapped_real(one, other):
+    alias = one.detach()
+    one.data_ptr()
+    return (*_swapped(one, other), alias)
 
 
 @pytest.mark.parametrize("name", FUNCTORCH)
