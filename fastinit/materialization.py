@@ -34,9 +34,7 @@ from .record.unwritten import (
     inner,
     move,
     refuse_placeless,
-    region_of,
     remake,
-    rest_of,
     settle,
     write_pieces,
 )
@@ -53,7 +51,7 @@ class Named(NamedTuple):
 
     @property
     def rest(self) -> Rest:
-        return rest_of(self.unwritten)
+        return self.unwritten._record
 
     @property
     def origin(self) -> Origin:
@@ -70,7 +68,7 @@ def unwritten_tensors(model: nn.Module, *, recurse: bool = True) -> list[Named]:
             unwritten = inner(tensor)
             if unwritten is None or tensor is None:
                 continue
-            if rest_of(unwritten).has(region_of(unwritten)):
+            if unwritten._record.has(unwritten._region):
                 settle(unwritten)
             else:
                 named.setdefault(id(tensor), Named(f"{prefix}.{name}" if prefix else name, tensor, unwritten))
@@ -314,14 +312,14 @@ class _Part(NamedTuple):
         """What is to be written of the memory."""
         rest, (_, tensor, unwritten) = self.rest, self.named
         if is_dtensor(tensor):
-            local = view_of(memory, region_of(unwritten))
+            local = view_of(memory, unwritten._region)
             if rest.memory is None and local.numel() < memory.numel():
                 memory.zero_()  # FSDP2's padding
             return Piece(local, rest.origin, local_boxes(tensor))
         if self.window is None:
             return Piece(view_of(memory, rest.place), rest.origin, None)
         # The recipe counts elements as the storage has them.
-        region = region_of(unwritten) or Region(0, rest.shape, contiguous_strides(rest.shape))
+        region = unwritten._region or Region(0, rest.shape, contiguous_strides(rest.shape))
         first = region.offset + sum(cut.start * by for cut, by in zip(self.window, region.strides, strict=True))
         return Piece(memory, rest.origin, [Box(first, self.shape, region.strides, 0, memory.stride())])
 

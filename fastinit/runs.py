@@ -23,13 +23,6 @@ class Runs:
     def __init__(self) -> None:
         self._bounds = torch.empty((0, 2), dtype=torch.int64)
 
-    @staticmethod
-    def of(count: int) -> Runs:
-        """The first so many elements."""
-        runs = Runs()
-        runs._bounds = torch.tensor([[0, count]])
-        return runs
-
     def add(self, offset: int, sizes: Sequence[int], strides: Sequence[int]) -> None:
         """Add a region: its first element, sizes and strides, in elements."""
         self._unite(_runs(offset, sizes, strides))
@@ -46,22 +39,9 @@ class Runs:
         index = torch.searchsorted(self._bounds[:, 0].contiguous(), asked[:, 0], right=True) - 1
         return bool(((index >= 0) & (self._bounds[index.clamp(min=0), 1] >= asked[:, 1])).all())
 
-    def copied(self) -> Runs:
-        """Others of the same elements."""
-        runs = Runs()
-        runs._bounds = self._bounds
-        return runs
-
-    def values(self, memory: torch.Tensor) -> list[torch.Tensor]:
-        """What these elements of a contiguous tensor have, copied."""
-        flat = memory.view(-1)
-        return [flat[begin:end].clone() for begin, end in self._bounds.tolist()]
-
-    def put(self, memory: torch.Tensor, values: list[torch.Tensor]) -> None:
-        """Write such values back."""
-        flat = memory.view(-1)
-        for (begin, end), value in zip(self._bounds.tolist(), values, strict=True):
-            flat[begin:end].copy_(value)
+    def of(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        """These elements of a contiguous tensor, as views of it."""
+        return [memory.view(-1)[begin:end] for begin, end in self._bounds.tolist()]
 
     def _unite(self, more: torch.Tensor) -> None:
         bounds = torch.cat((self._bounds, more))

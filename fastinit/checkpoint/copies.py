@@ -21,7 +21,7 @@ from ..execution import reserve
 from ..layout import Box, Slices, Window, compose, contiguous_strides
 from ..record.records import modes_off
 from ..record.tensors import Placeholder, new_memory, take_memory
-from ..record.unwritten import Unwritten, memory_to_write, rest_of, wrote
+from ..record.unwritten import Unwritten, memory_of, wrote
 from ..sharding import Held, cut, held, is_dtensor
 from .files import Checkpoint
 from .formats import Part
@@ -136,7 +136,7 @@ class Copy(NamedTuple):
         """Whether the target has values that may have to stay, or reads as NaN."""
         memory = self.part.memory
         if type(memory) is Unwritten:
-            return rest_of(memory).memory is not None or rest_of(memory).origin.reads_nan
+            return memory._record.memory is not None or memory._record.origin.reads_nan
         return type(memory) is not Placeholder
 
     def whole(self) -> torch.Tensor:
@@ -193,7 +193,7 @@ def _memory(tensor: torch.Tensor) -> torch.Tensor | None:
     if type(tensor) is Placeholder:
         return new_memory(tensor)
     if type(tensor) is Unwritten:
-        memory = memory_to_write(tensor)
+        memory = memory_of(tensor)
     else:
         ordinary = is_plain(tensor) and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
         memory = tensor.detach() if ordinary else None

@@ -25,7 +25,7 @@ from .dispatch import create
 from .recorded import fill, is_beyond
 from .records import Record, in_functorch, is_in_order, is_whole, modes_off, view_of
 from .tensors import Placeholder, stand_for
-from .unwritten import Key, Unwritten, memory_to_write, region_of, rest_of, wrote
+from .unwritten import Key, Unwritten, memory_of, wrote
 
 
 def takes(block: Block, tensor: Any) -> bool:
@@ -60,7 +60,7 @@ def initialize(block: Block, tensor: torch.Tensor, record: Callable[[torch.Tenso
             if type(whole) is Placeholder:
                 _record_again(block, tensor, local, whole._record)
             return
-        memory = memory_to_write(local) if type(local) is Unwritten else local.detach()
+        memory = memory_of(local) if type(local) is Unwritten else local.detach()
         if memory is not None and memory.numel():
             boxes = local_boxes(tensor) if is_dtensor(tensor) else None
             _write(block, memory, boxes, whole, zeros=type(local) is Unwritten)
@@ -74,7 +74,7 @@ def _record_again(block: Block, tensor: torch.Tensor, local: Unwritten, record: 
 
     A part of a tensor can only become constant: what else it is to have would depend on another key than the rest has.
     """
-    rest, region, recipe = rest_of(local), region_of(local), record.recipe
+    rest, region, recipe = local._record, local._region, record.recipe
     origin = rest.origin
     if recipe is None:
         raise RuntimeError(

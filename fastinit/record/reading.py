@@ -14,12 +14,11 @@ import torch
 from ..execution import concrete
 from ..native import CONSTANT
 from ..recipe import Region, Write
-from . import fast
 from .block import current
 from .dispatch import RECORDED, operator_of
 from .nested import map_tensors, tensors_in
-from .records import is_in_order, is_whole, lock, modes_off, view_of
-from .unwritten import Rest, Unwritten, readable, refuse, region_of, rest_of, stand_for
+from .records import is_in_order, is_whole, view_of
+from .unwritten import Rest, Unwritten, memory_of, readable, refuse, stand_for, wrote
 
 aten = torch.ops.aten
 
@@ -27,7 +26,7 @@ aten = torch.ops.aten
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of an operator, one of whose operands is unwritten."""
     handler = _HANDLED.get(func)
-    if handler is not None:
+    if handler is not None and type(args[0]) is Unwritten:
         result = handler(func, *args, **kwargs)
         if result is not NotImplemented:
             return result
@@ -76,7 +75,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             continue
         if any(tensor is each for each in written):
             # Another object than the memory itself, which an out= argument of another shape would resize.
-            substitutes[id(tensor)] = view_of(rest_of(tensor).with_memory(), region_of(tensor)).detach()
+            substitutes[id(tensor)] = memory_of(tensor).detach()
         else:
             substitutes[id(tensor)] = readable(tensor, _UNSENT if func.namespace == "c10d" else "")
         originals[id(substitutes[id(tensor)])] = tensor
@@ -86,27 +85,19 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for tensor in written:
         if substitutes[id(tensor)].shape != tensor.shape:
             refuse(tensor, "; an out= argument of another shape cannot take its place")
-        if places is None:
-            rest_of(tensor).wrote(region_of(tensor))
-        else:
-            rest_of(tensor).written.add_places(places)
-            rest_of(tensor).settle()
+        wrote(tensor, places)
     return map_tensors(lambda each: originals.get(id(each), each), results)
 
 
 def _overwritten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Unwritten]:
     """The unwritten operands that an operator writes without reading them."""
-    if func in _FILLS or (func in _SCATTERS and not _accumulates(func, args, kwargs)):
+    adds = func is aten.index_put_.default and (args[3] if len(args) > 3 else kwargs.get("accumulate"))
+    if func in _FILLS or (func in _SCATTERS and not adds):
         first = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
         yield from (each for each in first if type(each) is Unwritten)
     for argument in func._schema.arguments:
         if argument.is_out and type(kwargs.get(argument.name)) is Unwritten:
             yield kwargs[argument.name]
-
-
-def _accumulates(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether index_put_ adds to what is there."""
-    return func is aten.index_put_.default and bool(args[3] if len(args) > 3 else kwargs.get("accumulate"))
 
 
 def _overloads(*names: str) -> set[Any]:
@@ -120,18 +111,11 @@ _FILLS = _overloads(
     *"bernoulli_ _foreach_copy_ _foreach_zero_".split(),
 )
 
-# Operators that write some elements of their first operand, with the name of what they write there.
-_SCATTERS = {
-    aten.index_put_.default: "values",
-    aten.masked_fill_.Scalar: "value",
-    aten.masked_fill_.Tensor: "value",
-    aten.masked_scatter_.default: "source",
-    aten.index_fill_.int_Scalar: "value",
-    aten.index_fill_.int_Tensor: "value",
-    aten.index_copy_.default: "source",
-    aten.scatter_.src: "src",
-    aten.scatter_.value: "value",
+# Operators that write some elements of their first operand, and what they call that which they write there.
+_SCATTERS = _overloads(*"index_copy_ index_fill_ index_put_ masked_fill_ masked_scatter_ scatter_".split()) - {
+    *(aten.scatter_.reduce, aten.scatter_.value_reduce),
 }
+_SCATTERED = ("source", "src", "value", "values")
 
 
 def _places(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -140,7 +124,7 @@ def _places(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.T
     hits = torch.zeros(tensor.shape, dtype=torch.uint8, device=tensor.device)
 
     def ones(name: str, value: Any) -> Any:
-        if name != _SCATTERS[func]:
+        if name not in _SCATTERED:
             return value
         return torch.ones_like(value, dtype=torch.uint8, device=tensor.device) if torch.is_tensor(value) else 1
 
@@ -165,10 +149,10 @@ def _handles(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _view(func: Any, tensor: Unwritten, *args: Any, **kwargs: Any) -> Any:
-    rest = rest_of(tensor)
+    rest = tensor._record
     sizes = [tuple(each) if type(each) is list else each for each in args]
     options = {name: tuple(each) if type(each) is list else each for name, each in kwargs.items()}
-    regions = _regions(func, rest.shape, region_of(tensor), rest.dtype, *sizes, **options)
+    regions = _regions(func, rest.shape, tensor._region, rest.dtype, *sizes, **options)
     if regions is None:
         return func(readable(tensor), *args, **kwargs)
     return [stand_for(rest, each) for each in regions] if isinstance(regions, list) else stand_for(rest, regions)
@@ -188,55 +172,50 @@ def _regions(
     return regions[0] if isinstance(views, torch.Tensor) else regions
 
 
-@_handles(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
-def _same(func: Any, tensor: Unwritten) -> Unwritten:
-    return stand_for(rest_of(tensor), region_of(tensor))
-
-
-@_handles(aten._to_copy.default, aten.clone.default)
-def _copied(func: Any, tensor: Unwritten, **options: Any) -> Any:
-    rest, region = rest_of(tensor), region_of(tensor)
-    dtype, device = options.get("dtype") or tensor.dtype, concrete(options.get("device") or tensor.device)
-    if rest.has(region) or not dtype.is_floating_point:
+@_handles(aten._to_copy.default, aten.clone.default, aten.empty_like.default)
+def _again(func: Any, tensor: Unwritten, **options: Any) -> Any:
+    """The tensor again, of another dtype or elsewhere; ``to_empty`` asks for one with none of its elements written."""
+    rest, region = tensor._record, tensor._region
+    dtype, device = _kind(tensor, options)
+    is_empty = func is aten.empty_like.default
+    if not dtype.is_floating_point:
+        return _like_it(func, tensor, **options) if is_empty else NotImplemented
+    if rest.has(region) and not is_empty:
         return NotImplemented
+    written = rest.memory is not None and not is_empty
     if not is_whole(rest, region):
-        if rest.memory is not None:
+        if written:
             refuse(tensor)
         return _part(tensor, tuple(tensor.shape), dtype, device)
-    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
-    strides = func(meta, memory_format=options.get("memory_format")).stride()
+    strides = func(_on_meta(tensor), memory_format=options.get("memory_format")).stride()
     if strides == tensor.stride():
-        return stand_for(rest.forked(dtype, device), region)
-    if rest.memory is not None or rest.place is not None or not is_in_order(rest, region):
+        return stand_for(rest.forked(dtype, device, empty=is_empty), region)
+    if written or rest.place is not None or not is_in_order(rest, region):
         refuse(tensor, ", so that its elements cannot change their order")
     place = Region(0, tuple(tensor.shape), strides)
     return stand_for(Rest(rest.origin, (tensor.numel(),), place, dtype, device), place)
 
 
+def _kind(tensor: torch.Tensor, options: dict[str, Any]) -> tuple[torch.dtype, torch.device]:
+    """The dtype and the device of a tensor that is made of another one."""
+    return options.get("dtype") or tensor.dtype, concrete(options.get("device") or tensor.device)
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
 def _part(tensor: Unwritten, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Unwritten:
     """A tensor of its own for the values of a part."""
-    return stand_for(Rest(rest_of(tensor).origin._replace(placeless=True), shape, None, dtype, device))
+    return stand_for(Rest(tensor._record.origin._replace(placeless=True), shape, None, dtype, device))
 
 
 @_handles(aten.constant_pad_nd.default)
-def _padded(func: Any, tensor: Unwritten, pad: Any, value: Any = 0) -> Any:
+def _padded(func: Any, tensor: Unwritten, *args: Any) -> Any:
     # What DTensor does to uneven parts before it scatters them.
-    if rest_of(tensor).memory is not None:
+    if tensor._record.memory is not None:
         return NotImplemented
-    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return _part(tensor, tuple(func(meta, pad, value).shape), tensor.dtype, tensor.device)
-
-
-@_handles(aten.empty_like.default)
-def _empty_like(func: Any, tensor: torch.Tensor, **options: Any) -> Any:
-    """The tensor again, with none of its elements written: what ``to_empty`` asks for."""
-    dtype, device = options.get("dtype") or tensor.dtype, concrete(options.get("device") or tensor.device)
-    if type(tensor) is not Unwritten or not dtype.is_floating_point:
-        return NotImplemented
-    rest, region = rest_of(tensor), region_of(tensor)
-    if not is_whole(rest, region):
-        return _part(tensor, tuple(tensor.shape), dtype, device)
-    return stand_for(Rest(rest.origin, rest.shape, rest.place, dtype, device), region)
+    return _part(tensor, tuple(func(_on_meta(tensor), *args).shape), tensor.dtype, tensor.device)
 
 
 _ZEROS = (Write(CONSTANT, (0.0,)),)
@@ -245,10 +224,10 @@ _ZEROS = (Write(CONSTANT, (0.0,)),)
 @_handles(aten.new_zeros.default)
 def _new_zeros(func: Any, tensor: Unwritten, size: Any, **options: Any) -> Any:
     # Zeros that are not in memory yet: FSDP2 makes them, and copies this rank's part of the tensor into them.
-    dtype, device = options.get("dtype") or tensor.dtype, concrete(options.get("device") or tensor.device)
+    dtype, device = _kind(tensor, options)
     if not dtype.is_floating_point or options.get("pin_memory"):
         return _like_it(func, tensor, size, **options)
-    origin = rest_of(tensor).origin
+    origin = tensor._record.origin
     zeros = origin._replace(shape=tuple(size), recipe=_ZEROS, placeless=False, reads_nan=False, zeros=True)
     return stand_for(Rest(zeros, tuple(size), None, dtype, device))
 
@@ -258,67 +237,36 @@ def _new_zeros(func: Any, tensor: Unwritten, size: Any, **options: Any) -> Any:
     *(aten.rand_like.default, aten.randn_like.default, aten.new_empty.default, aten.new_empty_strided.default),
     *(aten.new_ones.default, aten.new_full.default),
 )
-def _like_it(func: Any, tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+def _like_it(func: Any, tensor: Unwritten, *args: Any, **options: Any) -> Any:
     """A tensor of the dtype and device of one that has no memory; in another block, recorded there like any other."""
-    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    if current.get() is not None and type(tensor) is Unwritten:
-        there = {**options, "device": options.get("device") or rest_of(tensor).origin.device}
-        result = RECORDED[func](func, meta, *args, **there)
+    if current.get() is not None:
+        there = {**options, "device": options.get("device") or tensor._record.origin.device}
+        result = RECORDED[func](func, _on_meta(tensor), *args, **there)
         if result is not NotImplemented:
             return result
-    return func(meta, *args, **{**options, "device": options.get("device") or tensor.device})
+    return func(_on_meta(tensor), *args, **{**options, "device": options.get("device") or tensor.device})
 
 
 @_handles(aten.copy_.default)
-def _copy(func: Any, tensor: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> Any:
+def _copy(func: Any, tensor: Unwritten, source: torch.Tensor, non_blocking: bool = False) -> Any:
     """A copy of what is unwritten is unwritten; any other one writes."""
-    if type(source) is not Unwritten or rest_of(source).has(region_of(source)):
+    rest = tensor._record
+    if type(source) is not Unwritten or rest.memory is not None or source._record.memory is not None:
         return NotImplemented
-    if type(tensor) is not Unwritten or rest_of(tensor).memory is not None or rest_of(source).memory is not None:
+    origin, place = source._record.origin._replace(placeless=True), None
+    if is_whole(rest, tensor._region) and is_whole(source._record, source._region):
+        if tensor.shape == source.shape and tensor.stride() == source.stride():
+            origin, place = source._record.origin, source._record.place
+    rest.origin, rest.place = origin, place
+    return tensor
+
+
+@_handles(aten.set_.source_Tensor)
+def _set(func: Any, tensor: Unwritten, source: torch.Tensor) -> Any:
+    if source.dtype != tensor.dtype:
         return NotImplemented
-    rest, other = rest_of(tensor), rest_of(source)
-    whole = is_whole(rest, region_of(tensor)) and is_whole(other, region_of(source))
-    same = tensor.shape == source.shape and tensor.stride() == source.stride()
-    if whole and same:
-        rest.origin, rest.place = other.origin, other.place
-    else:
-        rest.origin, rest.place = other.origin._replace(placeless=True), None
+    tensor.data = source
     return tensor
 
 
 Unwritten.dispatch = staticmethod(dispatch)
-
-
-# --- methods --------------------------------------------------------------------------------------------------------
-
-# What FSDP2 does to each parameter, done without the way through torch's dispatcher, which takes longer than all else.
-
-
-def _is_watched(operands: tuple[Any, ...]) -> bool:
-    """Whether a mode, a function transform or a graph of autograd is to see what is done to tensors."""
-    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
-        return True
-    records_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in(operands))
-    return records_graph or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _method(name: str, handler: Callable[..., Any], accepts: Callable[[Any], bool]) -> None:
-    """Let a method of unwritten tensors be what its operator is, if all arguments are ones that are accepted."""
-    usual = getattr(torch.Tensor, name)
-
-    @functools.wraps(usual)
-    def method(self: Unwritten, *args: Any, **kwargs: Any) -> Any:
-        if fast.in_use and all(map(accepts, (*args, *kwargs.values()))) and not _is_watched((self, *args)):
-            with lock, modes_off():
-                result = handler(usual, self, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return usual(self, *args, **kwargs)
-
-    setattr(Unwritten, name, method)
-
-
-_method("narrow", _view, lambda value: type(value) is int)
-_method("view", _view, lambda value: type(value) is int)
-_method("new_zeros", _new_zeros, lambda value: type(value) is torch.Size)
-_method("copy_", _copy, lambda value: type(value) is Unwritten)

@@ -8,6 +8,7 @@ has written is refused, by the name that the tensor had in its model.
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -72,9 +73,10 @@ class Rest:
         place: the region of the storage where the origin's elements lie in their order; None: all of it, in its order.
         dtype, device: of its tensors; a tensor on the meta device gets its memory elsewhere.
         memory: contiguous tensor of `shape` as soon as something is written, else None.
-        written: the elements of memory that are.
+        written: the elements of memory that are; None: all.
         tensors: those that stand for it, as far as they are known. Not weakly: torch.utils.swap_tensors refuses tensors
             that have weak references.
+        refused: somebody was refused its storage.
     """
 
     def __init__(
@@ -93,10 +95,10 @@ class Rest:
         self.dtype = dtype
         self.device = device
         self.memory = memory
-        self.written = written or Runs()
+        self.written = Runs() if memory is None else written
         self.tensors: list[Unwritten] = []
+        self.refused = False
         self._prune_at = 64
-        self._complete = self.memory is not None and self.written.cover(*self._all())
 
     def __reduce__(self) -> Any:
         state = (self.origin, self.shape, self.place, self.dtype, self.device, self.memory, self.written)
@@ -105,25 +107,31 @@ class Rest:
     def stands(self, tensor: Unwritten) -> None:
         """Note a tensor that is to become real with the others."""
         if len(self.tensors) >= self._prune_at:
-            # Views that only this list holds are gone for everybody else.
-            self.tensors = [each for each in self.tensors if sys.getrefcount(each) > _ALONE]
+            self.tensors = self.standing()
             self._prune_at = 2 * len(self.tensors) + 64
         self.tensors.append(tensor)
 
+    def standing(self) -> list[Unwritten]:
+        """Those that still stand for it, without views that only the list holds: FSDP2 makes many."""
+        return [
+            each
+            for each in self.tensors
+            if type(each) is Unwritten and each._record is self and sys.getrefcount(each) > _ALONE
+        ]
+
     def has(self, region: Region | None) -> bool:
         """Whether every element of a region is written."""
-        if self.memory is None:
-            return False
-        return self._complete or self.written.cover(*(region or self._all()))
+        if self.memory is None or self.written is None:
+            return self.memory is not None
+        return self.written.cover(*(region or Region(0, (numel(self.shape),), (1,))))
 
-    def _all(self) -> Region:
-        return Region(0, (numel(self.shape),), (1,))
-
-    def forked(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Rest:
-        """A copy of it, also of what is written; of another dtype or on another device, if they are given."""
+    def forked(
+        self, dtype: torch.dtype | None = None, device: torch.device | None = None, *, empty: bool = False
+    ) -> Rest:
+        """A copy of it, also of what is written, unless it is to be empty; of another dtype or elsewhere, if asked."""
         dtype, device = dtype or self.dtype, device or self.device
-        memory = None if self.memory is None else self.memory.to(device, dtype, copy=True)
-        return Rest(self.origin, self.shape, self.place, dtype, device, memory, self.written.copied())
+        memory = None if self.memory is None or empty else self.memory.to(device, dtype, copy=True)
+        return Rest(self.origin, self.shape, self.place, dtype, device, memory, copy.copy(self.written))
 
     def with_memory(self) -> torch.Tensor:
         """Memory to write to; NaN is in it where reading gives that."""
@@ -138,27 +146,21 @@ class Rest:
                 self.memory.fill_(torch.nan)
         return self.memory
 
-    def wrote(self, region: Region | None) -> None:
-        """Note that a region of memory is written, and let those tensors become real that are written whole."""
-        if region is None:
-            self.written = Runs.of(numel(self.shape))
-        else:
-            self.written.add(*region)
-        self._complete = region is None or self.written.cover(*self._all())
+    def wrote(self, where: Region | torch.Tensor | None) -> None:
+        """Note that a region of memory, or single places, are written, and let those become real that are so whole."""
+        if self.written is not None and where is not None:
+            self.written.add(*where) if isinstance(where, Region) else self.written.add_places(where)
+        if where is None or self.has(None):
+            self.written = None
         self.settle()
 
     def settle(self) -> None:
         """Let those tensors become real that are written whole."""
         assert self.memory is not None
-        waiting = []
-        for tensor in self.tensors:
-            # FSDP2 looks at the parts of all ranks: most views are gone for everybody but this list.
-            if type(tensor) is Unwritten and tensor._record is self and sys.getrefcount(tensor) > _ALONE:
-                if self.has(tensor._region):
-                    swap_in(tensor, view_of(self.memory, tensor._region))
-                else:
-                    waiting.append(tensor)
-        self.tensors = waiting
+        for tensor in self.standing():
+            if type(tensor) is Unwritten and self.has(tensor._region):  # some are in the list twice
+                swap_in(tensor, view_of(self.memory, tensor._region))
+        self.tensors = self.standing()
 
     def materialize(self) -> None:
         """Give all that is unwritten its values, here and now; what somebody has written is kept."""
@@ -175,12 +177,13 @@ class Rest:
     @contextmanager
     def keeping_what_is_written(self) -> Iterator[None]:
         """Put back what somebody has written, whatever is written over it meanwhile, and whether that fails or not."""
-        values = [] if self.memory is None else self.written.values(self.memory)
+        written = [] if self.memory is None or self.written is None else self.written.of(self.memory)
+        values = [each.clone() for each in written]
         try:
             yield
         finally:
-            if self.memory is not None:
-                self.written.put(self.memory, values)
+            for each, value in zip(written, values, strict=True):
+                each.copy_(value)
 
 
 # What sys.getrefcount says there of an object that nothing but the list holds.
@@ -223,7 +226,7 @@ def _values_dtype(created: torch.dtype, target: torch.dtype) -> torch.dtype:
     return torch.float32 if created in DTYPES and target not in DTYPES else target
 
 
-def refuse(tensor: Unwritten, what: str = "") -> NoReturn:
+def refuse(tensor: Unwritten, what: str = "", error: type[RuntimeError] = RuntimeError) -> NoReturn:
     """Say that a tensor has no values yet, by its name, and what to do about it."""
     rest = tensor._record
     how = "nothing has written it since" if rest.memory is None else "it has been written only in part since"
@@ -232,7 +235,9 @@ def refuse(tensor: Unwritten, what: str = "") -> NoReturn:
         f"{how}{what}. {rest.origin.remedy}"
     )
     logger.info(message)  # TorchScript's interpreter reports an error of its own, without any message
-    raise RuntimeError(message)
+    if error is NotImplementedError:
+        rest.refused = True
+    raise error(message)
 
 
 def refuse_placeless(origin: Origin) -> NoReturn:
@@ -296,24 +301,27 @@ class Unwritten(torch.Tensor):
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         with modes_off(), lock:
-            _take(self, value)
-
-    def set_(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        source = args[0] if len(args) + len(kwargs) == 1 and args else kwargs.get("source")
-        if not isinstance(source, torch.Tensor) or source.dtype != self.dtype:
-            refuse(self)
-        self.data = source
-        return self
+            if type(value) is Unwritten:
+                torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+                self._record, self._region = value._record, value._region
+                value._record.stands(self)
+            elif value.device != self.device:
+                raise RuntimeError(
+                    f"fastinit: {self._record.origin.name} is on {str(self.device)!r}, and the data that it is to take "
+                    f"on {str(value.device)!r}; move them, or assign a new parameter"
+                )
+            else:
+                swap_in(self, value.detach())
 
     def data_ptr(self) -> int:
         """Whoever asks for an address gets initialized memory there; on the meta device there is none.
 
-        An object that was refused its storage is refused its address, too: safetensors asks for the one, takes no for
-        an answer, and saves what lies at the other.
+        Whoever was refused the storage is refused the address, too: safetensors asks for the one, takes no for an
+        answer, and saves what lies at the other.
         """
         if self.is_meta:
             return 0
-        if "_fastinit_refused" in self.__dict__:
+        if self._record.refused:
             refuse(self)
         with modes_off(), lock:
             rest, region = self._record, self._region
@@ -335,38 +343,21 @@ def _loaded(rest: Rest, region: Region | None, requires_grad: bool, attributes: 
     return tensor
 
 
-def _reads(name: str) -> Callable[..., Any]:
+def _below(name: str) -> Callable[..., Any]:
     def method(self: Unwritten, *args: Any, **kwargs: Any) -> Any:
         with modes_off(), lock:
-            return getattr(readable(self), name)(*args, **kwargs)
-
-    return method
-
-
-def _stores(name: str) -> Callable[..., Any]:
-    def method(self: Unwritten, *args: Any, **kwargs: Any) -> Any:
-        with modes_off(), lock:
-            if not self._record.has(self._region):
-                self._fastinit_refused = True  # type: ignore[attr-defined]
-                try:
-                    refuse(self)
-                except RuntimeError as error:
-                    # What torch raises for tensors without storage, and loaders expect.
-                    raise NotImplementedError(str(error)) from None
-            return getattr(readable(self), name)(*args, **kwargs)
+            # What torch raises for tensors without storage, and loaders expect.
+            return getattr(readable(self, error=NotImplementedError), name)(*args, **kwargs)
 
     return method
 
 
 # Methods that reach a tensor's memory below the dispatcher.
 for _name in (
-    *"__array__ __bool__ __complex__ __dlpack__ __dlpack_device__ __float__ __index__ __int__".split(),
-    *"as_subclass numpy share_memory_ tolist".split(),
+    *"__bool__ __complex__ __dlpack__ __dlpack_device__ __float__ __index__ __int__".split(),
+    *"as_subclass numpy tolist untyped_storage".split(),
 ):
-    setattr(Unwritten, _name, _reads(_name))
-for _name in "storage storage_type untyped_storage _typed_storage".split():
-    setattr(Unwritten, _name, _stores(_name))
-Unwritten.__cuda_array_interface__ = property(_reads("__cuda_array_interface__"))  # type: ignore[assignment]
+    setattr(Unwritten, _name, _below(_name))
 
 
 def stand_for(rest: Rest, region: Region | None = None) -> Unwritten:
@@ -386,21 +377,6 @@ def _made(rest: Rest, region: Region | None) -> Unwritten:
     return tensor
 
 
-def _take(tensor: Unwritten, value: torch.Tensor) -> None:
-    """``tensor.data = value``: the tensor leaves what it stood for."""
-    if type(value) is Unwritten:
-        torch.Tensor.data.__set__(tensor, value)  # type: ignore[attr-defined]
-        tensor._record, tensor._region = value._record, value._region
-        value._record.stands(tensor)
-    elif value.device != tensor.device:
-        raise RuntimeError(
-            f"fastinit: {tensor._record.origin.name} is on {str(tensor.device)!r}, and the data that it is to take on "
-            f"{str(value.device)!r}; move them, or assign a new parameter"
-        )
-    else:
-        swap_in(tensor, value.detach())
-
-
 def origin_of(tensor: torch.Tensor) -> Origin | None:
     """What a tensor that is unwritten was created as; None if it is written."""
     unwritten = inner(tensor)
@@ -410,22 +386,19 @@ def origin_of(tensor: torch.Tensor) -> Origin | None:
 def move(rest: Rest, device: torch.device) -> None:
     """Let what has no memory yet be on a device."""
     rest.device = device
-    for tensor in rest.tensors:
-        if type(tensor) is Unwritten and tensor._record is rest and is_leaf(tensor):
-            _exchange(tensor, _made(rest, tensor._region))
+    for tensor in filter(is_leaf, rest.standing()):
+        _exchange(tensor, _made(rest, tensor._region))
 
 
-def memory_to_write(tensor: Unwritten) -> torch.Tensor | None:
-    """Memory for somebody to write whole, by other means than torch's operators, and to call `wrote`; None on meta."""
-    with lock, modes_off():
-        rest = tensor._record
-        return None if rest.device.type == "meta" else view_of(rest.with_memory(), tensor._region)
+def memory_of(tensor: Unwritten) -> torch.Tensor:
+    """The memory of a tensor, whatever is in it."""
+    return view_of(tensor._record.with_memory(), tensor._region)
 
 
-def wrote(tensor: Unwritten) -> None:
-    """Note that all of a tensor's memory is written."""
+def wrote(tensor: Unwritten, places: torch.Tensor | None = None) -> None:
+    """Note that all of a tensor's memory is written, or single places of it."""
     with lock, modes_off(), torch.no_grad():
-        tensor._record.wrote(tensor._region)
+        tensor._record.wrote(tensor._region if places is None else places)
         settle(tensor)
 
 
@@ -458,7 +431,7 @@ def settle(tensor: Unwritten) -> None:
     rest = tensor._record
     rest.settle()
     if type(tensor) is Unwritten and rest.has(tensor._region):
-        swap_in(tensor, view_of(rest.with_memory(), tensor._region))
+        swap_in(tensor, memory_of(tensor))
 
 
 def inner(tensor: torch.Tensor | None) -> Unwritten | None:
@@ -475,22 +448,12 @@ def inner(tensor: torch.Tensor | None) -> Unwritten | None:
     return None
 
 
-def rest_of(tensor: Unwritten) -> Rest:
-    """What a tensor stands for, all of it or a part."""
-    return tensor._record
-
-
-def region_of(tensor: Unwritten) -> Region | None:
-    """The part of that which the tensor shows; None: all of it, in its order."""
-    return tensor._region
-
-
-def readable(tensor: Unwritten, what: str = "") -> torch.Tensor:
+def readable(tensor: Unwritten, what: str = "", error: type[RuntimeError] = RuntimeError) -> torch.Tensor:
     """The memory of a tensor whose elements are written; any other one is refused, for a reason of the caller's."""
     rest, region = tensor._record, tensor._region
     if not rest.origin.reads_nan and not rest.has(region):
         # Zeros that somebody made of an unwritten tensor's shape and device are not in memory yet, that is all.
         if not rest.origin.zeros or rest.device.type == "meta":
-            refuse(tensor, what)
+            refuse(tensor, what, error)
         rest.materialize()
     return view_of(rest.with_memory(), region)
