@@ -192,11 +192,8 @@ def _memory(tensor: torch.Tensor) -> torch.Tensor | None:
         return None
     if type(tensor) is Placeholder:
         return new_memory(tensor)
-    if type(tensor) is Unwritten:
-        memory = memory_of(tensor)
-    else:
-        ordinary = is_plain(tensor) and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
-        memory = tensor.detach() if ordinary else None
+    ordinary = is_plain(tensor) and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
+    memory = memory_of(tensor) if type(tensor) is Unwritten else tensor.detach() if ordinary else None
     return memory if memory is not None and memory.is_contiguous() else None
 
 

@@ -8,7 +8,6 @@ another one. Ordinary tensors are filled at once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,28 +15,37 @@ import torch
 
 from ..distributed import from_rank_0, is_distributed
 from ..execution import Fills, can_fill, copy_part
-from ..layout import Box
-from ..native import CONSTANT, UNIFORM
+from ..native import CONSTANT
 from ..recipe import Region
 from ..sharding import is_dtensor, is_on_meta, local_boxes, local_tensor
 from .block import Block
 from .dispatch import create
-from .recorded import fill, is_beyond
 from .records import Record, in_functorch, is_in_order, is_whole, modes_off, view_of
 from .tensors import Placeholder, stand_for
 from .unwritten import Key, Unwritten, memory_of, wrote
 
 
 def takes(block: Block, tensor: Any) -> bool:
-    """Whether a tensor is one that this module initializes."""
-    if not is_dtensor(tensor) and type(tensor) is not Unwritten:
+    """Whether a tensor that exists is one for recorded fills, and not for torch's; one on meta takes streams, too."""
+    if not isinstance(tensor, torch.Tensor) or torch._C._len_torch_dispatch_stack() or in_functorch():
+        return False
+    if is_ordinary(tensor) and (
+        type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+        or tensor.layout != torch.strided
+        or tensor.device.type not in ("cpu", "meta", block.device.type)
+    ):
         return False
     return can_fill(tensor.dtype, _device_of(block, local_tensor(tensor)))
 
 
-def is_recorded_again(block: Block, tensor: Any) -> bool:
-    """Whether a tensor is unwritten and on the meta device, where an initialization changes what is recorded."""
+def takes_constants(block: Block, tensor: Any) -> bool:
+    """Whether a tensor is unwritten and on the meta device, where torch's own fills have nothing to write to."""
     return takes(block, tensor) and type(local_tensor(tensor)) is Unwritten and is_on_meta(tensor)
+
+
+def is_ordinary(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is neither distributed nor one that a block left unwritten."""
+    return not is_dtensor(tensor) and type(tensor) is not Unwritten
 
 
 def _device_of(block: Block, local: torch.Tensor) -> torch.device:
@@ -45,28 +53,61 @@ def _device_of(block: Block, local: torch.Tensor) -> torch.device:
     return block.device if local.is_meta else local.device
 
 
-def initialize(block: Block, tensor: torch.Tensor, record: Callable[[torch.Tensor], Any]) -> None:
-    """Give a tensor what `record` does to a placeholder of its whole."""
+def initialize(block: Block, tensor: torch.Tensor, record: Callable[[torch.Tensor], Any]) -> Any:
+    """Give a tensor what `record` does to a placeholder of its whole; the result is the function's."""
+    ordinary = is_ordinary(tensor)
     with modes_off():
         local = local_tensor(tensor)
-        whole = create(block, tuple(tensor.shape), tensor.dtype, _device_of(block, local), None)
-    record(whole)
+        if ordinary and not tensor.is_meta:
+            whole: Any = _over(block, tensor)
+        else:
+            whole = create(block, tuple(tensor.shape), tensor.dtype, _device_of(block, local), None)
+        if ordinary:
+            whole.__dict__.update(tensor.__dict__)
+    result = record(whole)
+    block.initialized(tensor)
     with modes_off(), torch.no_grad():
-        if is_dtensor(tensor):
-            _agree_on_key(block)  # also those ranks that have no element
-        if type(whole) is Placeholder and whole._record.recipe == ():
-            return  # nothing was asked for
-        if type(local) is Unwritten and local.is_meta:
-            if type(whole) is Placeholder:
-                _record_again(block, tensor, local, whole._record)
-            return
-        memory = memory_of(local) if type(local) is Unwritten else local.detach()
-        if memory is not None and memory.numel():
-            boxes = local_boxes(tensor) if is_dtensor(tensor) else None
-            _write(block, memory, boxes, whole, zeros=type(local) is Unwritten)
-        if type(local) is Unwritten:
-            wrote(local)
         torch.autograd.graph.increment_version(tensor)
+        if not ordinary:
+            _take(block, tensor, local, whole)
+        elif type(whole) is Placeholder:
+            block.keep_history(tensor, whole._record.executed or ())
+    return tensor if result is whole else result
+
+
+def _over(block: Block, tensor: torch.Tensor) -> torch.Tensor:
+    """A placeholder over the memory of a tensor."""
+    storage = tensor.untyped_storage()
+    shape = (storage.nbytes() // tensor.element_size(),)
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    memory = empty.set_(storage, 0, shape)  # type: ignore[call-overload]
+    record = Record(block, shape, tensor.dtype, tensor.device, memory=memory)
+    return stand_for(record, Region(int(tensor.storage_offset()), tuple(tensor.size()), tensor.stride()))
+
+
+def _take(block: Block, tensor: torch.Tensor, local: torch.Tensor, whole: Any) -> None:
+    """Let this rank's part of a tensor have what was recorded for the whole."""
+    if is_dtensor(tensor) and not block.seed_agreed and is_distributed():  # also on ranks that have no element
+        (block.seed,), block.seed_agreed = from_rank_0([block.seed], block.device), True
+    record = whole._record if type(whole) is Placeholder else None
+    if record is not None and record.recipe == ():
+        return  # nothing was asked for
+    if type(local) is Unwritten and local.is_meta:
+        if record is not None:
+            _record_again(block, tensor, local, record)
+        return
+    memory = memory_of(local) if type(local) is Unwritten else local.detach()
+    if memory.numel():
+        boxes = local_boxes(tensor) if is_dtensor(tensor) else None
+        if record is None or record.recipe is None:
+            copy_part(whole if record is None else view_of(record.compute(), whole._region), memory, boxes)
+        else:
+            block.keep_order(record.recipe, record)
+            fills = Fills(block.seed, memory.device)
+            fills.write(memory, record.recipe, boxes, zeros=type(local) is Unwritten, elements=whole.numel())
+            block.run(fills)
+    if type(local) is Unwritten:
+        wrote(local)
 
 
 def _record_again(block: Block, tensor: torch.Tensor, local: Unwritten, record: Record) -> None:
@@ -92,69 +133,3 @@ def _record_again(block: Block, tensor: torch.Tensor, local: Unwritten, record: 
     rest.place = None if is_shard or is_in_order(rest, region) else region
     key = Key(block.seed, block.seed_agreed)
     rest.origin = origin._replace(shape=tuple(tensor.shape), recipe=recipe, key=key, placeless=False, zeros=False)
-
-
-def _write(block: Block, memory: torch.Tensor, boxes: list[Box] | None, whole: torch.Tensor, *, zeros: bool) -> None:
-    if type(whole) is not Placeholder or whole._record.recipe is None:
-        values = whole if type(whole) is not Placeholder else view_of(whole._record.compute(), whole._region)
-        copy_part(values, memory, boxes)
-        return
-    recipe = whole._record.recipe
-    block.keep_order(recipe, whole._record)
-    fills = Fills(block.seed, memory.device)
-    fills.write(memory, recipe, boxes, zeros=zeros, elements=whole.numel())
-    block.run(fills)
-
-
-def _agree_on_key(block: Block) -> None:
-    """Have all ranks use rank 0's key, if each has drawn its own."""
-    if not block.seed_agreed and is_distributed():
-        (block.seed,), block.seed_agreed = from_rank_0([block.seed], block.device), True
-
-
-# --- ordinary tensors ------------------------------------------------------------------------------------------------
-
-
-def is_fillable(block: Block, tensor: Any) -> bool:
-    """Whether a tensor that exists is one for native fills; one on meta takes its streams, too."""
-    return (
-        isinstance(tensor, torch.Tensor)
-        and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-        and tensor.layout == torch.strided
-        and (can_fill(tensor.dtype, tensor.device) or (tensor.is_meta and can_fill(tensor.dtype, block.device)))
-        and tensor.device.type in ("cpu", "meta", block.device.type)
-        and not torch._C._len_torch_dispatch_stack()
-        and not in_functorch()
-    )
-
-
-def over(block: Block, tensor: torch.Tensor) -> torch.Tensor:
-    """A placeholder over the memory of a tensor; of one on meta, over none."""
-    if tensor.is_meta:
-        return create(block, tuple(tensor.shape), tensor.dtype, block.device, None)
-    storage = tensor.untyped_storage()
-    shape = (storage.nbytes() // tensor.element_size(),)
-    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    memory = empty.set_(storage, 0, shape)  # type: ignore[call-overload]
-    record = Record(block, shape, tensor.dtype, tensor.device, memory=memory)
-    return stand_for(record, Region(int(tensor.storage_offset()), tuple(tensor.size()), tensor.stride()))
-
-
-def fill_now(block: Block, tensor: Any, kind: int, parameters: tuple[Any, ...]) -> Any:
-    """Fill a tensor that has memory by the next stream; NotImplemented if it is torch's to fill."""
-    if not is_fillable(block, tensor) or (torch.is_grad_enabled() and tensor.requires_grad):
-        return NotImplemented
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in parameters[:2]):
-        return NotImplemented
-    a, b = parameters[:2]
-    if (b < a or is_beyond(tensor.dtype, a, b, b - a)) if kind == UNIFORM else b < 0:
-        return NotImplemented
-    if not tensor.numel():
-        block.generator.next_stream()
-        return tensor
-    alias: Any = over(block, tensor)
-    if fill(alias, kind, tuple(map(float, parameters))) is NotImplemented:
-        return NotImplemented
-    torch.autograd.graph.increment_version(tensor)
-    block.keep_history(tensor, alias._record.executed or ())
-    return tensor

@@ -19,7 +19,7 @@ from torch.utils._device import DeviceContext
 
 from .. import native
 from ..execution import can_fill, concrete
-from ..native import NORMAL, TRUNCATED_NORMAL, UNIFORM
+from ..native import TRUNCATED_NORMAL
 from ..recipe import COMPUTED
 from . import existing
 from .block import Block, current
@@ -100,8 +100,10 @@ _GRAD_FN = _TENSOR.grad_fn.__get__
 # Functions that the placeholder class may have as methods of its own, by the method's name.
 AS_METHODS: dict[Any, str] = {}
 
+_CONSTANTS = {torch.Tensor.fill_, torch.Tensor.zero_}
+
 # Fills of tensors that exist already.
-_FILLS: dict[Any, Callable[..., Any]] = {}
+_FILLS = {torch.Tensor.uniform_, torch.Tensor.normal_, *_CONSTANTS}
 
 
 class Mode(native.Mode, TorchFunctionMode):
@@ -164,12 +166,9 @@ class Mode(native.Mode, TorchFunctionMode):
             return (method or func)(*args, **kwargs)
         if _initializes(func, kwargs):
             return self._initialize(func, args, kwargs)
-        filled = _FILLS.get(func)
-        if filled is not None and type(args[0]) is not Placeholder:
+        if func in _FILLS and _is_filled(block, func, args, kwargs):
             with modes_off():
-                result = filled(block, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
+                return existing.initialize(block, args[0], lambda whole: func(whole, *args[1:], **kwargs))
         tensors = tensors_in((args, kwargs))
         if torch._C._len_torch_dispatch_stack() or any(map(_answers_itself, types)) or func in _WANT_MEMORY:
             # Modes below autograd, which trace or fake, know placeholders no more than autograd's graphs do; nor does
@@ -197,27 +196,16 @@ class Mode(native.Mode, TorchFunctionMode):
         return result
 
     def _initialize(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A function of torch.nn.init, for a tensor that has memory by way of a placeholder over that."""
+        """A function of torch.nn.init, for a tensor that exists by way of a placeholder of its whole."""
         tensor = args[0] if args else kwargs.get("tensor")
-        if existing.takes(self.block, tensor) and func in INITIALIZERS:
-
-            def record(whole: torch.Tensor) -> None:
-                func(whole, *args[1:], **kwargs) if args else func(**{**kwargs, "tensor": whole})
-
-            existing.initialize(self.block, tensor, record)
-            self.block.initialized(tensor)
-            return tensor
-        if type(tensor) is Placeholder or not existing.is_fillable(self.block, tensor):
+        own = func in INITIALIZERS  # others may read what they are given
+        if not existing.takes(self.block, tensor) or not (own or existing.is_ordinary(tensor)):
             return func(*args, **kwargs)
-        self.block.initialized(tensor)
-        with modes_off():
-            alias = existing.over(self.block, tensor)
-            alias.__dict__.update(tensor.__dict__)
-        result = func(alias, *args[1:], **kwargs) if args else func(**{**kwargs, "tensor": alias})
-        torch.autograd.graph.increment_version(tensor)
-        if type(alias) is Placeholder:
-            self.block.keep_history(tensor, alias._record.executed or ())
-        return tensor if result is alias else result
+
+        def record(whole: torch.Tensor) -> Any:
+            return func(whole, *args[1:], **kwargs) if args else func(**{**kwargs, "tensor": whole})
+
+        return existing.initialize(self.block, tensor, record)
 
     def _in_the_blocks_precision(
         self, func: Any, result: torch.Tensor, args: Any, kwargs: Any, operands: list[torch.Tensor]
@@ -344,54 +332,12 @@ def _set_element(tensor: Placeholder, index: Any, value: Any) -> bool:
 # --- fills of tensors that exist already ---------------------------------------------------------------------------
 
 
-def _fills(func: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
-        _FILLS[func] = handler
-        return handler
-
-    return register
-
-
-@_fills(torch.Tensor.uniform_)
-def _uniform(block: Block, tensor: Any, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
-    low, high = _pair(args, kwargs, ("from", "to"), (0.0, 1.0))
-    return NotImplemented if generator is not None else _fill(block, tensor, UNIFORM, (low, high))
-
-
-@_fills(torch.Tensor.normal_)
-def _normal(block: Block, tensor: Any, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
-    mean, std = _pair(args, kwargs, ("mean", "std"), (0.0, 1.0))
-    return NotImplemented if generator is not None else _fill(block, tensor, NORMAL, (mean, std))
-
-
-@_fills(torch.Tensor.fill_)
-def _constant(block: Block, tensor: Any, value: Any) -> Any:
-    """Constants need no fill of ours, but where they are to be recorded."""
-    if not existing.is_recorded_again(block, tensor) or (torch.is_grad_enabled() and tensor.requires_grad):
-        return NotImplemented
-    existing.initialize(block, tensor, lambda whole: whole.fill_(value))
-    return tensor
-
-
-@_fills(torch.Tensor.zero_)
-def _zero(block: Block, tensor: Any) -> Any:
-    return _constant(block, tensor, 0.0)
-
-
-_METHODS: dict[int, Callable[..., Any]] = {UNIFORM: torch.Tensor.uniform_, NORMAL: torch.Tensor.normal_}
-
-
-def _fill(block: Block, tensor: Any, kind: int, parameters: tuple[Any, Any]) -> Any:
-    if existing.takes(block, tensor) and not (torch.is_grad_enabled() and tensor.requires_grad):
-        existing.initialize(block, tensor, lambda whole: _METHODS[kind](whole, *parameters))
-        block.initialized(tensor)
-        return tensor
-    return existing.fill_now(block, tensor, kind, parameters)
-
-
-def _pair(args: Any, kwargs: Any, names: tuple[str, str], defaults: tuple[float, float]) -> Any:
-    rest = list(zip(names, defaults, strict=True))[len(args) :]
-    return [*args, *(kwargs.get(name, default) for name, default in rest)]
+def _is_filled(block: Block, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a fill is recorded for a tensor that exists already; constants are torch's, if there is any memory."""
+    tensor = args[0]
+    if kwargs.get("generator") is not None or (torch.is_grad_enabled() and tensor.requires_grad):
+        return False
+    return existing.takes_constants(block, tensor) if func in _CONSTANTS else existing.takes(block, tensor)
 
 
 def truncated_normal(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -424,8 +370,6 @@ def _truncated(block: Block, tensor: torch.Tensor, mean: Any, std: Any, a: Any, 
         if not can_fill(tensor.dtype, tensor.device) or in_functorch():
             return NotImplemented
         return fill(tensor, TRUNCATED_NORMAL, parameters)
-    if existing.takes(block, tensor):
-        existing.initialize(block, tensor, lambda whole: _truncated(block, whole, *parameters))
-        block.initialized(tensor)
-        return tensor
-    return existing.fill_now(block, tensor, TRUNCATED_NORMAL, parameters)
+    if not existing.takes(block, tensor):
+        return NotImplemented
+    return existing.initialize(block, tensor, lambda whole: _truncated(block, whole, *parameters))

@@ -392,7 +392,8 @@ def move(rest: Rest, device: torch.device) -> None:
 
 def memory_of(tensor: Unwritten) -> torch.Tensor:
     """The memory of a tensor, whatever is in it."""
-    return view_of(tensor._record.with_memory(), tensor._region)
+    with lock, modes_off():
+        return view_of(tensor._record.with_memory(), tensor._region)
 
 
 def wrote(tensor: Unwritten, places: torch.Tensor | None = None) -> None:
