@@ -31,7 +31,7 @@ from .execution import NATIVE_DEVICES, Timing, concrete, refuse_capture
 from .log import logger
 from .record import guest
 from .record.block import Block, Empty, current
-from .record.history import Found, hand_over, written
+from .record.history import written
 from .record.kept import keep_values
 from .record.mode import Mode
 from .record.names import name_streams
@@ -222,7 +222,7 @@ class on:
         outer = current.get()
         if outer is not None:
             outer.settle()  # what it has pending may be read in here
-        block = Block(device, dtype, seed, self._empty, self._shard is not False, self._rename)
+        block = Block(device, dtype, seed, self._empty, self._shard is not False, self._rename, outer)
         block.seed_agreed = agreed
         if logger.isEnabledFor(logging.INFO):
             block.ran = Counter()
@@ -268,25 +268,19 @@ class on:
         _entered.set(entered[:-1])
         mode.__exit__()
         current.reset(token)
-        outer = current.get()
         report = None if block.report is None else block.report()
         block.timing.watched = report is not None
-        block.report = None  # what becomes real from here on is known
-        found: Found = []
+        block.report = None  # what becomes real from here on is known to it
         try:
             # Also after an exception: what the code in the block has handed out is to have its values.
             name_streams(block)
-            if report is not None or (outer is not None and outer.is_reported()):
-                found = written(block)
             if report is not None:
-                look(report, block, found)
+                look(report, block, written(block))
             key = leave_unwritten(block) if block.shard or block.empty else None
             block.settle()
             if key is not None and self._shard is True:
                 keep_values(block, key)
             del key  # which lives as long as something is unwritten
-            if outer is not None and outer.is_reported():
-                hand_over(found, outer)
             if exc_type is None and not isinstance(self._shard, bool):
                 with modes_off():
                     self._shard.place(

@@ -36,7 +36,7 @@ class Runs:
         asked = _runs(offset, sizes, strides)
         if not len(asked) or not len(self._bounds):
             return not len(asked)
-        index = torch.searchsorted(self._bounds[:, 0].contiguous(), asked[:, 0], right=True) - 1
+        index = torch.searchsorted(self._bounds[:, 0].contiguous(), asked[:, 0].contiguous(), right=True) - 1
         return bool(((index >= 0) & (self._bounds[index.clamp(min=0), 1] >= asked[:, 1])).all())
 
     def of(self, memory: torch.Tensor) -> list[torch.Tensor]:

@@ -72,7 +72,8 @@ class Block(native.Block):
         time.
         mode: weak reference to its mode.
         report: weak reference to the report that somebody may read, or None.
-        histories: of tensors that have become real, with their version at the time.
+        outer: the block around it, whose report tells of its tensors, too.
+        histories: of tensors that have become real, with their version at the time; shared with the outer block.
     """
 
     generator: Generator
@@ -88,6 +89,7 @@ class Block(native.Block):
         empty: Empty | None = None,
         shard: bool = False,
         rename: Callable[[str], str] | None = None,
+        outer: Block | None = None,
     ) -> None:
         self.device = device
         self.default_dtype = dtype
@@ -113,7 +115,8 @@ class Block(native.Block):
         self._existing: dict[int, tuple[int, int]] = {}
         self._had_compiler = "torch._dynamo" in sys.modules
         self.report: weakref.ref[Any] | None = None
-        self.histories: dict[StorageWeakRef, tuple[int, History]] = {}
+        self.outer = outer
+        self.histories: dict[StorageWeakRef, tuple[int, History]] = {} if outer is None else outer.histories
 
     # --- fills --------------------------------------------------------------------------------------------------
 
@@ -230,8 +233,10 @@ class Block(native.Block):
     # --- histories ----------------------------------------------------------------------------------------------
 
     def is_reported(self) -> bool:
-        """Whether anybody has kept the report."""
-        return self.report is not None and self.report() is not None
+        """Whether anybody has kept the report, or that of a block around this one."""
+        if self.report is not None and self.report() is not None:
+            return True
+        return self.outer is not None and self.outer.is_reported()
 
     def keep_history(self, tensor: torch.Tensor, writes: tuple[Write, ...], replaced: tuple[Write, ...] = ()) -> None:
         """Note what has written a tensor that has memory now, for a report that somebody may read."""

@@ -83,19 +83,6 @@ def _history_of(block: Block, tensor: torch.Tensor) -> History:
     return _UNKNOWN
 
 
-def hand_over(found: Found, outer: Block) -> None:
-    """Let the block around a block that has ended know of its tensors, which are real now."""
-    for ref, tensors in found:
-        module = ref()
-        if module is None:
-            continue
-        for each in tensors:
-            tensor = (module._parameters if each.is_parameter else module._buffers).get(each.name)
-            is_real = type(tensor) in (torch.Tensor, torch.nn.Parameter)
-            if tensor is not None and is_real and each.history != _UNKNOWN:
-                outer.keep_history(tensor, *each.history)
-
-
 def named(found: Found) -> list[tuple[str, torch.nn.Module, Written]]:
     """The tensors of modules that still exist, with full names and modules, tied ones once, in a model's order."""
     existing = {id(module): (module, tensors) for ref, tensors in found if (module := ref()) is not None}

@@ -24,39 +24,34 @@ from .nested import tensors_in
 from .records import modes_off
 from .unwritten import Key
 
-_TENSOR: Any = torch.Tensor
-
-_GETTER = type(_TENSOR.shape.__get__)
-
-# What only moves a tensor, or converts it.
-_CONVERTS = frozenset(
+# What gives a tensor of the same values.
+_CONVERTS = {
     getattr(torch.Tensor, name)
-    for name in (
-        *"bfloat16 clone cpu cuda detach double float half requires_grad_ to type".split(),
-        *"dim is_floating_point is_complex numel size stride".split(),
-    )
-) | {_TENSOR.data.__get__, torch.is_floating_point, torch.is_complex, torch._has_compatible_shallow_copy_type}
+    for name in "bfloat16 clone cpu cuda detach double float half requires_grad_ to type".split()
+} | {torch.Tensor.data.__get__, torch.empty_like}  # type: ignore[attr-defined]
 
 
 class Kept(torch.Tensor):
     """An ordinary tensor in all but this: a tensor that is made like it gets its values.
 
-    Whoever uses it in any other way makes it one of torch's own class.
+    Whoever makes another tensor of it in any other way makes it one of torch's own class.
     """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        kept = [each for each in tensors_in((args, kwargs)) if type(each) is Kept]
+        operands = (*args, *(kwargs or {}).values())
+        kept = [each for each in tensors_in(operands) if type(each) is Kept]
         for each in kept:
             release(each)
-        result = _with_values(*args, **kwargs) if func is torch.empty_like else func(*args, **kwargs)
-        converts = func is torch.empty_like or func in _CONVERTS
-        if converts or type(func) is _GETTER:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.empty_like and not result.is_meta:
+            with modes_off(), torch.no_grad():
+                result.copy_(_values(operands[0]))
+        if func in _CONVERTS or not isinstance(result, torch.Tensor):
             for each in kept:
                 _keep(each)
-            if converts:
-                _keep(result, of=args[0])
+        if func in _CONVERTS:
+            _keep(result, of=operands[0])
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -65,12 +60,6 @@ class Kept(torch.Tensor):
         _keep(self)
         _keep(result, of=self)
         return result
-
-
-def _with_values(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
-    with modes_off(), torch.no_grad():
-        result = torch.empty_like(tensor, **options)
-        return result if result.is_meta else result.copy_(_values(tensor))
 
 
 def _values(tensor: torch.Tensor) -> torch.Tensor:
