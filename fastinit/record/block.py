@@ -23,6 +23,7 @@ from ..recipe import COMPUTED, Write
 from . import fast
 from .calls import streams_in
 from .generator import Generator
+from .names import models_of
 from .records import Record, lock, modes_off
 from .tensors import take_record_memory
 
@@ -209,15 +210,12 @@ class Block(native.Block):
 
     def name_of(self, record: Record) -> str | None:
         """What a model calls a record's tensor, for a message; None if no module has it."""
-        tensors = {id(tensor) for ref in record.tensors if (tensor := ref()) is not None}
-        modules = [each for each in gc.get_objects() if issubclass(type(each), torch.nn.Module)]
-        below = {id(child) for module in modules for child in module.__dict__.get("_modules", {}).values()}
-        for root in modules:
-            if id(root) not in below and "_modules" in root.__dict__:
-                for prefix, module in root.named_modules():
-                    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                        if id(tensor) in tensors:
-                            return f"{prefix}{'.' if prefix else ''}{name} of {type(root).__name__}"
+        tensors = set(map(id, record.placeholders()))
+        for model in models_of(self.seen_modules()):
+            for prefix, module in model:
+                for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                    if id(tensor) in tensors:
+                        return f"{prefix}{name} of {type(model[0][1]).__name__}"
         return None
 
     def parameters(self) -> tuple[int, int]:

@@ -7,6 +7,7 @@ real earlier is remembered by its storage, as long as somebody may read the repo
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -45,25 +46,15 @@ Found = list[tuple["weakref.ref[torch.nn.Module]", list[Written]]]
 def written(block: Block) -> Found:
     """All modules that a block has seen with their tensors; to be called before those become real."""
     with modes_off():
-        return [
-            (
-                weakref.ref(module),
-                [
-                    Written(
-                        name,
-                        id(tensor),
-                        tensors is module._parameters,
-                        tuple(tensor.shape),
-                        tensor.dtype,
-                        _history_of(block, tensor),
-                    )
-                    for tensors in (module._parameters, module._buffers)
-                    for name, tensor in tensors.items()
-                    if tensor is not None
-                ],
-            )
-            for module in block.seen_modules()
-        ]
+        return [(weakref.ref(module), list(_written(block, module))) for module in block.seen_modules()]
+
+
+def _written(block: Block, module: torch.nn.Module) -> Iterator[Written]:
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                what = tensors is module._parameters, tuple(tensor.shape), tensor.dtype
+                yield Written(name, id(tensor), *what, _history_of(block, tensor))
 
 
 _UNKNOWN = History((COMPUTED,), ())

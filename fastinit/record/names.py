@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from .block import Block
 from .calls import streams_in, with_streams
 from .records import lock, modes_off
 from .tensors import Placeholder
+
+if TYPE_CHECKING:
+    from .block import Block
 
 # Children that another module only wraps, by what torch.compile, FSDP1 and activation checkpointing call them.
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -74,13 +77,13 @@ def _renamed(block: Block, name: str) -> str:
 def prefixes_of(modules: Iterable[nn.Module]) -> dict[int, str]:
     """What comes before the names of tensors in the first model of each module, by its id."""
     prefixes: dict[int, str] = {}
-    for model in _models(modules):
+    for model in models_of(modules):
         for prefix, module in model:
             prefixes.setdefault(id(module), prefix)
     return prefixes
 
 
-def _models(modules: Iterable[nn.Module]) -> Iterator[list[tuple[str, nn.Module]]]:
+def models_of(modules: Iterable[nn.Module]) -> Iterator[list[tuple[str, nn.Module]]]:
     """The largest models that modules are of: the modules of each, with what comes before the names of their tensors.
 
     Wrappers leave no trace in it: a compiled or checkpointed module has the names that it has without.
@@ -111,17 +114,15 @@ def _is_wrapped(owner: nn.Module, name: str) -> bool:
 def _named(modules: Iterable[nn.Module]) -> Iterator[tuple[str, torch.Tensor, int]]:
     """The parameters and buffers of models by their names, in order, with the number of the model."""
     taken: dict[str, tuple[torch.Tensor, int]] = {}
-    for model in _models(modules):
-        named: dict[str, torch.Tensor] = {}
-        for prefix, module in model:
-            for name, tensor in {**module._parameters, **module._buffers}.items():
-                if tensor is not None:
-                    named[prefix + name] = tensor
-        number = 0
-        for name, tensor in named.items():
-            before = taken.get(name)
-            if before is not None and before[0] is not tensor:
-                number = max(number, before[1] + 1)
+    for model in models_of(modules):
+        named = {
+            prefix + name: tensor
+            for prefix, module in model
+            for name, tensor in {**module._parameters, **module._buffers}.items()
+            if tensor is not None
+        }
+        before = [taken[name] for name, tensor in named.items() if name in taken and taken[name][0] is not tensor]
+        number = max((other + 1 for _, other in before), default=0)
         for name, tensor in named.items():
             taken[name] = tensor, number
             yield name, tensor, number

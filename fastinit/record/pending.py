@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..native import CONSTANT
+from ..recipe import Write
 from . import reading as reading
 from .block import Block
 from .names import prefixes_of
@@ -23,40 +24,32 @@ def leave_unwritten(block: Block) -> Key:
     """
     key = Key(block.seed, block.seed_agreed)
     with lock, modes_off():
-        for record, owners in _owned(block).items():
+        for record, (name, parameters_only) in _owned(block).items():
             recipe = record.recipe or ()
-            if block.shard:
-                if any(module._parameters.get(name) is None for module, name, _ in owners):
-                    continue
-            elif recipe and all(write.kind == CONSTANT for write in recipe):
+            if not parameters_only if block.shard else recipe and _is_constant(recipe):
                 continue
             block.deferred += len(recipe)
             if block.empty == "unchecked":
                 record.recipe, record.deferred = (), True
                 continue
-            remedy = _MATERIALIZE if block.shard else _INITIALIZE
-            created = record.dtype, record.device
-            origin = Origin(owners[0][2], record.shape, recipe, key, *created, remedy, block.empty == "nan")
-            device = torch.device("meta") if block.shard else record.device
-            rest = Rest(origin, record.shape, None, record.dtype, device)
+            origin = Origin(name, record.shape, recipe, key, record.dtype, record.device, block.empty == "nan")
+            rest = Rest(origin, record.shape, None, record.dtype, record.device)
             for tensor in record.placeholders():
                 tensor.__class__ = Unwritten
                 tensor._record = rest
                 rest.stands(tensor)
             record.tensors = []  # torch.utils.swap_tensors refuses what has weak references
-            move(rest, device)
+            move(rest, torch.device("meta") if block.shard else record.device)
     return key
 
 
-_INITIALIZE = "Load a checkpoint that supplies it, or call fastinit.initialize(model)"
-_MATERIALIZE = "Call fastinit.materialize(model), once the model is sharded or is not to be"
-
-_Owner = tuple[torch.nn.Module, str, str]
+def _is_constant(recipe: tuple[Write, ...]) -> bool:
+    return all(write.kind == CONSTANT for write in recipe)
 
 
-def _owned(block: Block) -> dict[Record, list[_Owner]]:
-    """What a state dict holds and is still pending: modules, the names there, and the full names."""
-    owned: dict[Record, list[_Owner]] = {}
+def _owned(block: Block) -> dict[Record, tuple[str, bool]]:
+    """What a state dict holds and is still pending: its first name, and whether all are of parameters."""
+    owned: dict[Record, tuple[str, bool]] = {}
     modules = list(block.seen_modules())
     prefixes: dict[int, str] = {}
     for module in modules:
@@ -64,10 +57,10 @@ def _owned(block: Block) -> dict[Record, list[_Owner]]:
             if type(tensor) is not Placeholder or name in module._non_persistent_buffers_set:
                 continue
             record = tensor._record
-            recipe = record.recipe
-            if recipe is None or record.block is not block:
+            if record.recipe is None or record.block is not block:
                 continue
-            if record.is_fillable or all(write.kind == CONSTANT for write in recipe):
+            if record.is_fillable or _is_constant(record.recipe):
                 prefixes = prefixes or prefixes_of(modules)
-                owned.setdefault(record, []).append((module, name, prefixes[id(module)] + name))
+                first, parameters_only = owned.get(record, (prefixes[id(module)] + name, True))
+                owned[record] = first, parameters_only and name in module._parameters
     return owned

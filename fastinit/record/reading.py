@@ -68,25 +68,26 @@ _UNSENT = (
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Let torch run an operator that reads what is written, or writes over what is not."""
     written = list(_overwritten(func, args, kwargs))
-    substitutes: dict[int, torch.Tensor] = {}
-    originals: dict[int, torch.Tensor] = {}
-    for tensor in tensors_in((args, kwargs)):
+    memories: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def memory(tensor: torch.Tensor) -> torch.Tensor:
         if type(tensor) is not Unwritten:
-            continue
+            return tensor
         if any(tensor is each for each in written):
             # Another object than the memory itself, which an out= argument of another shape would resize.
-            substitutes[id(tensor)] = memory_of(tensor).detach()
+            memories.append((memory_of(tensor).detach(), tensor))
         else:
-            substitutes[id(tensor)] = readable(tensor, _UNSENT if func.namespace == "c10d" else "")
-        originals[id(substitutes[id(tensor)])] = tensor
-    args_read, kwargs_read = map_tensors(lambda each: substitutes.get(id(each), each), (args, kwargs))
+            memories.append((readable(tensor, _UNSENT if func.namespace == "c10d" else ""), tensor))
+        return memories[-1][0]
+
+    args_read, kwargs_read = map_tensors(memory, (args, kwargs))
     results = func(*args_read, **kwargs_read)
     places = _places(func, args, kwargs) if written and func in _SCATTERS else None
     for tensor in written:
-        if substitutes[id(tensor)].shape != tensor.shape:
+        if any(each.shape != tensor.shape for each, of in memories if of is tensor):
             refuse(tensor, "; an out= argument of another shape cannot take its place")
         wrote(tensor, places)
-    return map_tensors(lambda each: originals.get(id(each), each), results)
+    return map_tensors(lambda each: next((of for known, of in memories if known is each), each), results)
 
 
 def _overwritten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Unwritten]:

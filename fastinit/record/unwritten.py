@@ -45,7 +45,6 @@ class Origin(NamedTuple):
         shape: sizes of the row-major tensor that the recipe fills.
         recipe, key: its values.
         dtype, device: what the block has created it in, and where.
-        remedy: what to do before it is used.
         reads_nan: who reads it gets NaN, and is not refused.
         placeless: it is a part, or a copy of a part, and what part is not known here: the placements of a distributed
             tensor have to say it.
@@ -58,7 +57,6 @@ class Origin(NamedTuple):
     key: Key
     dtype: torch.dtype
     device: torch.device
-    remedy: str
     reads_nan: bool = False
     placeless: bool = False
     zeros: bool = False
@@ -230,9 +228,14 @@ def refuse(tensor: Unwritten, what: str = "", error: type[RuntimeError] = Runtim
     """Say that a tensor has no values yet, by its name, and what to do about it."""
     rest = tensor._record
     how = "nothing has written it since" if rest.memory is None else "it has been written only in part since"
+    remedy = (
+        "Call fastinit.materialize(model), once the model is sharded or is not to be"
+        if tensor.is_meta
+        else "Load a checkpoint that supplies it, or call fastinit.initialize(model)"
+    )
     message = (
         f"fastinit: {rest.origin.name} (shape {tuple(tensor.shape)}, {tensor.dtype}) was created without values, and "
-        f"{how}{what}. {rest.origin.remedy}"
+        f"{how}{what}. {remedy}"
     )
     logger.info(message)  # TorchScript's interpreter reports an error of its own, without any message
     if error is NotImplementedError:
