@@ -28,7 +28,7 @@ from .layout import numel
 from .native import ADD, CLAMP, DIVIDE, ERFINV, MULTIPLY
 from .recipe import CALLED, COMPUTED, COPIED, Constant, Distribution, Normal, TruncatedNormal, Uniform, Write
 from .record.block import Block
-from .record.history import Found, named
+from .record.history import Written
 
 # Where weights are multiplied, their standard deviation times the square root of the fan-in or the fan-out is within
 # these bounds: about 1, 0.6 for the default of nn.Linear, down to 0.08 where residual branches are scaled by depth.
@@ -177,7 +177,7 @@ class Report:
     _timing: Timing = field(default_factory=Timing, repr=False)
     _started: float = field(default=0.0, repr=False)
     _memory: int = field(default=0, repr=False)
-    _found: Found = field(default_factory=list, repr=False)
+    _found: list[Written] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
         deferred = f", {self.fills_deferred} deferred" if self.fills_deferred else ""
@@ -202,7 +202,7 @@ class Report:
     def tensors(self) -> list[TensorReport]:
         return [
             TensorReport(
-                name,
+                each.name,
                 type(module),
                 each.is_parameter,
                 each.shape,
@@ -210,7 +210,8 @@ class Report:
                 tuple(_reported(each.history.writes)),
                 tuple(_reported(each.history.replaced)),
             )
-            for name, module, each in named(self._found)
+            for each in self._found
+            if (module := each.module()) is not None
         ]
 
     @property
@@ -260,7 +261,7 @@ def start(device: torch.device, dtype: torch.dtype, seed: int, streams: Literal[
     return report
 
 
-def look(report: Report, block: Block, found: Found) -> None:
+def look(report: Report, block: Block, found: list[Written]) -> None:
     """Note what models a block has made, before an engine takes the parameters over, and what is known of them."""
     report.parameters, report.bytes = block.parameters()
     report._found = found

@@ -7,7 +7,6 @@ real earlier is remembered by its storage, as long as somebody may read the repo
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,36 +24,33 @@ class Written(NamedTuple):
     """A tensor that a module has at the end of a block.
 
     Attributes:
-        name: in the module.
-        identity: the same for tied ones.
+        name: in the largest model of the block that has it.
+        module: weak reference to the module.
         is_parameter: and not a buffer.
         shape, dtype, history: of the tensor.
     """
 
     name: str
-    identity: int
+    module: weakref.ref[torch.nn.Module]
     is_parameter: bool
     shape: tuple[int, ...]
     dtype: torch.dtype
     history: History
 
 
-# The modules of a block with their tensors.
-Found = list[tuple["weakref.ref[torch.nn.Module]", list[Written]]]
-
-
-def written(block: Block) -> Found:
-    """All modules that a block has seen with their tensors; to be called before those become real."""
+def written(block: Block) -> list[Written]:
+    """The tensors of all modules that a block has seen, tied ones once; to be called before they become real."""
+    found: dict[int, Written] = {}
     with modes_off():
-        return [(weakref.ref(module), list(_written(block, module))) for module in block.seen_modules()]
-
-
-def _written(block: Block, module: torch.nn.Module) -> Iterator[Written]:
-    for tensors in (module._parameters, module._buffers):
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                what = tensors is module._parameters, tuple(tensor.shape), tensor.dtype
-                yield Written(name, id(tensor), *what, _history_of(block, tensor))
+        modules = {id(module): module for module in block.seen_modules()}
+        for key, prefix in prefixes_of(modules.values()).items():
+            ref = weakref.ref(modules[key])
+            for tensors in (modules[key]._parameters, modules[key]._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None and id(tensor) not in found:
+                        what = tensors is modules[key]._parameters, tuple(tensor.shape), tensor.dtype
+                        found[id(tensor)] = Written(prefix + name, ref, *what, _history_of(block, tensor))
+    return list(found.values())
 
 
 _UNKNOWN = History((COMPUTED,), ())
@@ -72,15 +68,3 @@ def _history_of(block: Block, tensor: torch.Tensor) -> History:
             unchanged = version == tensor._version
             return history if unchanged else history._replace(writes=(*history.writes, COMPUTED))
     return _UNKNOWN
-
-
-def named(found: Found) -> list[tuple[str, torch.nn.Module, Written]]:
-    """The tensors of modules that still exist, with full names and modules, tied ones once, in a model's order."""
-    existing = {id(module): (module, tensors) for ref, tensors in found if (module := ref()) is not None}
-    names: dict[int, tuple[str, torch.nn.Module, Written]] = {}
-    for key, prefix in prefixes_of([module for module, _ in existing.values()]).items():
-        if key in existing:
-            module, tensors = existing[key]
-            for each in tensors:
-                names.setdefault(each.identity, (prefix + each.name, module, each))
-    return list(names.values())

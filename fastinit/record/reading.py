@@ -37,26 +37,19 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return result
     if operator.is_view and type(args[0]) is Unwritten:
         return _view(func, *args, **kwargs)
-    fake = _fake_mode((args, kwargs))
-    if fake is not None:
-        with fake:
-            return func(*map_tensors(_like, args), **map_tensors(_like, kwargs))
+    for each in tensors_in((args, kwargs)):
+        fake = getattr(each, "fake_mode", None)
+        if fake is not None:  # it asks for shapes and dtypes alone
+            with fake:
+                return func(*map_tensors(_like, args), **map_tensors(_like, kwargs))
     return _run(func, args, kwargs)
 
 
-def _fake_mode(operands: Any) -> Any:
-    """The mode of fake tensors among the operands: it asks for shapes and dtypes alone."""
-    for each in tensors_in(operands):
-        mode = getattr(each, "fake_mode", None)
-        if mode is not None:
-            return mode
-    return None
-
-
-def _like(tensor: torch.Tensor) -> torch.Tensor:
+def _like(tensor: torch.Tensor, device: str | None = None) -> torch.Tensor:
+    """A tensor with memory like one that is unwritten; or that one."""
     if type(tensor) is not Unwritten:
         return tensor
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or tensor.device)
 
 
 _UNSENT = (
@@ -188,7 +181,7 @@ def _again(func: Any, tensor: Unwritten, **options: Any) -> Any:
         if written:
             refuse(tensor)
         return _part(tensor, tuple(tensor.shape), dtype, device)
-    strides = func(_on_meta(tensor), memory_format=options.get("memory_format")).stride()
+    strides = func(_like(tensor, "meta"), memory_format=options.get("memory_format")).stride()
     if strides == tensor.stride():
         return stand_for(rest.forked(dtype, device, empty=is_empty), region)
     if written or rest.place is not None or not is_in_order(rest, region):
@@ -202,10 +195,6 @@ def _kind(tensor: torch.Tensor, options: dict[str, Any]) -> tuple[torch.dtype, t
     return options.get("dtype") or tensor.dtype, concrete(options.get("device") or tensor.device)
 
 
-def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
 def _part(tensor: Unwritten, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Unwritten:
     """A tensor of its own for the values of a part."""
     return stand_for(Rest(tensor._record.origin._replace(placeless=True), shape, None, dtype, device))
@@ -216,7 +205,7 @@ def _padded(func: Any, tensor: Unwritten, *args: Any) -> Any:
     # What DTensor does to uneven parts before it scatters them.
     if tensor._record.memory is not None:
         return NotImplemented
-    return _part(tensor, tuple(func(_on_meta(tensor), *args).shape), tensor.dtype, tensor.device)
+    return _part(tensor, tuple(func(_like(tensor, "meta"), *args).shape), tensor.dtype, tensor.device)
 
 
 _ZEROS = (Write(CONSTANT, (0.0,)),)
@@ -234,18 +223,17 @@ def _new_zeros(func: Any, tensor: Unwritten, size: Any, **options: Any) -> Any:
 
 
 @_handles(
-    *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default),
-    *(aten.rand_like.default, aten.randn_like.default, aten.new_empty.default, aten.new_empty_strided.default),
-    *(aten.new_ones.default, aten.new_full.default),
+    *_overloads(*"full_like ones_like rand_like randint_like randn_like zeros_like".split()),
+    *_overloads(*"new_empty new_empty_strided new_full new_ones".split()),
 )
 def _like_it(func: Any, tensor: Unwritten, *args: Any, **options: Any) -> Any:
     """A tensor of the dtype and device of one that has no memory; in another block, recorded there like any other."""
-    if current.get() is not None:
+    if current.get() is not None and func in RECORDED:
         there = {**options, "device": options.get("device") or tensor._record.origin.device}
-        result = RECORDED[func](func, _on_meta(tensor), *args, **there)
+        result = RECORDED[func](func, _like(tensor, "meta"), *args, **there)
         if result is not NotImplemented:
             return result
-    return func(_on_meta(tensor), *args, **{**options, "device": options.get("device") or tensor.device})
+    return func(_like(tensor, "meta"), *args, **{**options, "device": options.get("device") or tensor.device})
 
 
 @_handles(aten.copy_.default)

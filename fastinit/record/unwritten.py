@@ -96,7 +96,6 @@ class Rest:
         self.written = Runs() if memory is None else written
         self.tensors: list[Unwritten] = []
         self.refused = False
-        self._prune_at = 64
 
     def __reduce__(self) -> Any:
         state = (self.origin, self.shape, self.place, self.dtype, self.device, self.memory, self.written)
@@ -104,10 +103,9 @@ class Rest:
 
     def stands(self, tensor: Unwritten) -> None:
         """Note a tensor that is to become real with the others."""
-        if len(self.tensors) >= self._prune_at:
-            self.tensors = self.standing()
-            self._prune_at = 2 * len(self.tensors) + 64
         self.tensors.append(tensor)
+        if len(self.tensors) % 64 == 0:
+            self.tensors = self.standing()
 
     def standing(self) -> list[Unwritten]:
         """Those that still stand for it, without views that only the list holds: FSDP2 makes many."""
@@ -123,9 +121,7 @@ class Rest:
             return self.memory is not None
         return self.written.cover(*(region or Region(0, (numel(self.shape),), (1,))))
 
-    def forked(
-        self, dtype: torch.dtype | None = None, device: torch.device | None = None, *, empty: bool = False
-    ) -> Rest:
+    def forked(self, dtype: torch.dtype | None = None, device: torch.device | None = None, empty: bool = False) -> Rest:
         """A copy of it, also of what is written, unless it is to be empty; of another dtype or elsewhere, if asked."""
         dtype, device = dtype or self.dtype, device or self.device
         memory = None if self.memory is None or empty else self.memory.to(device, dtype, copy=True)
@@ -365,18 +361,13 @@ for _name in (
 
 def stand_for(rest: Rest, region: Region | None = None) -> Unwritten:
     """A new tensor that stands for all of a storage, or for a region of it."""
-    tensor = _made(rest, region)
-    tensor._record, tensor._region = rest, region
-    rest.stands(tensor)
-    return tensor
-
-
-def _made(rest: Rest, region: Region | None) -> Unwritten:
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            return _made(rest, region)
+            return stand_for(rest, region)
     # Its storage has no bytes: TorchScript writes as many to a file as it has, from no address.
     tensor: Unwritten = without_storage(Unwritten, rest, region, 0)
+    tensor._record, tensor._region = rest, region
+    rest.stands(tensor)
     return tensor
 
 
@@ -390,7 +381,7 @@ def move(rest: Rest, device: torch.device) -> None:
     """Let what has no memory yet be on a device."""
     rest.device = device
     for tensor in filter(is_leaf, rest.standing()):
-        _exchange(tensor, _made(rest, tensor._region))
+        _exchange(tensor, stand_for(rest, tensor._region))
 
 
 def memory_of(tensor: Unwritten) -> torch.Tensor:
