@@ -23,7 +23,7 @@ from ..recipe import COMPUTED, Write
 from . import fast
 from .calls import streams_in
 from .generator import Generator
-from .names import models_of
+from .names import models_of, tensors_of
 from .records import Record, lock, modes_off
 from .tensors import take_record_memory
 
@@ -212,10 +212,9 @@ class Block(native.Block):
         """What a model calls a record's tensor, for a message; None if no module has it."""
         tensors = set(map(id, record.placeholders()))
         for model in models_of(self.seen_modules()):
-            for prefix, module in model:
-                for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                    if id(tensor) in tensors:
-                        return f"{prefix}{name} of {type(model[0][1]).__name__}"
+            for name, _, _, tensor in tensors_of(model):
+                if id(tensor) in tensors:
+                    return f"{name} of {type(model[0][1]).__name__}"
         return None
 
     def parameters(self) -> tuple[int, int]:

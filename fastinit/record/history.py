@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..recipe import COMPUTED
 from .block import Block, History
-from .names import prefixes_of
+from .names import models_of, tensors_of
 from .records import modes_off
 from .tensors import Placeholder
 from .unwritten import Unwritten
@@ -42,14 +42,11 @@ def written(block: Block) -> list[Written]:
     """The tensors of all modules that a block has seen, tied ones once; to be called before they become real."""
     found: dict[int, Written] = {}
     with modes_off():
-        modules = {id(module): module for module in block.seen_modules()}
-        for key, prefix in prefixes_of(modules.values()).items():
-            ref = weakref.ref(modules[key])
-            for tensors in (modules[key]._parameters, modules[key]._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None and id(tensor) not in found:
-                        what = tensors is modules[key]._parameters, tuple(tensor.shape), tensor.dtype
-                        found[id(tensor)] = Written(prefix + name, ref, *what, _history_of(block, tensor))
+        for model in models_of(block.seen_modules()):
+            for name, module, own_name, tensor in tensors_of(model):
+                if id(tensor) not in found:
+                    what = own_name in module._parameters, tuple(tensor.shape), tensor.dtype
+                    found[id(tensor)] = Written(name, weakref.ref(module), *what, _history_of(block, tensor))
     return list(found.values())
 
 

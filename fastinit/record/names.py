@@ -21,6 +21,9 @@ from .tensors import Placeholder
 if TYPE_CHECKING:
     from .block import Block
 
+# The modules of a model, with what comes before the names of their tensors.
+Model = list[tuple[str, nn.Module]]
+
 # Children that another module only wraps, by what torch.compile, FSDP1 and activation checkpointing call them.
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -74,17 +77,8 @@ def _renamed(block: Block, name: str) -> str:
     return renamed
 
 
-def prefixes_of(modules: Iterable[nn.Module]) -> dict[int, str]:
-    """What comes before the names of tensors in the first model of each module, by its id."""
-    prefixes: dict[int, str] = {}
-    for model in models_of(modules):
-        for prefix, module in model:
-            prefixes.setdefault(id(module), prefix)
-    return prefixes
-
-
-def models_of(modules: Iterable[nn.Module]) -> Iterator[list[tuple[str, nn.Module]]]:
-    """The largest models that modules are of: the modules of each, with what comes before the names of their tensors.
+def models_of(modules: Iterable[nn.Module]) -> Iterator[Model]:
+    """The largest models that modules are of.
 
     Wrappers leave no trace in it: a compiled or checkpointed module has the names that it has without.
     """
@@ -98,6 +92,14 @@ def models_of(modules: Iterable[nn.Module]) -> Iterator[list[tuple[str, nn.Modul
             _collect(root, "", model)
             seen.update(model)
             yield list(model.values())
+
+
+def tensors_of(model: Model) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+    """Parameters and buffers by their full names, in order, with the modules that have them and their names there."""
+    for prefix, module in model:
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield prefix + name, module, name, tensor
 
 
 def _collect(module: nn.Module, prefix: str, model: dict[int, tuple[str, nn.Module]]) -> None:
@@ -115,12 +117,7 @@ def _named(modules: Iterable[nn.Module]) -> Iterator[tuple[str, torch.Tensor, in
     """The parameters and buffers of models by their names, in order, with the number of the model."""
     taken: dict[str, tuple[torch.Tensor, int]] = {}
     for model in models_of(modules):
-        named = {
-            prefix + name: tensor
-            for prefix, module in model
-            for name, tensor in {**module._parameters, **module._buffers}.items()
-            if tensor is not None
-        }
+        named = {name: tensor for name, _, _, tensor in tensors_of(model)}
         before = [taken[name] for name, tensor in named.items() if name in taken and taken[name][0] is not tensor]
         number = max((other + 1 for _, other in before), default=0)
         for name, tensor in named.items():

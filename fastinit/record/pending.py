@@ -8,7 +8,7 @@ from ..native import CONSTANT
 from ..recipe import Write
 from . import reading as reading
 from .block import Block
-from .names import prefixes_of
+from .names import models_of, tensors_of
 from .records import Record, lock, modes_off
 from .tensors import Placeholder
 from .unwritten import Key, Origin, Rest, Unwritten, move
@@ -50,17 +50,14 @@ def _is_constant(recipe: tuple[Write, ...]) -> bool:
 def _owned(block: Block) -> dict[Record, tuple[str, bool]]:
     """What a state dict holds and is still pending: its first name, and whether all are of parameters."""
     owned: dict[Record, tuple[str, bool]] = {}
-    modules = list(block.seen_modules())
-    prefixes: dict[int, str] = {}
-    for module in modules:
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+    for model in models_of(block.seen_modules()):
+        for full_name, module, name, tensor in tensors_of(model):
             if type(tensor) is not Placeholder or name in module._non_persistent_buffers_set:
                 continue
             record = tensor._record
             if record.recipe is None or record.block is not block:
                 continue
             if record.is_fillable or _is_constant(record.recipe):
-                prefixes = prefixes or prefixes_of(modules)
-                first, parameters_only = owned.get(record, (prefixes[id(module)] + name, True))
+                first, parameters_only = owned.get(record, (full_name, True))
                 owned[record] = first, parameters_only and name in module._parameters
     return owned
