@@ -129,10 +129,6 @@ class Block(native.Block):
         record.did(*recipe)
         fills = Fills(self.seed, memory.device)
         fills.write(memory, recipe, zeros=zeros)
-        self.run(fills)
-
-    def run(self, fills: Fills) -> None:
-        """Run collected fills, and count them."""
         self.timing.run(fills)
 
     # --- streams by name ------------------------------------------------------------------------------------------
@@ -315,9 +311,9 @@ class Block(native.Block):
                 size += self._give_memory_to(segment[done], given, fills)
                 done += 1
             if size >= _BATCH_BYTES:
-                self.run(fills)
+                self.timing.run(fills)
                 size = 0
-        self.run(fills)
+        self.timing.run(fills)
 
     def _give_memory_to(self, record: Record, given: list[tuple[Record, torch.Tensor]], fills: Fills) -> int:
         """Give one record memory; the bytes that its fills add to the batch."""

@@ -105,7 +105,7 @@ def _take(block: Block, tensor: torch.Tensor, local: torch.Tensor, whole: Any) -
             block.keep_order(record.recipe, record)
             fills = Fills(block.seed, memory.device)
             fills.write(memory, record.recipe, boxes, zeros=type(local) is Unwritten, elements=whole.numel())
-            block.run(fills)
+            block.timing.run(fills)
     if type(local) is Unwritten:
         wrote(local)
 

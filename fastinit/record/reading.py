@@ -87,8 +87,7 @@ def _overwritten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> It
     """The unwritten operands that an operator writes without reading them."""
     adds = func is aten.index_put_.default and (args[3] if len(args) > 3 else kwargs.get("accumulate"))
     if func in _FILLS or (func in _SCATTERS and not adds):
-        first = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
-        yield from (each for each in first if type(each) is Unwritten)
+        yield from (each for each in tensors_in(args[0]) if type(each) is Unwritten)
     for argument in func._schema.arguments:
         if argument.is_out and type(kwargs.get(argument.name)) is Unwritten:
             yield kwargs[argument.name]

@@ -428,6 +428,24 @@ def test_whoever_asks_for_an_address_gets_initialized_memory():
     assert type(model.first.weight) is nn.Parameter and same_bits(model.first.weight, built(Net).first.weight)
 
 
+def test_who_was_refused_leaves_no_mark(make, tmp_path):
+    model = make()
+    for refused in (lambda: model.first.weight.untyped_storage(), lambda: _safetensors(model, tmp_path)):
+        with pytest.raises(RuntimeError, match=r"first\.weight .*was created without values"):
+            refused()
+    finished(model)
+    assert not vars(model.first.weight)
+
+
+def test_tensors_of_other_kinds_are_made_like_it(make):
+    weight = make().first.weight
+    mask = torch.empty_like(weight, dtype=torch.bool)
+    assert type(mask) is torch.Tensor and mask.shape == (8, 8) and mask.device == weight.device
+    numbers = torch.randint_like(weight, 3, 4, device="cpu")
+    assert type(numbers) is torch.Tensor and (numbers == 3).all() and numbers.dtype == weight.dtype
+    assert not hasattr(weight, "__cuda_array_interface__")
+
+
 def test_saving_it_warns_by_name_and_a_written_one_is_saved_without_fastinit(make):
     model = make()
     with pytest.warns(UserWarning, match=r"fastinit: first\.weight is saved without values"):
@@ -548,6 +566,7 @@ def test_what_was_kept_is_ordinary_once_nothing_is_unwritten():
     for assign in (False, True):
         with fastinit.on("cpu", "fp32", shard=True):
             model = Net()
+        assert torch.equal(torch.empty_like(input=model.table), torch.arange(3.0).cos())
         model.to_empty(device="cpu")
         model.load_state_dict(state, assign=assign)
         gc.collect()  # tensors that nothing refers to but what they stood for
