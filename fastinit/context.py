@@ -31,7 +31,6 @@ from .execution import NATIVE_DEVICES, Timing, concrete, refuse_capture
 from .log import logger
 from .record import guest
 from .record.block import Block, Empty, current
-from .record.history import written
 from .record.kept import keep_values
 from .record.mode import Mode
 from .record.names import name_streams
@@ -275,7 +274,7 @@ class on:
             # Also after an exception: what the code in the block has handed out is to have its values.
             name_streams(block)
             if report is not None:
-                look(report, block, written(block))
+                look(report, block)
             key = leave_unwritten(block) if block.shard or block.empty else None
             block.settle()
             if key is not None and self._shard is True:

@@ -298,11 +298,6 @@ class _Part(NamedTuple):
         """Of the memory."""
         return self.rest.shape if self.window is None else tuple(each.stop - each.start for each in self.window)
 
-    @property
-    def nbytes(self) -> int:
-        """Of the memory that it has yet to get."""
-        return 0 if self.rest.memory is not None else numel(self.shape) * self.rest.dtype.itemsize
-
     def memory(self) -> torch.Tensor:
         if self.rest.memory is not None:
             return self.rest.memory
@@ -352,7 +347,8 @@ def _give_values(
     with timing.allocating():
         for target in dict.fromkeys(part.device for part in parts):
             refuse_capture(target)
-            reserve([part.nbytes for part in distinct.values() if part.device == target], target)
+            new = [part for part in distinct.values() if part.device == target and part.rest.memory is None]
+            reserve([numel(part.shape) * part.rest.dtype.itemsize for part in new], target)
         memories = {key: part.memory() for key, part in distinct.items()}
     pieces = [part.piece(memories[key]) for key, part in distinct.items()]
     for each in named:

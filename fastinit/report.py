@@ -28,7 +28,7 @@ from .layout import numel
 from .native import ADD, CLAMP, DIVIDE, ERFINV, MULTIPLY
 from .recipe import CALLED, COMPUTED, COPIED, Constant, Distribution, Normal, TruncatedNormal, Uniform, Write
 from .record.block import Block
-from .record.history import Written
+from .record.history import Written, written
 
 # Where weights are multiplied, their standard deviation times the square root of the fan-in or the fan-out is within
 # these bounds: about 1, 0.6 for the default of nn.Linear, down to 0.08 where residual branches are scaled by depth.
@@ -261,10 +261,10 @@ def start(device: torch.device, dtype: torch.dtype, seed: int, streams: Literal[
     return report
 
 
-def look(report: Report, block: Block, found: list[Written]) -> None:
+def look(report: Report, block: Block) -> None:
     """Note what models a block has made, before an engine takes the parameters over, and what is known of them."""
     report.parameters, report.bytes = block.parameters()
-    report._found = found
+    report._found = written(block)
 
 
 def finish(report: Report, block: Block) -> None:

@@ -227,9 +227,7 @@ class Block(native.Block):
 
     def is_reported(self) -> bool:
         """Whether anybody has kept the report, or that of a block around this one."""
-        if self.report is not None and self.report() is not None:
-            return True
-        return self.outer is not None and self.outer.is_reported()
+        return bool(self.report and self.report()) or bool(self.outer and self.outer.is_reported())
 
     def keep_history(self, tensor: torch.Tensor, writes: tuple[Write, ...], replaced: tuple[Write, ...] = ()) -> None:
         """Note what has written a tensor that has memory now, for a report that somebody may read."""

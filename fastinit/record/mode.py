@@ -198,8 +198,8 @@ class Mode(native.Mode, TorchFunctionMode):
     def _initialize(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A function of torch.nn.init, for a tensor that exists by way of a placeholder of its whole."""
         tensor = args[0] if args else kwargs.get("tensor")
-        own = func in INITIALIZERS  # others may read what they are given
-        if not existing.takes(self.block, tensor) or not (own or existing.is_ordinary(tensor)):
+        # Functions that are not torch's own may read what they are given.
+        if not existing.takes(self.block, tensor) or not (func in INITIALIZERS or existing.is_ordinary(tensor)):
             return func(*args, **kwargs)
 
         def record(whole: torch.Tensor) -> Any:

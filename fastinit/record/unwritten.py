@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -29,12 +30,12 @@ from .storageless import attributes_of, deep_copy, swap_impl, without_storage
 from .tensors import swap_in
 
 
+@dataclass(eq=False)
 class Key:
     """The key of one block's values, which all ranks have to agree on; copies of a model refer to the same one."""
 
-    def __init__(self, seed: int, agreed: bool) -> None:
-        self.seed = seed
-        self.agreed = agreed
+    seed: int
+    agreed: bool
 
 
 class Origin(NamedTuple):
@@ -62,6 +63,7 @@ class Origin(NamedTuple):
     zeros: bool = False
 
 
+@dataclass(eq=False)
 class Rest:
     """The content of one storage of which something is unwritten.
 
@@ -77,29 +79,18 @@ class Rest:
         refused: somebody was refused its storage.
     """
 
-    def __init__(
-        self,
-        origin: Origin,
-        shape: tuple[int, ...],
-        place: Region | None,
-        dtype: torch.dtype,
-        device: torch.device,
-        memory: torch.Tensor | None = None,
-        written: Runs | None = None,
-    ) -> None:
-        self.origin = origin
-        self.shape = shape
-        self.place = place
-        self.dtype = dtype
-        self.device = device
-        self.memory = memory
-        self.written = Runs() if memory is None else written
-        self.tensors: list[Unwritten] = []
-        self.refused = False
+    origin: Origin
+    shape: tuple[int, ...]
+    place: Region | None
+    dtype: torch.dtype
+    device: torch.device
+    memory: torch.Tensor | None = None
+    written: Runs | None = field(default_factory=Runs)
+    tensors: list[Unwritten] = field(default_factory=list)
+    refused: bool = False
 
-    def __reduce__(self) -> Any:
-        state = (self.origin, self.shape, self.place, self.dtype, self.device, self.memory, self.written)
-        return Rest, state
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "tensors": [], "refused": False}
 
     def stands(self, tensor: Unwritten) -> None:
         """Note a tensor that is to become real with the others."""
@@ -117,15 +108,16 @@ class Rest:
 
     def has(self, region: Region | None) -> bool:
         """Whether every element of a region is written."""
-        if self.memory is None or self.written is None:
-            return self.memory is not None
-        return self.written.cover(*(region or Region(0, (numel(self.shape),), (1,))))
+        region = region or Region(0, (numel(self.shape),), (1,))
+        return self.memory is not None and (self.written is None or self.written.cover(*region))
 
     def forked(self, dtype: torch.dtype | None = None, device: torch.device | None = None, empty: bool = False) -> Rest:
         """A copy of it, also of what is written, unless it is to be empty; of another dtype or elsewhere, if asked."""
         dtype, device = dtype or self.dtype, device or self.device
-        memory = None if self.memory is None or empty else self.memory.to(device, dtype, copy=True)
-        return Rest(self.origin, self.shape, self.place, dtype, device, memory, copy.copy(self.written))
+        made = Rest(self.origin, self.shape, self.place, dtype, device)
+        if self.memory is not None and not empty:
+            made.memory, made.written = self.memory.to(device, dtype, copy=True), copy.copy(self.written)
+        return made
 
     def with_memory(self) -> torch.Tensor:
         """Memory to write to; NaN is in it where reading gives that."""
