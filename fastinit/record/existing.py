@@ -58,10 +58,8 @@ def initialize(block: Block, tensor: torch.Tensor, record: Callable[[torch.Tenso
     ordinary = is_ordinary(tensor)
     with modes_off():
         local = local_tensor(tensor)
-        if ordinary and not tensor.is_meta:
-            whole: Any = _over(block, tensor)
-        else:
-            whole = create(block, tuple(tensor.shape), tensor.dtype, _device_of(block, local), None)
+        what = tuple(tensor.shape), tensor.dtype, _device_of(block, local)
+        whole: Any = _over(block, tensor) if ordinary and not tensor.is_meta else create(block, *what, None)
         if ordinary:
             whole.__dict__.update(tensor.__dict__)
     result = record(whole)

@@ -62,6 +62,5 @@ def _history_of(block: Block, tensor: torch.Tensor) -> History:
         known = block.histories.get(StorageWeakRef(tensor.untyped_storage()))
         if known is not None:
             version, history = known
-            unchanged = version == tensor._version
-            return history if unchanged else history._replace(writes=(*history.writes, COMPUTED))
+            return history if version == tensor._version else history._replace(writes=(*history.writes, COMPUTED))
     return _UNKNOWN

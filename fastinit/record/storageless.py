@@ -50,7 +50,7 @@ def deep_copy(tensor: Any, memo: dict[int, Any], stand_for: Callable[..., Any]) 
 
 def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
     """What others have set on a tensor without storage, and that it is a parameter."""
-    own = ("_record", "_region", "_fastinit_refused")
+    own = ("_record", "_region")
     return {name: value for name, value in tensor.__dict__.items() if name not in own}
 
 
