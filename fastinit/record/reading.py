@@ -14,10 +14,11 @@ import torch
 from ..execution import concrete
 from ..native import CONSTANT
 from ..recipe import Region, Write
+from . import fast
 from .block import current
 from .dispatch import RECORDED, operator_of
 from .nested import map_tensors, tensors_in
-from .records import is_in_order, is_whole, view_of
+from .records import is_in_order, is_whole, lock, modes_off, view_of
 from .unwritten import Rest, Unwritten, memory_of, readable, refuse, stand_for, wrote
 
 aten = torch.ops.aten
@@ -258,3 +259,38 @@ def _set(func: Any, tensor: Unwritten, source: torch.Tensor) -> Any:
 
 
 Unwritten.dispatch = staticmethod(dispatch)
+
+
+# --- methods --------------------------------------------------------------------------------------------------------
+
+# What FSDP2 does to each parameter, done without the way through torch's dispatcher, which takes longer than all else.
+
+
+def _is_watched(operands: tuple[Any, ...]) -> bool:
+    """Whether a mode, a function transform or a graph of autograd is to see what is done to tensors."""
+    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+        return True
+    records_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in(operands))
+    return records_graph or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _method(name: str, handler: Callable[..., Any], accepts: Callable[[Any], bool]) -> None:
+    """Let a method of unwritten tensors be what its operator is, if all arguments are ones that are accepted."""
+    usual = getattr(torch.Tensor, name)
+
+    @functools.wraps(usual)
+    def method(self: Unwritten, *args: Any, **kwargs: Any) -> Any:
+        if fast.in_use and all(map(accepts, (*args, *kwargs.values()))) and not _is_watched((self, *args)):
+            with lock, modes_off():
+                result = handler(usual, self, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return usual(self, *args, **kwargs)
+
+    setattr(Unwritten, name, method)
+
+
+_method("narrow", _view, lambda value: type(value) is int)
+_method("view", _view, lambda value: type(value) is int)
+_method("new_zeros", _new_zeros, lambda value: type(value) is torch.Size)
+_method("copy_", _copy, lambda value: type(value) is Unwritten)
