@@ -236,7 +236,7 @@ class on:
             undo.callback(block.generator.leave, None if outer is None else outer.generator)
             block.generator.enter()
             mode = Mode(block)
-            mode.__enter__()
+            mode.__enter__()  # type: ignore[no-untyped-call]
             entered = _Entered(self, block, mode, kept, current.set(block), compiler, undo.pop_all())
         _entered.set((*_entered.get(), entered))
         return report

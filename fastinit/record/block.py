@@ -6,7 +6,7 @@ import gc
 import sys
 import warnings
 import weakref
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from itertools import groupby
@@ -109,7 +109,7 @@ class Block(native.Block):
         self.by_order: dict[int, str | None] = {}
         self.records = []
         self.generator = Generator(seed)
-        self._masters: OrderedDict[Record, None] = OrderedDict()
+        self._masters: dict[Record, None] = {}
         self._master_bytes = 0
         self.modules = {}
         self._reserved_for = 0
@@ -133,14 +133,13 @@ class Block(native.Block):
 
     # --- streams by name ------------------------------------------------------------------------------------------
 
-    def keep_order(self, recipe: tuple[Write, ...], record: Record | None, *, used: bool = True) -> None:
+    def keep_order(self, recipe: tuple[Write, ...], record: Record, *, used: bool = True) -> None:
         """Note that the streams of a recipe are what they are from here on, by default because values are used."""
         if self.rename is None:
             return
         for stream in streams_in(recipe):
             if stream not in self.by_name and stream not in self.by_order:
-                what = None if record is None else record.what()
-                self.by_order[stream] = what or ("a tensor" if used else None)
+                self.by_order[stream] = record.what() or ("a tensor" if used else None)
 
     def warn_of_order(self) -> None:
         """Say which draws have the streams of their order, where names were to decide them."""
@@ -160,22 +159,17 @@ class Block(native.Block):
         if record not in self._masters:
             assert record.values is not None
             self._master_bytes += record.values.nbytes
-            self._masters[record] = None
-        self._masters.move_to_end(record)
+        self._masters.pop(record, None)
+        self._masters[record] = None
         if self._master_bytes <= _MASTER_BYTES:
             return
-        for each in list(self._masters):
-            if each.values is None or not each.placeholders():
-                del self._masters[each]
-        excess = sum(each.values.nbytes for each in self._masters if each.values is not None) - _MASTER_BYTES
-        for each in list(self._masters)[:-1]:
-            if excess <= 0:
-                break
-            del self._masters[each]
-            assert each.values is not None
-            excess -= each.values.nbytes
-            each.materialize()
-        self._master_bytes = sum(each.values.nbytes for each in self._masters if each.values is not None)
+        kept = [(each, each.values.nbytes) for each in self._masters if each.values is not None and each.placeholders()]
+        size = sum(nbytes for _, nbytes in kept)
+        while size > _MASTER_BYTES and len(kept) > 1:
+            oldest, nbytes = kept.pop(0)
+            size -= nbytes
+            oldest.materialize()
+        self._masters, self._master_bytes = dict.fromkeys(each for each, _ in kept), size
 
     # --- modules ------------------------------------------------------------------------------------------------
 
@@ -291,7 +285,9 @@ class Block(native.Block):
                 assert record.memory is not None
                 self.keep_history(record.memory, *history)
             self._masters.clear()
-            self._warn(unwritten)
+            for record in unwritten:
+                if (what := record.what()) is not None:
+                    warn_never_initialized(what, record.shape)
 
     def _give_memory(
         self, segment: list[Record], given: list[tuple[Record, torch.Tensor]], plain: list[Record | torch.Tensor]
@@ -327,11 +323,6 @@ class Block(native.Block):
             return 0
         fills.write(memory, record.recipe or ())
         return record.nbytes
-
-    def _warn(self, unwritten: list[Record]) -> None:
-        for record in unwritten:
-            if (what := record.what()) is not None:
-                warn_never_initialized(what, record.shape)
 
 
 def warn_never_initialized(what: str, shape: tuple[int, ...]) -> None:

@@ -9,15 +9,18 @@ wanted.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..execution import Fills, can_fill
 from ..layout import contiguous_strides, numel
 from ..native import CONSTANT
 from ..recipe import CALLED, Region, Write
+from .nested import tensors_in
 from .precision import result_dtypes, values_dtype
 from .records import Record, is_whole, view_of
 from .tensors import Placeholder, stand_for
@@ -55,7 +58,8 @@ def evaluate(func: Any, args: Any, kwargs: Any) -> Any:
         torch.set_num_threads(threads)
 
 
-class _Operand(NamedTuple):
+@dataclass(frozen=True)
+class _Operand:
     """A placeholder as it was when an operator was called; the dtype is that of its values."""
 
     recipe: tuple[Write, ...]
@@ -77,15 +81,15 @@ class Call:
 
     def operands(self) -> list[_Operand]:
         """Its placeholders as they were, in their order."""
-        return [each for each in tree_flatten((self.args, self.kwargs), _is_operand)[0] if _is_operand(each)]
+        return [each for each in tree_leaves((self.args, self.kwargs)) if isinstance(each, _Operand)]
 
     def take_streams(self, streams: dict[int, int], changed: set[int]) -> None:
         """Let the random fills of its operands have other streams; see `with_streams`."""
 
         def replaced(operand: _Operand) -> _Operand:
-            return operand._replace(recipe=with_streams(operand.recipe, streams, changed))
+            return replace(operand, recipe=with_streams(operand.recipe, streams, changed))
 
-        self.args, self.kwargs = tree_map_only(_Operand, replaced, (self.args, self.kwargs), is_leaf=_is_operand)
+        self.args, self.kwargs = tree_map_only(_Operand, replaced, (self.args, self.kwargs))
 
     def results(self, seed: int, memo: dict[int, list[torch.Tensor]]) -> list[torch.Tensor]:
         """The tensors that the operator gives; of one that writes its first operand, all of that operand's storage."""
@@ -97,17 +101,11 @@ class Call:
                 written.append(whole)
                 return view_of(whole, operand.region)
 
-            args, kwargs = tree_map_only(_Operand, value, (self.args, self.kwargs), is_leaf=_is_operand)
+            args, kwargs = tree_map_only(_Operand, value, (self.args, self.kwargs))
             base, _, overload = self.name.partition("::")[2].partition(".")
             results = evaluate(getattr(getattr(torch.ops.aten, base), overload), args, kwargs)
-            memo[id(self)] = (
-                written[:1] if self.in_place else [each for each in tree_flatten(results)[0] if torch.is_tensor(each)]
-            )
+            memo[id(self)] = written[:1] if self.in_place else tensors_in(results)
         return memo[id(self)]
-
-
-def _is_operand(value: Any) -> bool:
-    return isinstance(value, _Operand)
 
 
 def _calls(recipe: tuple[Write, ...]) -> list[Call]:
@@ -119,21 +117,19 @@ def streams_in(recipe: tuple[Write, ...]) -> list[int]:
 
     Those with a key of their own are left out: a seed that the code has set decides them alone.
     """
-    streams: dict[int, None] = {}
-    _add_streams(recipe, streams, set())
-    return list(streams)
+    return list(dict.fromkeys(_streams(recipe, set())))
 
 
-def _add_streams(recipe: tuple[Write, ...], streams: dict[int, None], seen: set[int]) -> None:
+def _streams(recipe: tuple[Write, ...], seen: set[int]) -> Iterator[int]:
     for write in recipe:
         if write.kind == CALLED:
             call = write.parameters[0]
             if id(call) not in seen:
                 seen.add(id(call))
                 for operand in call.operands():
-                    _add_streams(operand.recipe, streams, seen)
+                    yield from _streams(operand.recipe, seen)
         elif write.kind != CONSTANT and write.key is None:
-            streams.setdefault(write.stream)
+            yield write.stream
 
 
 def with_streams(recipe: tuple[Write, ...], streams: dict[int, int], changed: set[int]) -> tuple[Write, ...]:
@@ -173,7 +169,7 @@ def record_call(func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) 
             return NotImplemented
     operands, options = tree_map_only(Placeholder, _operand, (args, kwargs))
     if func is torch.ops.aten.copy_.default:
-        operands = (operands[0]._replace(recipe=()), *operands[1:])  # what was there is not read
+        operands = (replace(operands[0], recipe=()), *operands[1:])  # what was there is not read
     call = Call(func.name(), operands, options, in_place)
     if call.depth > _DEEPEST:
         return NotImplemented
@@ -184,7 +180,7 @@ def record_call(func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) 
     if in_place:
         args[0]._record.recipe = (Write(CALLED, (call, 0, None)),)
         return args[0]
-    results = [each for each in tree_flatten(on_meta)[0] if isinstance(each, torch.Tensor)]
+    results = tensors_in(on_meta)
     block = tensors[0]._record.block  # type: ignore[attr-defined]
     dtypes = result_dtypes(func, args, kwargs, on_meta, block.default_dtype)
     if any(each.dtype not in (torch.float32, torch.float64) or not each.numel() for each in results):
@@ -206,9 +202,7 @@ def record_call(func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) 
 
 
 def _can_wait(func: Any, kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> bool:
-    if not tensors or not _WAITS.isdisjoint(func.tags) or kwargs.get("device") is not None:
-        return False
-    if func.namespace != "aten" or func.name() == "aten::_local_scalar_dense":
+    if not tensors or func.namespace != "aten" or not _WAITS.isdisjoint(func.tags) or kwargs.get("device") is not None:
         return False
     is_random = False
     for tensor in tensors:

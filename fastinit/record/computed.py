@@ -47,37 +47,32 @@ def compute(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("out") is not None:
         return func(*args, **kwargs)
     device = device_for(mode, kwargs)
-    dtype = kwargs.get("dtype")
-    default = dtype is None and _is_default(func, args, kwargs)
-    final = block.default_dtype if default else dtype
-    if default and func in _SPACED and any(_is_complex(each) for each in (*args, *kwargs.values())):
-        final = complex_of(block.default_dtype)
-    generator = kwargs.get("generator")
-    if generator is not None or device.type == "meta" or torch._C._len_torch_dispatch_stack():
-        if default and _takes_dtype(func):
-            kwargs["dtype"] = final
-        return func(*args, **{**kwargs, "device": device})
+    default = kwargs.get("dtype") is None and _is_default(func, args, kwargs)
+    final = kwargs.get("dtype")
+    if default:
+        final = block.default_dtype
+        if func in _MAY_BE_COMPLEX and any(_is_complex(each) for each in (*args, *kwargs.values())):
+            final = torch.complex128 if final == torch.float64 else torch.complex64
     block.generator.resume()
+    is_pinned = kwargs.get("pin_memory") and device.type == "cpu"  # what somebody copies through, safetensors say
+    by_torch = is_pinned or kwargs.get("generator") is not None or device.type == "meta"
+    if by_torch or torch._C._len_torch_dispatch_stack():
+        return func(*args, **{**kwargs, **({"dtype": final} if default else {}), "device": device})
     requires_grad = kwargs.pop("requires_grad", False)
-    if kwargs.pop("pin_memory", False):
-        kwargs["pin_memory"] = device.type == "cpu"
+    kwargs.pop("pin_memory", None)
     kwargs["device"] = "cpu"
-    if final is not None and _takes_dtype(func):
+    if final is not None:
         kwargs["dtype"] = torch.float32 if final in HALVES else final
     if any(type(each) is Placeholder for each in tensors_in((args, kwargs))):
         args, kwargs = tree_map_only(Placeholder, _host_values, (args, kwargs))
     values = func(*args, **kwargs)
     if func is torch.empty and not fills_what_is_empty(block):
-        if values.is_quantized:  # which torch has no zero_ for
-            values.untyped_storage().fill_(0)
-        else:
-            values.zero_()
+        (values.untyped_storage() if values.is_quantized else values).fill_(0)
     if final is None:
         final = values.dtype
     if func in _MAY_SHARE and (final in HALVES or device.type != "cpu"):
         values = values.clone()  # torch converts or moves the caller's data, and leaves it alone
-    result = wrap(block, values, final, device)
-    return requiring(result, requires_grad)
+    return requiring(wrap(block, values, final, device), requires_grad)
 
 
 def _host_values(tensor: torch.Tensor) -> Any:
@@ -89,24 +84,17 @@ def _host_values(tensor: torch.Tensor) -> Any:
         return values if values.is_cpu else values.cpu()
 
 
-def _takes_dtype(func: Any) -> bool:
-    return func not in (torch.tril_indices, torch.triu_indices)
-
-
 # Factories whose result may be the memory that they are given.
 _MAY_SHARE = {torch.as_tensor, torch.asarray}
 
-# Factories that give the default dtype whatever they are given.
-_ALWAYS = {
-    *(torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.normal, torch.eye, torch.linspace),
-    *(torch.logspace, torch.scalar_tensor, torch.range, torch.bartlett_window, torch.blackman_window),
-    *(torch.hamming_window, torch.hann_window, torch.kaiser_window, torch.fft.fftfreq, torch.fft.rfftfreq),
-    *(torch.empty_strided, torch.empty_permuted),
+# Factories of which complex numbers make complex ones.
+_MAY_BE_COMPLEX = {torch.full, torch.linspace, torch.logspace}
+
+# Factories whose results are of another dtype than the default one, if they are given none.
+_OF_THEIR_OWN = {
+    *(torch.randint, torch.randperm, torch.tril_indices, torch.triu_indices, torch.empty_quantized),
+    *(torch.tensor, torch.as_tensor, torch.asarray),
 }
-
-
-# Factories of which complex bounds make complex numbers.
-_SPACED = {torch.linspace, torch.logspace}
 
 
 def _is_complex(value: Any) -> bool:
@@ -115,17 +103,13 @@ def _is_complex(value: Any) -> bool:
 
 def _is_default(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a factory that is given no dtype gives the default dtype."""
-    if func in _ALWAYS:
-        return True
     if func is torch.arange or func is torch.full:
         values = args[1:2] or (kwargs.get("fill_value"),) if func is torch.full else (*args, *kwargs.values())
-        return any(_is_float(value) for value in values)
-    return False
+        return any(_is_float(value) or _is_complex(value) for value in values)
+    return func not in _OF_THEIR_OWN
 
 
 def _is_float(value: Any) -> bool:
-    if type(value) in (int, float):
-        return type(value) is float
     if isinstance(value, torch.Tensor):
         return value.is_floating_point()
     return isinstance(value, float) or getattr(getattr(value, "dtype", None), "kind", "") in ("f", "b")
@@ -133,19 +117,13 @@ def _is_float(value: Any) -> bool:
 
 def _dtype_of_data(leaves: Iterable[Any], default: torch.dtype) -> torch.dtype | None:
     """The dtype that torch infers for numbers of nested lists, with this default; None for what is no number."""
+    of_python = {bool: torch.bool, int: torch.int64, float: default, complex: complex_of(default)}
     dtype: torch.dtype | None = None
     for each in leaves:
-        if isinstance(each, torch.Tensor):
-            own = each.dtype
-        elif hasattr(each, "dtype"):
+        own = each.dtype if isinstance(each, torch.Tensor) else of_python.get(type(each))
+        if own is None and hasattr(each, "dtype"):
             own = torch.tensor(each).dtype
-        elif type(each) is float:
-            own = default
-        elif type(each) is complex:
-            own = complex_of(default)
-        elif type(each) in (bool, int):
-            own = torch.bool if type(each) is bool else torch.int64
-        else:
+        if own is None:
             return None
         dtype = own if dtype is None else torch.promote_types(dtype, own)
     return default if dtype is None else dtype
@@ -162,35 +140,25 @@ def _leaves(data: Any, within: tuple[Any, ...] = ()) -> Iterator[Any]:
 
 def from_data(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     """What torch.tensor, torch.as_tensor or torch.asarray makes of data in which there may be placeholders."""
-    data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
+    data, *rest = args or (kwargs.pop("obj" if "obj" in kwargs else "data"),)
     if isinstance(data, torch.Tensor):
-        if type(data) is Placeholder:
-            if kwargs.get("copy") is False:
-                become_real(data)  # torch.asarray refuses what would be a copy
-                return NotImplemented
-            return _of_placeholder(func, data, args[1:], kwargs)
         return NotImplemented
-    if func is torch.as_tensor and len(args) > 1:
-        kwargs.update(zip(("dtype", "device"), args[1:], strict=False))
-        args = args[:1]
+    kwargs.update(zip(("dtype", "device"), rest, strict=False))  # of as_tensor
     if not isinstance(data, (list, tuple, float, int, bool, complex)):
         # An array or a buffer: the dtype is its own, and so may be the memory.
         dtype, its = kwargs.get("dtype"), getattr(data, "dtype", None)
         own = dtype is None or (its is not None and str(dtype).endswith(str(its)))
         own = own or isinstance(data, (torch.UntypedStorage, torch.TypedStorage))
         if (own or (func is torch.asarray and _is_memory(data))) and device_for(mode, kwargs).type == "cpu":
-            return func(*args, **{**kwargs, "device": "cpu"})
+            return func(data, **{**kwargs, "device": "cpu"})
     leaves = list(_leaves(data))
     if any(isinstance(each, (list, tuple)) for each in leaves):
         return NotImplemented  # a list that holds itself is torch's to refuse
     if kwargs.get("dtype") is None:
         kwargs["dtype"] = _dtype_of_data(leaves, mode.block.default_dtype)
     if any(isinstance(each, torch.Tensor) for each in leaves):
-        args, kwargs = (
-            (_mapped(data, _host_values), *args[1:]),
-            {k: v for k, v in kwargs.items() if k not in ("data", "obj")},
-        )
-    return compute(mode, func, *args, **kwargs)
+        data = _mapped(data, _host_values)
+    return compute(mode, func, data, **kwargs)
 
 
 def _is_memory(data: Any) -> bool:
@@ -208,22 +176,6 @@ def _mapped(data: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(data, (list, tuple)):
         return [_mapped(each, function) for each in data]
     return function(data) if isinstance(data, torch.Tensor) else data
-
-
-def _of_placeholder(func: Any, data: Placeholder, args: Any, kwargs: Any) -> Any:
-    options = {name: value for name, value in kwargs.items() if name in ("dtype", "device") and value is not None}
-    options.update(zip(("dtype", "device"), args, strict=False))
-    requires_grad = kwargs.get("requires_grad", False)
-    if func is torch.tensor:
-        result = data.detach().to(**options, copy=True) if options else data.detach().clone()
-    else:
-        result = data.to(**options, copy=bool(kwargs.get("copy"))) if options or kwargs.get("copy") else data
-    return requiring(result, requires_grad)
-
-
-def tolist(mode: Mode, func: Any, tensor: Any) -> Any:
-    """``tensor.tolist()``, for which a placeholder has a method of its own: torch's refuses subclasses."""
-    return tensor.tolist() if type(tensor) is Placeholder else NotImplemented
 
 
 def new_tensor(mode: Mode, func: Any, other: torch.Tensor, data: Any, **kwargs: Any) -> Any:

@@ -117,7 +117,7 @@ def create(
     if region is None:
         return stand_for(Record(block, shape, dtype, device, () if write is None else (write,)))
     recipe = () if write is None else (write._replace(region=region),)
-    return stand_for(Record(block, (numel(shape),), dtype, device, recipe), region)
+    return stand_for(Record(block, (region.end,), dtype, device, recipe), region)
 
 
 def wrap(

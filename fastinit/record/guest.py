@@ -42,7 +42,7 @@ from .mode import Mode, has_layout_of, truncated_normal
 from .names import name_streams
 from .nested import tensors_in
 from .pending import leave_unwritten
-from .records import modes_off
+from .records import HALVES, modes_off
 from .tensors import Placeholder, alias_of, become_real, has_master
 from .unwritten import Unwritten, readable, refuse
 
@@ -51,12 +51,7 @@ _COLLECT_EVERY = 200_000
 
 _lock = threading.Lock()
 _users = 0
-_restore: list[Callable[[], object]] = []
-
-# What is replaced now, by module and name; and what each was replaced by last, behind what that wraps: the next block
-# mostly wants the same.
-_replaced: list[tuple[Any, str]] = []
-_made: dict[tuple[Any, str], tuple[Any, Any]] = {}
+_undo: list[Callable[[], object]] = []
 
 
 def install() -> None:
@@ -67,7 +62,7 @@ def install() -> None:
             try:
                 _install()
             except BaseException:
-                _put_back()
+                _undo_all()
                 raise
         _users += 1
 
@@ -78,17 +73,12 @@ def remove() -> None:
     with _lock:
         _users -= 1
         if not _users:
-            _put_back()
+            _undo_all()
 
 
-def _put_back() -> None:
-    while _restore:
-        _restore.pop()()
-    while _replaced:
-        owner, name = _replaced.pop()
-        function, replacement = _made[owner, name]
-        if getattr(owner, name, None) is replacement:
-            setattr(owner, name, function)
+def _undo_all() -> None:
+    while _undo:
+        _undo.pop()()
 
 
 def _install() -> None:
@@ -97,7 +87,7 @@ def _install() -> None:
     if gc.isenabled() and thresholds[0]:
         # A model is thousands of objects that stay: collecting every few hundred of them looks at all the others again.
         gc.set_threshold(max(thresholds[0], _COLLECT_EVERY), *thresholds[1:])
-        _restore.append(lambda: gc.set_threshold(*thresholds))
+        _undo.append(lambda: gc.set_threshold(*thresholds))
     _replace(torch, "get_default_dtype", _default_dtype)
     _replace(torch, "set_default_dtype", _set_default_dtype)
     _replace(torch, "set_default_tensor_type", _set_default_tensor_type)
@@ -119,7 +109,7 @@ def _install() -> None:
     for owner in (torch, torch.utils.dlpack):
         _replace(owner, "to_dlpack", _real_first)
     _replace(torch, "compile", _compiled_later)
-    _replace(sys.modules.get("torch.distributed"), "Reducer", lambda function: _named_first(_real_first(function)))
+    _replace(sys.modules.get("torch.distributed"), "Reducer", _named_and_real_first)
     # Where DistributedDataParallel and FSDP1 are about to read all parameters, or to make one of them.
     _replace(sys.modules.get("torch.nn.parallel.distributed"), "_verify_param_shape_across_processes", _named_first)
     fsdp1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
@@ -134,8 +124,8 @@ def _install() -> None:
         register_module_buffer_registration_hook,
         register_module_module_registration_hook,
     ):
-        _restore.append(register(methods.registered()).remove)
-    _restore.append(register_module_forward_pre_hook(_used).remove)
+        _undo.append(register(methods.registered()).remove)
+    _undo.append(register_module_forward_pre_hook(_used).remove)
 
 
 _SHARDS = ("fsdp._fully_shard._fully_shard", "tensor._api", "tensor.parallel.style")
@@ -143,14 +133,27 @@ _SHARDS = ("fsdp._fully_shard._fully_shard", "tensor._api", "tensor.parallel.sty
 
 def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
     function = getattr(owner, name, None)
-    if function is None:  # another version of torch, or not imported
-        return
-    known = _made.get((owner, name))
-    if known is None or known[0] is not function:
-        known = _made[owner, name] = function, wrap(function)
+    if function is not None:  # else it is another version of torch, or not imported
+        _put(owner, name, function, _wrapped(wrap, function))
 
-    _replaced.append((owner, name))
-    setattr(owner, name, known[1])
+
+# The next block mostly wants the same.
+@functools.lru_cache(100)
+def _wrapped(wrap: Callable[[Any], Any], function: Any) -> Any:
+    return wrap(function)
+
+
+def _put(owner: Any, name: str, function: Any, replacement: Any) -> None:
+    """Put a replacement into a module, in the place of a function or of None, until it is undone."""
+
+    def put_back() -> None:
+        if vars(owner).get(name) is replacement and function is None:
+            delattr(owner, name)
+        elif vars(owner).get(name) is replacement:
+            setattr(owner, name, function)
+
+    setattr(owner, name, replacement)
+    _undo.append(put_back)
 
 
 def _shadow_type(module: Any) -> None:
@@ -159,15 +162,8 @@ def _shadow_type(module: Any) -> None:
     Only then does it say to `torch.Tensor._make_subclass` of which class the parameter is to be: of tensors of other
     classes it makes an nn.Parameter whatever subclass was called, and Python does not call that one's ``__init__``.
     """
-    if "type" in vars(module):
-        return
-    replacement = module.type = native.type_of if fast.in_use else _type_of
-
-    def put_back() -> None:
-        if vars(module).get("type") is replacement:
-            del module.type
-
-    _restore.append(put_back)
+    if "type" not in vars(module):
+        _put(module, "type", None, native.type_of if fast.in_use else _type_of)
 
 
 def _type_of(value: Any) -> type:
@@ -213,14 +209,13 @@ def _set_default_tensor_type(block: Block, function: Any, t: Any, /) -> None:
 
 
 @_in_block
-def _default_device(block: Block, function: Any) -> torch.device:
+def _default_device(block: Block, function: Any) -> Any:
     for mode in reversed(_get_current_function_mode_stack()):
         if isinstance(mode, DeviceContext):
             return concrete(mode.device)
         if isinstance(mode, Mode) and mode.block is block:
             return mode.factory_device()
-    device: torch.device = function()
-    return device
+    return function()
 
 
 @_in_block
@@ -241,11 +236,7 @@ def _compiled_later(block: Block, function: Any, *args: Any, **kwargs: Any) -> A
 @_in_block
 def _orthogonal_in_fp32(block: Block, function: Any, Q: torch.Tensor, eps: Any = None) -> Any:
     """Whether a matrix is orthogonal, which torch asks with a tolerance of the precision in which it computes."""
-    if not has_master(Q):
-        return function(Q, eps)
-    rows, columns = Q.shape[-2:]
-    identity = torch.eye(columns, dtype=Q.dtype, device=Q.device)
-    return torch.allclose(Q.mT @ Q, identity, atol=10.0 * rows * torch.finfo(torch.float32).eps)
+    return function(Q.float() if Q.dtype in HALVES and has_master(Q) else Q, eps)
 
 
 @_in_block
@@ -311,6 +302,10 @@ def _named_first(block: Block, function: Any, *args: Any, **kwargs: Any) -> Any:
     """A function after which a model has other names, or values."""
     name_streams(block)
     return function(*args, **kwargs)
+
+
+def _named_and_real_first(function: Any) -> Any:
+    return _named_first(_real_first(function))
 
 
 @_in_block

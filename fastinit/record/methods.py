@@ -15,10 +15,10 @@ import torch
 
 from .. import native
 from ..execution import DTYPES, can_fill
-from ..native import CONSTANT, NORMAL, UNIFORM
 from ..recipe import Write
 from . import fast as fast_path
 from .block import current
+from .factories import RECORDED_FACTORIES
 from .mode import INITIALIZERS, TAKES_OVER, Mode, graph_of
 from .operators import OPERATORS
 from .records import Record, lock
@@ -26,15 +26,6 @@ from .storageless import swap_impl
 from .tensors import Placeholder, stand_for
 
 _in_python: Any = Mode.__torch_function__
-
-# Factories that are recorded, with the kind and the parameters of their fill.
-_FACTORIES = {
-    torch.empty: None,
-    torch.zeros: (CONSTANT, (0.0,)),
-    torch.ones: (CONSTANT, (1.0,)),
-    torch.rand: (UNIFORM, (0.0, 1.0)),
-    torch.randn: (NORMAL, (0.0, 1.0)),
-}
 
 # What the mode passes on: each entry and exit of torch.no_grad calls it.
 _PASSED = frozenset({torch._C._set_grad_enabled})
@@ -48,7 +39,7 @@ _METHODS, _torch_function, _registered = native.connect(
     lock=lock,
     can_fill=can_fill,
     dtypes=DTYPES,
-    factories=_FACTORIES,
+    factories=RECORDED_FACTORIES,
     initializers=INITIALIZERS,
     takes_over=TAKES_OVER,
     passed=_PASSED,

@@ -24,7 +24,7 @@ from ..recipe import COMPUTED
 from . import existing
 from .block import Block, current
 from .dispatch import wrap
-from .factories import FACTORIES, with_torchs_dtype
+from .factories import FACTORIES
 from .graphs import is_leaf
 from .nested import tensors_in
 from .precision import SINGLE, WHOLE, in_doubles, of_default
@@ -75,13 +75,7 @@ _PRECISIONS = (*SINGLE, *HALVES)
 _CONVERTS = {torch.Tensor.to, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.type, torch.Tensor.type_as}
 
 # Functions that say of which dtype their result is, though they are given none.
-_NAME_A_DTYPE = {
-    torch.Tensor.float,
-    torch.Tensor.type,
-    torch.Tensor.dequantize,
-    torch.dequantize,
-    torch.Tensor.__getitem__,
-}
+_NAME_A_DTYPE = {torch.Tensor.float, torch.Tensor.type}
 
 # Views whose C++ reads where to split from the memory of a tensor.
 _SPLITS = frozenset({torch.tensor_split, torch.Tensor.tensor_split})
@@ -115,12 +109,7 @@ class Mode(native.Mode, TorchFunctionMode):
         super().__init__()
         self.block = block
         block.mode = weakref.ref(self)
-        self._outer_device_context: DeviceContext | None = None
-
-    def __enter__(self) -> Mode:
         self._outer_device_context = _device_context()
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
 
     def __exit__(self, *exception: Any) -> None:
         # Coroutines that interleave leave in any order: only this mode goes.
@@ -140,7 +129,10 @@ class Mode(native.Mode, TorchFunctionMode):
         factory = FACTORIES.get(func)
         if factory is not None:
             with modes_off():
-                result = factory(self, func, *args, **with_torchs_dtype(kwargs))
+                options = dict(kwargs)
+                if type(options.get("dtype")) is type:  # of Python
+                    options["dtype"] = torch.empty(0, dtype=options["dtype"]).dtype
+                result = factory(self, func, *args, **options)
             if result is not NotImplemented:
                 return result
             return func(*args, **kwargs)
@@ -170,13 +162,11 @@ class Mode(native.Mode, TorchFunctionMode):
             with modes_off():
                 return existing.initialize(block, args[0], lambda whole: func(whole, *args[1:], **kwargs))
         tensors = tensors_in((args, kwargs))
-        if torch._C._len_torch_dispatch_stack() or any(map(_answers_itself, types)) or func in _WANT_MEMORY:
-            # Modes below autograd, which trace or fake, know placeholders no more than autograd's graphs do; nor does
-            # the code of a class that answers functions of torch itself.
+        # Modes below autograd, which trace or fake, know placeholders no more than autograd's graphs do; nor does the
+        # code of a class that answers functions of torch itself. Autocast remembers leaves by their C++ objects.
+        to_others = torch._C._len_torch_dispatch_stack() or any(map(_answers_itself, types)) or func in _WANT_MEMORY
+        if to_others or (torch._C._is_any_autocast_enabled() and any(each.requires_grad for each in tensors)):
             for each in tensors:
-                become_real(each)
-        elif torch._C._is_any_autocast_enabled() and any(each.requires_grad for each in tensors):
-            for each in tensors:  # autocast remembers leaves by their C++ objects
                 become_real(each)
         elif func is torch._make_dual:
             for each in tensors:
@@ -215,20 +205,18 @@ class Mode(native.Mode, TorchFunctionMode):
         Of integers torch makes its default dtype, which is fp32 in the process and may be another one in the block. And
         what is converted to half precision keeps its values in fp32.
         """
-        default = self.block.default_dtype
-        is_half = result.dtype in HALVES
-        if not is_half and (default is torch.float32 or not operands or any(t.dtype not in WHOLE for t in operands)):
-            return result
         if result.requires_grad or torch._C._len_torch_dispatch_stack():
             return result
-        is_strided = result.layout == torch.strided
-        if is_half:
+        if result.dtype in HALVES:
             source: Any = args[0] if args and func in _CONVERTS else None
             computed = type(source) is torch.Tensor and source.is_cpu and source.dtype in (*WHOLE, torch.float64)
-            if computed and is_strided and result.is_cpu and not in_functorch():
-                with modes_off():
-                    values = torch.empty_like(result, dtype=torch.float32).copy_(source)  # of the result's strides
-                    return wrap(self.block, values, result.dtype, result.device)
+            if not computed or result.layout != torch.strided or not result.is_cpu or in_functorch():
+                return result
+            with modes_off():
+                values = torch.empty_like(result, dtype=torch.float32).copy_(source)  # of the result's strides
+                return wrap(self.block, values, result.dtype, result.device)
+        default = self.block.default_dtype
+        if default is torch.float32 or not operands or any(each.dtype not in WHOLE for each in operands):
             return result
         if func in _NAME_A_DTYPE or any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values())):
             return result
@@ -237,8 +225,7 @@ class Mode(native.Mode, TorchFunctionMode):
                 doubles: torch.Tensor = in_doubles(func, args, kwargs)
                 return doubles
             dtype = of_default(result.dtype, default)
-            wraps = is_strided and result.is_cpu
-            return wrap(self.block, result, dtype, result.device) if wraps else result.to(dtype)
+            return wrap(self.block, result, dtype, result.device) if result.is_cpu else result.to(dtype)
 
     def factory_device(self) -> torch.device:
         """Where a factory without a device argument puts its result: an inner ``torch.device`` context wins."""
@@ -311,16 +298,9 @@ def _set_element(tensor: Placeholder, index: Any, value: Any) -> bool:
         if type(tensor) is not Placeholder or tensor._record.block.defers or tensor._record.block.ran is not None:
             return False
         if type(value) is Placeholder:
-            computed = value._record.compute()
-            if not has_master(value):
-                return False
-            value = view_of(computed, value._region)
-        elif isinstance(value, torch.Tensor):
-            if type(value) is not torch.Tensor or not value.is_cpu or value.dtype in HALVES:
-                return False
-        elif type(value) not in (int, float, bool):
-            return False
-        if tensor._record.values is None:
+            value = view_of(value._record.compute(), value._region)
+        plain = type(value) is torch.Tensor and value.is_cpu and value.dtype not in HALVES
+        if not (plain or type(value) in (int, float, bool)) or tensor._record.values is None:
             return False
         view_of(tensor._record.values, tensor._region)[index] = value
         tensor._record.block.touch(tensor._record)

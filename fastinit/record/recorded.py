@@ -17,7 +17,7 @@ from .block import Block, current
 from .calls import record_call
 from .dispatch import RECORDED, create, on_meta
 from .precision import WHOLE, values_dtype
-from .records import LARGEST_MASTER, Record, is_dense, is_in_order, is_whole, view_of
+from .records import LARGEST_MASTER, Record, is_in_order, is_whole, view_of
 from .tensors import Placeholder, has_master, stand_for
 
 aten = torch.ops.aten
@@ -65,18 +65,18 @@ def records(dtype: torch.dtype, kind: int, parameters: tuple[float, ...]) -> boo
     return dtype == torch.bool or torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
 
 
-def is_beyond(dtype: torch.dtype, *values: float) -> bool:
+def _is_beyond(dtype: torch.dtype, *values: float) -> bool:
     """Whether a floating-point dtype does not hold one of these finite numbers."""
     return dtype.is_floating_point and any(torch.finfo(dtype).max < abs(value) < math.inf for value in values)
 
 
-def refuse_beyond(dtype: torch.dtype, elements: int, value: float) -> None:
+def _refuse_beyond(dtype: torch.dtype, elements: int, value: float) -> None:
     """Raise what torch raises for a constant that a dtype does not hold: of one element it makes an infinite one."""
-    if is_beyond(dtype, value):
+    if _is_beyond(dtype, value):
         torch.empty(min(elements, 2), dtype=dtype, device=_HOST).fill_(value)
 
 
-def is_worth_recording(dtype: torch.dtype, device: torch.device, kind: int, parameters: tuple[float, ...]) -> bool:
+def _is_worth_recording(dtype: torch.dtype, device: torch.device, kind: int, parameters: tuple[float, ...]) -> bool:
     """Whether a factory's fill may be recorded, and a placeholder gains anything: not for whole numbers on the host."""
     if dtype in DTYPES:
         return True
@@ -91,7 +91,7 @@ def _is_number(*values: Any) -> bool:
 def _uniform(func: Any, tensor: Any, low: Any = 0.0, high: Any = 1.0, *, generator: Any = None) -> Any:
     if type(tensor) is not Placeholder or generator is not None or not 0.0 <= high - low < math.inf:
         return NotImplemented
-    if is_beyond(tensor.dtype, low, high, high - low):
+    if _is_beyond(tensor.dtype, low, high, high - low):
         torch.empty(0, dtype=tensor.dtype, device=_HOST).uniform_(low, high)  # torch's refusal
     return fill(tensor, UNIFORM, (float(low), float(high)))
 
@@ -103,8 +103,8 @@ def _normal(func: Any, tensor: Any, mean: Any = 0.0, std: Any = 1.0, *, generato
     return fill(tensor, NORMAL, (float(mean), float(std))) if math.isfinite(mean) else NotImplemented
 
 
-@_records(aten.fill_.Scalar, aten.fill_.Tensor)
-def _fill(func: Any, tensor: Any, value: Any) -> Any:
+@_records(aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default)
+def _fill(func: Any, tensor: Any, value: Any = 0.0) -> Any:
     if isinstance(value, torch.Tensor):
         if value.dim() or value.is_complex() or value.is_meta or (torch.is_grad_enabled() and value.requires_grad):
             return NotImplemented
@@ -112,13 +112,8 @@ def _fill(func: Any, tensor: Any, value: Any) -> Any:
     if type(tensor) is not Placeholder or not _is_number(value):
         return NotImplemented
     if func is aten.fill_.Scalar:
-        refuse_beyond(tensor.dtype, tensor.numel(), value)
+        _refuse_beyond(tensor.dtype, tensor.numel(), value)
     return fill(tensor, CONSTANT, (float(value),))
-
-
-@_records(aten.zero_.default)
-def _zero(func: Any, tensor: Any) -> Any:
-    return _fill(func, tensor, 0.0)
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------
@@ -140,33 +135,27 @@ def _stepped(tensor: Placeholder, steps: _Steps | None) -> tuple[Write, ...] | N
 def _step(name: str, steps_of: Callable[..., _Steps | None]) -> None:
     """Record an operator, and its in-place twin if it has one, as steps; steps_of gets what is behind the tensor."""
 
-    def out_of_place(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(tensor) is not Placeholder or (torch.is_grad_enabled() and tensor.requires_grad):
+    def recorder(in_place: bool) -> Callable[..., Any]:
+        def step(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            if type(tensor) is not Placeholder or (not in_place and torch.is_grad_enabled() and tensor.requires_grad):
+                return NotImplemented
+            record, steps = tensor._record, steps_of(*args, **kwargs)
+            recipe = _stepped(tensor, steps) if in_place or is_in_order(record, tensor._region) else None
+            if recipe is not None:
+                if not in_place:
+                    return stand_for(Record(record.block, tuple(tensor.shape), record.dtype, record.device, recipe))
+                record.recipe = recipe
+                return tensor
+            if steps and steps[0][0] == ERFINV and _steps_natively(record):
+                return _erfinv_now(tensor if in_place else stand_for(record.forked(), tensor._region))
             return NotImplemented
-        record, steps = tensor._record, steps_of(*args, **kwargs)
-        recipe = _stepped(tensor, steps) if is_in_order(record, tensor._region) else None
-        if recipe is not None:
-            return stand_for(Record(record.block, tuple(tensor.shape), record.dtype, record.device, recipe))
-        if steps and steps[0][0] == ERFINV and _steps_natively(record):
-            return _erfinv_now(stand_for(record.forked(), tensor._region))
-        return NotImplemented
 
-    def in_place(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(tensor) is not Placeholder:
-            return NotImplemented
-        record, steps = tensor._record, steps_of(*args, **kwargs)
-        recipe = _stepped(tensor, steps)
-        if recipe is not None:
-            record.recipe = recipe
-            return tensor
-        if steps and steps[0][0] == ERFINV and _steps_natively(record):
-            return _erfinv_now(tensor)
-        return NotImplemented
+        return step
 
     base, _, overload = name.partition(".")
-    RECORDED[getattr(getattr(aten, base), overload)] = out_of_place
+    RECORDED[getattr(getattr(aten, base), overload)] = recorder(False)
     if hasattr(aten, f"{base}_"):
-        RECORDED[getattr(getattr(aten, f"{base}_"), overload)] = in_place
+        RECORDED[getattr(getattr(aten, f"{base}_"), overload)] = recorder(True)
 
 
 def _steps_natively(record: Record) -> bool:
@@ -187,20 +176,13 @@ def _erfinv_now(tensor: Placeholder) -> Any:
     return tensor
 
 
-def _scalar(op: int) -> Callable[..., _Steps | None]:
-    def steps(value: Any, **kwargs: Any) -> _Steps | None:
-        return ((op, float(value), 0.0),) if not kwargs and _is_finite(value) else None
-
-    return steps
-
-
 def _is_finite(*values: Any) -> bool:
     return _is_number(*values) and all(math.isfinite(value) for value in values)
 
 
-def _sum(sign: float) -> Callable[..., _Steps | None]:
+def _scalar(op: int, sign: float = 1.0) -> Callable[..., _Steps | None]:
     def steps(value: Any, alpha: Any = 1, **kwargs: Any) -> _Steps | None:
-        return ((ADD, sign * value, 0.0),) if alpha == 1 and not kwargs and _is_finite(value) else None
+        return ((op, sign * value, 0.0),) if alpha == 1 and not kwargs and _is_finite(value) else None
 
     return steps
 
@@ -219,25 +201,17 @@ def _clamp(low: Any = None, high: Any = None, **kwargs: Any) -> _Steps | None:
 
 _step("mul.Tensor", _scalar(MULTIPLY))
 _step("div.Tensor", _scalar(DIVIDE))
-_step("add.Tensor", _sum(1.0))
-_step("sub.Tensor", _sum(-1.0))
+_step("add.Tensor", _scalar(ADD))
+_step("sub.Tensor", _scalar(ADD, -1.0))
 _step("rsub.Scalar", _reversed_subtract)
 _step("neg.default", lambda: ((MULTIPLY, -1.0, 0.0),))
 _step("clamp.default", _clamp)
-_step("clamp_min.default", lambda low: _clamp(low=low))
+_step("clamp_min.default", _clamp)
 _step("clamp_max.default", lambda high: _clamp(high=high))
 _step("erfinv.default", lambda: ((ERFINV, 0.0, 0.0),))
 
 
 # --- copies and conversions -----------------------------------------------------------------------------------------
-
-
-def _is_pending(tensor: Any) -> bool:
-    """Whether the whole of a tensor, in its order, is a recipe."""
-    if type(tensor) is not Placeholder:
-        return False
-    record = tensor._record
-    return bool(record.recipe) and record.is_fillable and is_in_order(record, tensor._region)
 
 
 def _has_recipe_for(source: Placeholder, record: Record) -> bool:
@@ -297,11 +271,13 @@ def _copy(func: Any, tensor: Any, source: Any, non_blocking: bool = False) -> An
 
 @_records(aten._to_copy.default, aten.clone.default)
 def _copied(func: Any, tensor: Any, **options: Any) -> Any:
-    if not _is_pending(tensor) or (torch.is_grad_enabled() and tensor.requires_grad):
+    if type(tensor) is not Placeholder or (torch.is_grad_enabled() and tensor.requires_grad):
+        return NotImplemented
+    record = tensor._record
+    if not record.recipe or not record.is_fillable or not is_in_order(record, tensor._region):
         return NotImplemented
     if options.get("memory_format") not in (None, torch.preserve_format, torch.contiguous_format):
         return NotImplemented
-    record = tensor._record
     dtype, device = options.get("dtype") or record.dtype, concrete(options.get("device") or record.device)
     if not can_fill(dtype, device) or options.get("pin_memory"):
         return NotImplemented
@@ -310,50 +286,46 @@ def _copied(func: Any, tensor: Any, **options: Any) -> Any:
     return stand_for(Record(record.block, tuple(tensor.shape), dtype, device, record.recipe))
 
 
-# --- tensors like others --------------------------------------------------------------------------------------------
+# --- new tensors ----------------------------------------------------------------------------------------------------
 
-# What factories that take dtype and device from a tensor fill theirs with; None: nothing, or what they are given.
-_LIKE: dict[Any, float | None] = {
-    aten.empty_like.default: None,
-    aten.zeros_like.default: 0.0,
-    aten.ones_like.default: 1.0,
-    aten.full_like.default: None,
-    aten.new_empty.default: None,
-    aten.new_empty_strided.default: None,
-    aten.new_zeros.default: 0.0,
-    aten.new_ones.default: 1.0,
-    aten.new_full.default: None,
-}
-_TAKES_SHAPE = {each for each in _LIKE if "new" in each.name()}
-_IS_FULL = {aten.full_like.default, aten.new_full.default}
+Fill = tuple[int, tuple[float, ...]]
 
 
-@_records(*_LIKE)
-def like(func: Any, other: torch.Tensor, *args: Any, **options: Any) -> Any:
-    """A tensor of another one's dtype and device, and of its shape or a given one; NotImplemented if it is torch's."""
-    constant = _LIKE[func]
-    if func in _IS_FULL:
-        constant = options.pop("fill_value") if "fill_value" in options else args[-1]
-        args = args[: 1 if func in _TAKES_SHAPE else 0]
-        if type(constant) not in (int, float):
+def filled(
+    block: Block,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    fill: Fill | None,
+    options: dict[str, Any],
+) -> Any:
+    """A new tensor that one fill covers; NotImplemented if it is torch's to make.
+
+    Args:
+        sizes, strides: its geometry; no strides mean row-major ones.
+        fill: the kind and the parameters; None: nobody has written it yet.
+        options: what the call says about layout and pinned memory.
+    """
+    if device.type == "meta" or options.get("pin_memory") or options.get("layout") not in (None, torch.strided):
+        return NotImplemented
+    region = None if strides in (None, contiguous_strides(sizes)) else Region(0, sizes, strides or ())
+    if region is not None and region.end * dtype.itemsize >= 2**63:
+        return NotImplemented  # torch's to refuse
+    if fill is None and fills_what_is_empty(block):
+        if not dtype.is_floating_point or region is not None:
             return NotImplemented
-        elements = numel(args[0]) if func in _TAKES_SHAPE else other.numel()
-        refuse_beyond(options.get("dtype") or other.dtype, elements, constant)
-    write = None if constant is None else Write(CONSTANT, (float(constant),))
-    block = other._record.block if type(other) is Placeholder else current.get()
-    if block is not None and write is None and fills_what_is_empty(block):
-        return NotImplemented
-    return _like(func, other, args, options, write)
-
-
-@_records(aten.rand_like.default, aten.randn_like.default)
-def _random_like(func: Any, other: torch.Tensor, *, generator: Any = None, **options: Any) -> Any:
-    kind = UNIFORM if func is aten.rand_like.default else NORMAL
-    dtype = options.get("dtype") or other.dtype
-    if generator is not None or not (dtype in DTYPES or records(dtype, kind, (0.0, 1.0))):
-        return NotImplemented
-    tensor = _like(aten.empty_like.default, other, (), options, None)
-    return fill(tensor, kind, (0.0, 1.0)) if type(tensor) is Placeholder else tensor
+        fill = CONSTANT, (math.nan,)
+    write = None
+    if fill is not None:
+        kind, parameters = fill
+        if kind == CONSTANT:
+            _refuse_beyond(dtype, numel(sizes), *parameters)
+        if not _is_worth_recording(dtype, device, kind, parameters):
+            return NotImplemented
+        stream, key = (0, None) if kind == CONSTANT else block.generator.next_stream()
+        write = Write(kind, parameters, stream, key=key)
+    return create(block, sizes, dtype, device, write, region)
 
 
 def fills_what_is_empty(block: Block) -> bool:
@@ -365,25 +337,44 @@ def fills_what_is_empty(block: Block) -> bool:
     return asked and not block.defers
 
 
-def _like(func: Any, other: torch.Tensor, args: Any, options: dict[str, Any], write: Write | None) -> Any:
+# What fills the results of factories, by their names; that of `full` is what they are given last.
+FILLS: dict[str, Fill | None] = {
+    "empty": None,
+    "full": None,
+    "zeros": (CONSTANT, (0.0,)),
+    "ones": (CONSTANT, (1.0,)),
+    "rand": (UNIFORM, (0.0, 1.0)),
+    "randn": (NORMAL, (0.0, 1.0)),
+}
+
+# Those that take dtype and device from a tensor, and those that do not take its shape.
+LIKE = {f"{name}_like": fill for name, fill in FILLS.items()}
+NEW = {f"new_{name}": FILLS[name] for name in ("empty", "full", "zeros", "ones")}
+_LIKE = {getattr(aten, name).default: fill for name, fill in {**LIKE, **NEW, "new_empty_strided": None}.items()}
+_TAKES_SHAPE = {each for each in _LIKE if "new" in each.name()}
+_IS_FULL = {aten.full_like.default, aten.new_full.default}
+
+
+@_records(*_LIKE)
+def _like(func: Any, other: torch.Tensor, *args: Any, generator: Any = None, **options: Any) -> Any:
+    """A tensor of another one's dtype and device, and of its shape or a given one; NotImplemented if it is torch's."""
+    fill = _LIKE[func]
+    if func in _IS_FULL:
+        constant = options.pop("fill_value") if "fill_value" in options else args[-1]
+        args = args[: 1 if func in _TAKES_SHAPE else 0]
+        if type(constant) not in (int, float):
+            return NotImplemented
+        fill = CONSTANT, (float(constant),)
     block = other._record.block if type(other) is Placeholder else current.get()
     dtype, device = options.get("dtype") or other.dtype, concrete(options.get("device") or other.device)
-    if block is None or device.type == "meta" or options.get("pin_memory"):
-        return NotImplemented
-    if other.layout != torch.strided or options.get("layout") not in (None, torch.strided):
-        return NotImplemented
-    if write is not None and not is_worth_recording(dtype, device, write.kind, write.parameters):
+    if block is None or generator is not None or other.layout != torch.strided:
         return NotImplemented
     if func in _TAKES_SHAPE:
         geometry = (aten.new_empty_strided if func is aten.new_empty_strided.default else aten.new_empty).default
         meta = geometry(torch.empty(0, device="meta"), *args)
     elif type(other) is Placeholder and other._region is None and options.get("memory_format") is None:
-        return create(block, other._record.shape, dtype, device, write)
+        return filled(block, other._record.shape, None, dtype, device, fill, options)
     else:
         memory_format = options.get("memory_format") or torch.preserve_format
         meta = torch.empty_like(on_meta(other), device="meta", memory_format=memory_format)
-    sizes, strides = tuple(meta.shape), meta.stride()
-    if strides == contiguous_strides(sizes):
-        return create(block, sizes, dtype, device, write)
-    region = Region(0, sizes, strides)
-    return create(block, sizes, dtype, device, write, region) if is_dense(region) else NotImplemented
+    return filled(block, tuple(meta.shape), meta.stride(), dtype, device, fill, options)
