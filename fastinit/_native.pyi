@@ -168,6 +168,9 @@ def around_handle(original: Any) -> Any:
 def use(fast: bool) -> None:
     """Whether what is not a method of a class is to be fast, too."""
 
+def count_functionalizing(more: int) -> None:
+    """Note that so many threads more functionalize what they do: factories leave the fast path."""
+
 def around_make_subclass(wrapper: Any) -> Any:
     """``torch.Tensor._make_subclass``, around the wrapper in fastinit.record.guest."""
 

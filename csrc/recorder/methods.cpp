@@ -350,7 +350,7 @@ py::object create(Block* block, PyObject* filling, PyObject* args, PyObject* kwa
         }
     }
     Dtype code;
-    if (!fillable(dtype, code) || is_positive(call(state.dispatch_modes))) return {};
+    if (!fillable(dtype, code) || state.functionalizing || is_positive(call(state.dispatch_modes))) return {};
     if (!call(state.transform).is_none()) return {};
     if (device == Py_None) {
         if (is_positive(call(state.function_modes))) return {};  // a torch.device context may be among them

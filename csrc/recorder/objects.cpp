@@ -192,6 +192,7 @@ void add_recorder(py::module_& m) {
     m.def("give_turn",
           [](const py::object& generator) { assign(state.turn, generator.is_none() ? nullptr : generator.ptr()); });
     m.def("use", [](bool fast) { state.in_use = fast; });
+    m.def("count_functionalizing", [](int more) { state.functionalizing += more; });
     m.def("new_placeholder", [](const py::object& record) { return new_placeholder(record); });
     m.def("around_handle", &around_handle);
     m.def("around_make_subclass", &around_make_subclass);

@@ -65,8 +65,9 @@ struct State {
     FASTINIT_CONNECTED(X)
     FASTINIT_OF_TORCH(X)
 #undef X
-    PyObject* turn;  // the generator whose block has torch's generators, or null
-    bool in_use;     // whether the fast path is
+    PyObject* turn;       // the generator whose block has torch's generators, or null
+    bool in_use;          // whether the fast path is
+    int functionalizing;  // how many threads functionalize what they do, and get functional tensors from factories
 };
 extern State state;
 

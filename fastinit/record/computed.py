@@ -57,7 +57,9 @@ def compute(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
     is_pinned = kwargs.get("pin_memory") and device.type == "cpu"  # what somebody copies through, safetensors say
     by_torch = is_pinned or kwargs.get("generator") is not None or device.type == "meta"
     if by_torch or torch._C._len_torch_dispatch_stack():
-        return func(*args, **{**kwargs, **({"dtype": final} if default else {}), "device": device})
+        if default and final != torch._C.get_default_dtype():
+            kwargs["dtype"] = final  # else left out: a trace is to show the call as it was written
+        return func(*args, **{**kwargs, "device": device})
     requires_grad = kwargs.pop("requires_grad", False)
     kwargs.pop("pin_memory", None)
     kwargs["device"] = "cpu"

@@ -25,7 +25,7 @@ from .calls import evaluate, is_elementwise, record_call
 from .nested import map_tensors, tensors_in
 from .precision import SINGLE, WHOLE, in_doubles, result_dtypes, values_dtype
 from .records import HALVES, Record, is_in_order, modes_off, view_of
-from .tensors import Placeholder, alias_of, change_geometry, has_master, region_of, stand_for, views_of
+from .tensors import Placeholder, alias_of, become_real, change_geometry, has_master, region_of, stand_for, views_of
 
 aten = torch.ops.aten
 
@@ -83,6 +83,12 @@ def _is_written(value: Any) -> bool:
 @never_compiled  # also where a compiled function is called in the block: its frames reach dispatch one by one
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of an operator, one of whose operands is a placeholder."""
+    if torch._C._len_torch_dispatch_stack():
+        # A mode that traces or fakes has left the call to its operands' classes, of which it knows ours no more than
+        # another one: it would see what is done for a placeholder here, and give its own tensors for values.
+        for each in tensors_in((args, kwargs)):
+            become_real(each)
+        return func(*args, **kwargs)
     operator = operator_of(func)
     if operator.recorded is not None:
         result = operator.recorded(func, *args, **kwargs)
@@ -130,7 +136,8 @@ def wrap(
     if values.layout != torch.strided or values.is_nested or values.is_quantized or values.is_conj() or values.is_neg():
         # Rounded where it is: such a tensor has no master values.
         return values.to(dtype).to(device)
-    if torch._C._functorch.is_functorch_wrapped_tensor(values):  # a transform's own
+    if torch._C._functorch.is_functorch_wrapped_tensor(values) or torch._is_functional_tensor(values):
+        # A transform's own.
         return values.to(dtype).to(device)
     if device.type == "cpu" and dtype not in HALVES and not followed:
         return values.to(dtype)
@@ -321,14 +328,10 @@ def _on_values(args: Any, kwargs: Any, values: dict[int, torch.Tensor]) -> Any:
     return map_tensors(lambda tensor: values.get(id(tensor), tensor), (args, kwargs))
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """What a call of an operator writes to."""
+def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """What a call of an operator writes to, in lists, too."""
     writes = operator_of(func).writes
-    return [
-        kwargs[name] if name in kwargs else args[position]
-        for position, name in writes
-        if name in kwargs or position < len(args)
-    ]
+    return tensors_in([kwargs[n] if n in kwargs else args[i] for i, n in writes if n in kwargs or i < len(args)])
 
 
 def _own(func: Any, results: Any, written: list[Any], values: dict[int, torch.Tensor]) -> Any:

@@ -32,12 +32,12 @@ _OPTIONS = {"dtype", "device", "requires_grad", "pin_memory", "layout", "generat
 
 
 def _on_meta(make: Any, args: tuple[Any, ...], **options: Any) -> torch.Tensor | None:
-    """What torch makes of a geometry; None if it refuses that."""
+    """What torch makes of a geometry; None if it refuses that, or sizes are those of a trace, which would be bound."""
     try:
         meta: torch.Tensor = make(*args, **options, device="meta")
     except (TypeError, RuntimeError):
         return None
-    return meta
+    return None if any(isinstance(each, torch.SymInt) for each in meta.shape) else meta
 
 
 def _create(mode: Mode, make: Any, args: tuple[Any, ...], options: dict[str, Any], fill: Fill | None) -> Any:

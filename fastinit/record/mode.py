@@ -80,8 +80,8 @@ _NAME_A_DTYPE = {torch.Tensor.float, torch.Tensor.type}
 # Views whose C++ reads where to split from the memory of a tensor.
 _SPLITS = frozenset({torch.tensor_split, torch.Tensor.tensor_split})
 
-# Functions whose C++ refuses subclasses of Tensor.
-_WANT_MEMORY = frozenset({torch.Tensor.map_, torch.Tensor.map2_})
+# Functions whose C++ refuses subclasses of Tensor, or takes the address of one.
+_WANT_MEMORY = frozenset({torch.Tensor.apply_, torch.Tensor.map_, torch.Tensor.map2_})
 
 # Where a tensor becomes part of another one, below the dispatcher.
 TAKES_OVER: set[Any] = {
@@ -205,12 +205,14 @@ class Mode(native.Mode, TorchFunctionMode):
         Of integers torch makes its default dtype, which is fp32 in the process and may be another one in the block. And
         what is converted to half precision keeps its values in fp32.
         """
-        if result.requires_grad or torch._C._len_torch_dispatch_stack():
+        if result.requires_grad:
             return result
+        # What is traced or faked below autograd is nothing that a placeholder could stand for.
+        wraps = result.layout == torch.strided and result.is_cpu and not torch._C._len_torch_dispatch_stack()
         if result.dtype in HALVES:
             source: Any = args[0] if args and func in _CONVERTS else None
             computed = type(source) is torch.Tensor and source.is_cpu and source.dtype in (*WHOLE, torch.float64)
-            if not computed or result.layout != torch.strided or not result.is_cpu or in_functorch():
+            if not computed or not wraps or in_functorch():
                 return result
             with modes_off():
                 values = torch.empty_like(result, dtype=torch.float32).copy_(source)  # of the result's strides
@@ -225,7 +227,7 @@ class Mode(native.Mode, TorchFunctionMode):
                 doubles: torch.Tensor = in_doubles(func, args, kwargs)
                 return doubles
             dtype = of_default(result.dtype, default)
-            return wrap(self.block, result, dtype, result.device) if result.is_cpu else result.to(dtype)
+            return wrap(self.block, result, dtype, result.device) if wraps else result.to(dtype)
 
     def factory_device(self) -> torch.device:
         """Where a factory without a device argument puts its result: an inner ``torch.device`` context wins."""

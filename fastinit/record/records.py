@@ -39,12 +39,18 @@ lock = threading.RLock()
 def alone() -> Iterator[None]:
     """Nobody else is to see what is done: no thread, mode, graph of autograd or transform of functions."""
     with lock, modes_off(), torch.no_grad(), _disable_current_modes(), temporarily_clear_interpreter_stack():
-        yield
+        with torch._C._ExcludeDispatchKeyGuard(_FUNCTIONALIZED):
+            yield
+
+
+_FUNCTIONALIZED = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
 
 
 def in_functorch() -> bool:
     """Whether a transform of functions is under way."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.Functionalize)
 
 
 # Master values of one tensor beyond this are not made: the tensor gets its memory, and torch computes with that.

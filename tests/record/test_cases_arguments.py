@@ -649,9 +649,9 @@ def test_sparse_whole_numbers_make_the_default_dtype(default):
 @over_dtypes
 def test_functions_that_refuse_subclasses_find_tensors(dtype):
     def run():
-        return torch.ones(2).map_(torch.full((2,), 2.0), lambda a, b: a + b)
+        return torch.ones(2).map_(torch.full((2,), 2.0), lambda a, b: a + b), torch.ones(2).apply_(lambda a: a + 2)
 
-    assert inside(run, dtype).tolist() == [3.0, 3.0]
+    assert [each.tolist() for each in inside(run, dtype)] == [[3.0, 3.0]] * 2
 
 
 @over_dtypes

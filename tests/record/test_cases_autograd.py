@@ -469,3 +469,20 @@ def test_backward_hooks_of_a_module_that_is_called_with_pending_tensors_see_its_
         return [*seen, p.grad]
 
     assert_as_torch(inside(run, dtype), plain(run, dtype), dtype)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("foreach", [False, True], ids=["one by one", "lists"])
+@over_dtypes
+def test_an_optimizer_steps_in_the_block_as_it_does_in_torch(optimizer, foreach, dtype):
+    def run():
+        parameters = [nn.Parameter(torch.full(shape, 0.5)) for shape in ((2, 3), (4,))]
+        steps = optimizer(parameters, lr=0.25, foreach=foreach)
+        for _ in range(2):
+            steps.zero_grad()
+            sum((p * p).sum() for p in parameters).backward()
+            steps.step()
+        return parameters
+
+    for ours, theirs in zip(inside(run, dtype), plain(run, dtype), strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -4,6 +4,7 @@ import copy
 import ctypes
 import io
 import pickle
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ import torch.utils.dlpack
 from cases import SOURCES, assert_rounded, check, close, inside, operands, over_dtypes, over_sources, quiet
 from models import DTYPES, plain, same_bits
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fastinit
@@ -160,6 +163,7 @@ OUTSIDE = {
     "share_memory_": lambda t: t(3).share_memory_(),
     "swap_tensors": lambda t: _swapped(t(3), t(2)),
     "swap_tensors of what is real and has an alias": lambda t: _swapped_real(t(3), t(2)),
+    "functionalization": lambda t: _functionalized(t),
     "functional tensor": lambda t: torch._from_functional_tensor(torch._to_functional_tensor(t(3))),
     "iteration": lambda t: torch.tensor([float(x) for x in t(3)]),
     "format": lambda t: torch.tensor([float(f"{x:.6g}") for x in t(3).float()]),
@@ -178,6 +182,20 @@ def _saved(tensor):
     torch.save({"tensor": tensor}, file)
     file.seek(0)
     return torch.load(file)["tensor"]
+
+
+def _functionalized(t):
+    """What C++ gives that functionalizes, of a tensor that was there and of one that is made meanwhile."""
+    given, closure = torch._to_functional_tensor(t(3)), t(3)
+    torch._enable_functionalization(reapply_views=True)
+    try:
+        written = torch.mul(given, torch.full((3,), 2.0), out=torch.empty(3))
+        written[1:].mul_(torch.ones(2) + 1)
+        written[0].copy_(closure[1])
+    finally:
+        torch._disable_functionalization()
+    torch._sync(written)
+    return torch._from_functional_tensor(written), closure
 
 
 def _swapped(one, other):
@@ -521,6 +539,12 @@ TRACED = {
     "jit.trace of a module": lambda: torch.jit.trace(Scaled(), torch.ones(2))(torch.full((2,), 3.0)),
     "make_fx": lambda: make_fx(lambda x: x + 1)(torch.full((2,), 3.0))(torch.full((2,), 3.0)),
     "make_fx of a constant": lambda: (lambda w: make_fx(lambda x: x * w)(w)(w))(torch.ones(2) * 3),
+    "sizes of a trace": lambda: make_fx(lambda x: x * torch.ones(x.shape[0]), tracing_mode="symbolic")(torch.ones(2))(
+        torch.full((3,), 2.0)
+    ),
+    "decompositions": lambda: (
+        torch.export.export(nn.ReLU(), (torch.arange(2.0).view(2),)).run_decompositions().module()(torch.ones(2))
+    ),
     "symbolic_trace": lambda: torch.fx.symbolic_trace(Scaled())(torch.full((2,), 2.0)),
 }
 
@@ -535,7 +559,7 @@ def _computes_with_values(function, dtype):
 @pytest.mark.parametrize("name", TRACED)
 @over_dtypes
 def test_what_is_traced_in_the_block_computes_with_values(name, dtype):
-    if name == "export" and torch.__version__ < (2, 7):
+    if name in ("export", "decompositions") and torch.__version__ < (2, 7):
         pytest.skip("torch.export of torch 2.6 traces fastinit, too, and stops at its lock")
     _computes_with_values(TRACED[name], dtype)
 
@@ -557,6 +581,48 @@ def test_a_model_that_is_compiled_in_the_block_has_its_values(dtype):
     x = torch.ones(2, 3, dtype=DTYPES[dtype])
     assert torch.equal(ours(x), usual(x))
     assert all(same_bits(p.detach(), q.detach()) for p, q in zip(ours.parameters(), usual.parameters(), strict=True))
+
+
+class Seeing(TorchDispatchMode):
+    """Sees the operators that are called, and leaves those of classes that it does not know to these."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(kind is not torch.Tensor for kind in types):
+            return NotImplemented
+        self.seen.append((func, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+@over_dtypes
+def test_a_mode_below_autograd_sees_what_the_code_does_in_the_blocks_dtype(dtype):
+    def run():
+        with Seeing() as mode:
+            results = torch.arange(4) / 2, torch.arange(3).float().mean(), torch.zeros(2)
+        return results, mode.seen[-1]
+
+    (ours, call), (theirs, torchs) = inside(run, dtype), plain(run, dtype)
+    assert all(same_bits(a, b) for a, b in zip(ours, theirs, strict=True))
+    if dtype == "fp32":
+        assert {**call[1], "device": None} == {**torchs[1], "device": None}
+
+
+@over_dtypes
+def test_a_mode_below_autograd_takes_no_part_in_what_a_wrapper_holds(dtype):
+    def run():
+        one, two = (TwoTensor(torch.ones(3), torch.full((3,), 2.0)) for _ in range(2))
+        with FakeTensorMode(allow_non_fake_inputs=True), suppress(Exception):
+            one * 2  # which that mode knows nothing of, or refuses
+        with Seeing() as mode:
+            doubled = two * 2
+        return one.a, (one * 2).b, doubled.a, doubled.b, [str(func) for func, _ in mode.seen]
+
+    *ours, seen = inside(run, dtype)
+    *theirs, torchs = plain(run, dtype)
+    assert all(same_bits(a, b) for a, b in zip(ours, theirs, strict=True)) and seen == torchs
 
 
 def _copied_parameters():

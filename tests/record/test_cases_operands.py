@@ -115,6 +115,9 @@ WRITERS = {
     "addcmul_": lambda t: torch.zeros(3).addcmul_(t(3), t(3), value=2),
     "addmm_": lambda t: torch.zeros(2, 2).addmm_(t(2, 3), t(3, 2)),
     "foreach": lambda t: _foreach([torch.ones(2), torch.ones(3)], [t(2), t(3)]),
+    "foreach out": lambda t: (
+        lambda out: (torch.ops.aten._foreach_mul.List_out([t(2), t(3)], [t(2), t(3)], out=out), out)[1]
+    )([torch.empty(2), torch.empty(3)]),
     "a view of an expanded one": lambda t: torch.zeros(2, 3).add_(t(3).expand(2, 3)),
     "running statistics": lambda t: _normalized(t(3), t(3), t(4, 3)),
     "set_": lambda t: torch.empty(0).set_(t(3)),
