@@ -247,6 +247,9 @@ class Fills:
             self.count += len(recipe)
             memory = memory.detach()
             if boxes is None:
+                if zeros and not recipe:
+                    memory.zero_()  # also where torch can make no number of that dtype
+                    return
                 boxes, elements = [flat_box(0, memory.numel())], memory.numel()
             if memory.dtype in DTYPES:
                 write = partial(_write_in_pieces, memory, recipe, boxes, self._seed, zeros)

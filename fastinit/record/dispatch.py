@@ -197,8 +197,9 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         else:
             return _run_on_masters(func, args, kwargs, block, placeholders, tensors, values)
     written = _written(func, args, kwargs)
+    shares = operator.wants_memory or func.namespace != "aten"
     for each in placeholders:
-        values[id(each)] = _final(each, func.namespace == "aten" and all(each is not other for other in written))
+        values[id(each)] = _final(each, not shares and all(each is not other for other in written))
     results = _call(func, args, kwargs, values)
     return _own(func, results, written, values)
 

@@ -360,9 +360,19 @@ def _may_take_data(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     return True
 
 
+def _share_storage(tensor: Any, source: Any, *geometry: Any) -> torch.Tensor:
+    """``tensor.set_(source, offset, size, stride)``, in which C++ takes the storage of the source, and asks nobody."""
+    if type(source) is Unwritten:
+        source = readable(source)
+    become_real(source)
+    result: torch.Tensor = torch.ops.aten.set_.source_Tensor_storage_offset.decompose(tensor, source, *geometry)
+    return result
+
+
 # Of all dispatch keys, only tensors of classes with a __torch_dispatch__ have this one.
 _library = torch.library.Library("aten", "IMPL")
 _library.impl("_has_compatible_shallow_copy_type", _may_take_data, "PythonTLSSnapshot")
+_library.impl("set_.source_Tensor_storage_offset", _share_storage, "PythonTLSSnapshot")
 
 
 # --- the two that are wrapped once ----------------------------------------------------------------------------------

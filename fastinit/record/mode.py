@@ -128,6 +128,7 @@ class Mode(native.Mode, TorchFunctionMode):
             return func(*args, **kwargs)
         factory = FACTORIES.get(func)
         if factory is not None:
+            block.generator.resume()
             with modes_off():
                 options = dict(kwargs)
                 if type(options.get("dtype")) is type:  # of Python

@@ -52,6 +52,11 @@ def written(x: torch.Tensor):
     return x
 
 
+@_script
+def sharing(x: torch.Tensor, y: torch.Tensor):
+    return x.set_(y, 2, [2], [3])
+
+
 @torch.library.custom_op("fastinit_cases::largest", mutates_args=())
 def largest(x: torch.Tensor) -> torch.Tensor:
     return x.abs().amax(1).float()
@@ -146,6 +151,9 @@ OPERATORS = {
     "TensorBase": lambda t: torch._C.TensorBase.mul(t(3), t(3)),
 }
 OUTSIDE = {
+    "like a nested one": lambda t: [
+        make(torch.nested.nested_tensor([t(2), t(3)])).unbind() for make in (torch.zeros_like, torch.ones_like)
+    ],
     "nested": lambda t: torch.nested.nested_tensor([t(2), t(3)]).unbind(),
     "nested of a view": lambda t: torch.nested.as_nested_tensor([t(2), t(3)]).to_padded_tensor(0.0),
     "dlpack": lambda t: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(t(3))),
@@ -155,6 +163,9 @@ OUTSIDE = {
     "numpy of a view": lambda t: torch.as_tensor(np.asarray(t(2, 3).float().t()).copy()),
     "storage": lambda t: torch.empty(0).set_(t(3).untyped_storage(), 1, (2,)),
     "typed storage": lambda t: torch.tensor(t(3).storage().tolist()),
+    "set_ to a part": lambda t: torch.empty(0).set_(t(6), 1, (2,), (2,)),
+    "set_ in TorchScript": lambda t: sharing(torch.empty(0), t(6)),
+    "set_ and written": lambda t: (lambda one, other: (one.set_(other), other.mul_(2.0)))(torch.empty(0), t(3)),
     "as_strided": lambda t: t(6).as_strided((2, 2), (3, 1), 1),
     "save and load": lambda t: _saved(t(3)),
     "pickle": lambda t: pickle.loads(pickle.dumps(t(3))),

@@ -257,3 +257,11 @@ def test_what_is_written_by_any_path_has_its_values_and_is_not_complained_of(nam
         model = inside(construct, dtype)
     assert model.forgotten.dtype == DTYPES[dtype] and (model.forgotten == 1).all()
     assert type(model.forgotten) is nn.Parameter and model.forgotten.stride() == (64, 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_empty_is_zero_in_every_dtype_that_torch_has():
+    dtypes = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+    made = inside(lambda: [torch.empty(32, dtype=each) for each in dtypes])
+    assert {each.dtype for each in made} == dtypes
+    assert not any(any(each.untyped_storage()) for each in made)

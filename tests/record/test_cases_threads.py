@@ -317,3 +317,21 @@ def test_two_tasks_with_a_block_each_do_not_see_each_others(first_out, dtype):
     *models, seen = asyncio.run(asyncio.wait_for(all_of_them(), 30))
     _each_is_right_or_refused(dict(enumerate(models)), specifications, before)
     assert set(seen) == {(torch.float32, torch.float32, nn.Parameter)}
+
+
+def test_what_torch_draws_for_a_factory_in_one_of_two_tasks_is_of_its_own_block():
+    mean = torch.arange(4.0)
+
+    async def work(seed):
+        with fastinit.on("cpu", "fp32", seed=seed):
+            drawn = []
+            for _ in range(2):
+                await asyncio.sleep(0)
+                drawn.append(torch.normal(mean, 1.0))
+            return torch.stack(drawn)
+
+    async def both():
+        return await asyncio.gather(work(1), work(2))
+
+    for seed, drawn in enumerate(asyncio.run(both()), 1):
+        assert torch.equal(drawn, asyncio.run(work(seed)))
