@@ -156,16 +156,12 @@ void next_stream(PyObject* object, py::object& stream, py::object& key) {
     key = borrow(PyTuple_GET_ITEM(pair.ptr(), 1));
 }
 
-// Write(kind, parameters, ...) for a whole tensor, without the frame of its constructor.
+// Write(kind, parameters, ...) for a whole tensor.
 py::object make_write(PyObject* generator, Kind kind, const py::object& parameters) {
     py::object stream = borrow(state.zero), key = py::none();
     if (kind != Kind::constant) next_stream(generator, stream, key);
-    py::object fields[] = {
-        checked(PyLong_FromLong(static_cast<long>(kind))), parameters, stream, borrow(state.no_steps), py::none(), key};
-    auto* const type = reinterpret_cast<PyTypeObject*>(state.write);
-    py::object write = checked(type->tp_alloc(type, 6));
-    for (Py_ssize_t i = 0; i < 6; ++i) PyTuple_SET_ITEM(write.ptr(), i, fields[i].release().ptr());
-    return write;
+    return make_tuple_of(state.write, {checked(PyLong_FromLong(static_cast<long>(kind))), parameters, stream,
+                                       borrow(state.no_steps), py::none(), key});
 }
 
 // Whether native fills reach a record's memory.

@@ -24,6 +24,14 @@ uint64_t nbytes(const Record* record) {
     return elements(record->shape) * PyLong_AsUnsignedLongLong(attribute(record->dtype, names->itemsize).ptr());
 }
 
+py::object make_tuple_of(PyObject* kind, std::initializer_list<py::object> fields) {
+    auto* const type = reinterpret_cast<PyTypeObject*>(kind);
+    py::object made = checked(type->tp_alloc(type, static_cast<Py_ssize_t>(fields.size())));
+    Py_ssize_t at = 0;
+    for (const py::object& field : fields) PyTuple_SET_ITEM(made.ptr(), at++, field.inc_ref().ptr());
+    return made;
+}
+
 // A tensor that is filled in a loop is not to remember all of it.
 constexpr Py_ssize_t most_replaced = 16;
 

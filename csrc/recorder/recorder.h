@@ -252,6 +252,9 @@ inline size_t fillable(PyObject* dtype, Dtype& code) {
 uint64_t elements(PyObject* shape);
 uint64_t nbytes(const Record* record);
 
+// A tuple of a class that typing.NamedTuple has made, without the frame of its constructor.
+py::object make_tuple_of(PyObject* kind, std::initializer_list<py::object> fields);
+
 // What a record contains so far is about to be overwritten.
 void set_aside(Record* record);
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
 
 from ..recipe import COMPUTED
 from .block import Block, History
@@ -44,7 +45,7 @@ def written(block: Block) -> list[Written]:
     with modes_off():
         for model in models_of(block.seen_modules()):
             for name, module, own_name, tensor in tensors_of(model):
-                if id(tensor) not in found:
+                if id(tensor) not in found and not is_lazy(tensor):  # which has no shape before its module is called
                     what = own_name in module._parameters, tuple(tensor.shape), tensor.dtype
                     found[id(tensor)] = Written(name, weakref.ref(module), *what, _history_of(block, tensor))
     return list(found.values())

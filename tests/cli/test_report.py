@@ -218,3 +218,10 @@ def test_a_loop_of_fills_is_not_remembered_without_end():
     weight, bias = report.tensors
     assert len(weight.writes) <= 18 and weight.source == "computed"
     assert len(bias.replaced) <= 16
+
+
+def test_parameters_of_lazy_modules_are_not_told_of_before_they_have_a_shape():
+    with fastinit.on("cpu", "bf16", seed=0) as report:
+        model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3))
+    assert [each.name for each in report.tensors] == ["0.weight", "0.bias"]
+    assert report.parameters == 20 and isinstance(model[1], nn.LazyLinear)
