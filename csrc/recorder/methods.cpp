@@ -194,19 +194,11 @@ bool is_mine() {
 }
 
 // Records a fill of the whole of a pending tensor; false, and nothing done, if it is not so plain.
-bool fill(PyObject* self, Kind kind, std::initializer_list<double> numbers) {
-    if (truth(call(state.grad_enabled))) {
-        const ModesOff off;
-        if (truth(get(state.requires_grad, self))) return false;  // torch's to refuse
-    }
+bool record_fill(PyObject* self, Kind kind, const py::object& parameters) {
     if (!is_mine()) return false;
     const Locked locked;
     const Target target(self);
     if (!target.whole() || is_none(target->recipe) || !is_native(target.operator->())) return false;
-    const py::object parameters = checked(PyTuple_New(static_cast<Py_ssize_t>(numbers.size())));
-    Py_ssize_t at = 0;
-    for (const double number : numbers)
-        PyTuple_SET_ITEM(parameters.ptr(), at++, checked(PyFloat_FromDouble(number)).release().ptr());
     auto* const block = reinterpret_cast<Block*>(target->block);
     const py::object recipe = checked(PyTuple_New(1));
     PyTuple_SET_ITEM(recipe.ptr(), 0, make_write(block->generator, kind, parameters).release().ptr());
@@ -218,6 +210,18 @@ bool fill(PyObject* self, Kind kind, std::initializer_list<double> numbers) {
     const py::object tensors = checked(PyTuple_Pack(1, self));
     call(state.increment_version, {tensors.ptr()});
     return true;
+}
+
+bool fill(PyObject* self, Kind kind, std::initializer_list<double> numbers) {
+    if (truth(call(state.grad_enabled))) {
+        const ModesOff off;
+        if (truth(get(state.requires_grad, self))) return false;  // torch's to refuse
+    }
+    const py::object parameters = checked(PyTuple_New(static_cast<Py_ssize_t>(numbers.size())));
+    Py_ssize_t at = 0;
+    for (const double number : numbers)
+        PyTuple_SET_ITEM(parameters.ptr(), at++, checked(PyFloat_FromDouble(number)).release().ptr());
+    return record_fill(self, kind, parameters);
 }
 
 bool is_number(PyObject* object, double& number) {
@@ -422,6 +426,61 @@ PyObject* torch_function(PyObject* self, PyObject* const* given, Py_ssize_t coun
     });
 }
 
+// A function of torch.nn.init itself that is called with `tensor` by name, and then values. What it records follows from these
+// and from the tensor's shape and dtype: a layer that is like an earlier one is filled without asking in Python again.
+class Initialization {
+public:
+    Initialization(Block* block, PyObject* function, PyObject* const* given, PyObject* kwnames)
+        : block_(block), tensor_(given[0]) {
+        const Target target(tensor_);
+        if (!target.whole() || is_none(target->recipe) || PyFunction_GetGlobals(function) != state.init) return;
+        const Py_ssize_t values = PyTuple_GET_SIZE(kwnames) - 1;
+        for (Py_ssize_t i = 1; i <= values; ++i)
+            if (!is_plain(given[i])) return;
+        key_ = checked(PyTuple_New(4 + values));
+        Py_ssize_t at = 0;
+        const auto add = [&](PyObject* part) { PyTuple_SET_ITEM(key_.ptr(), at++, borrow(part).release().ptr()); };
+        for (PyObject* const part : {function, kwnames, target->shape, target->dtype}) add(part);
+        for (Py_ssize_t i = 1; i <= values; ++i) add(given[i]);
+        recipe_ = borrow(target->recipe);
+        dropped_ = block->dropped + PyTuple_GET_SIZE(target->recipe);
+        streams_ = generator()->streams;
+    }
+    // Whether it was known what is to be recorded, and is.
+    bool repeat() const {
+        PyObject* const known = key_ && block_->initializations ? item(block_->initializations, key_.ptr()) : nullptr;
+        return known && record_fill(tensor_, static_cast<Kind>(PyLong_AsLong(PyTuple_GET_ITEM(known, 0))),
+                                    borrow(PyTuple_GET_ITEM(known, 1)));
+    }
+    // Remembers what has been recorded, if that is one fill and all that happened.
+    void remember() const {
+        const Target target(tensor_);
+        if (!key_ || !target.whole() || is_none(target->recipe) || target->recipe == recipe_.ptr()) return;
+        Values values;
+        uint64_t stream;
+        if (!plain_fill(target->recipe, values, stream) || block_->dropped != dropped_) return;
+        PyObject* const write = PyTuple_GET_ITEM(target->recipe, 0);
+        const bool random = PyLong_AsLong(PyTuple_GET_ITEM(write, 0)) != static_cast<long>(Kind::constant);
+        if (PyTuple_GET_ITEM(write, 5) != Py_None || generator()->streams != streams_ + random) return;
+        if (!block_->initializations) block_->initializations = checked(PyDict_New()).release().ptr();
+        check(PyDict_SetItem(block_->initializations, key_.ptr(), write));
+    }
+
+private:
+    // Nothing that is mutable, nor a zero with a sign, which is equal to that without.
+    static bool is_plain(PyObject* value) {
+        if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value) != 0.0 || !std::signbit(PyFloat_AS_DOUBLE(value));
+        return value == Py_None || PyBool_Check(value) || PyLong_CheckExact(value) || PyUnicode_CheckExact(value);
+    }
+    Generator* generator() const { return reinterpret_cast<Generator*>(block_->generator); }
+
+    Block* block_;
+    PyObject* tensor_;
+    py::object key_, recipe_;
+    Py_ssize_t dropped_ = 0;
+    unsigned long long streams_ = 0;
+};
+
 // torch.overrides.handle_torch_function(function, tensors, *args, **kwargs), with torch's own one as self: asks the
 // mode, as torch.nn.init does in each of its fills. For a placeholder that is told no more than to call the function.
 PyObject* handle_torch_function(PyObject* original, PyObject* const* given, Py_ssize_t count, PyObject* kwnames) {
@@ -431,7 +490,12 @@ PyObject* handle_torch_function(PyObject* original, PyObject* const* given, Py_s
             const py::object mode = top_mode();
             if (mode && is_mode(mode) && has_turn(reinterpret_cast<Mode*>(mode.ptr())->block)) {
                 const ModePopped popped;
-                return checked(PyObject_Vectorcall(given[0], given + 2, 0, kwnames));
+                const Initialization made(reinterpret_cast<Block*>(reinterpret_cast<Mode*>(mode.ptr())->block), given[0],
+                                          given + 2, kwnames);
+                if (made.repeat()) return borrow(given[2]);
+                py::object result = checked(PyObject_Vectorcall(given[0], given + 2, 0, kwnames));
+                if (result.ptr() == given[2]) made.remember();
+                return result;
             }
         }
         return checked(PyObject_Vectorcall(original, given, count, kwnames));

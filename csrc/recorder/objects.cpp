@@ -32,6 +32,24 @@ py::object make_tuple_of(PyObject* kind, std::initializer_list<py::object> field
     return made;
 }
 
+bool plain_fill(PyObject* recipe, Values& values, uint64_t& stream) {
+    if (is_none(recipe) || PyTuple_GET_SIZE(recipe) != 1) return false;
+    PyObject* const write = PyTuple_GET_ITEM(recipe, 0);
+    const auto field = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(write, i); };
+    if (PyTuple_GET_SIZE(field(3)) || field(4) != Py_None) return false;
+    const long kind = PyLong_AsLong(field(0));
+    if (kind < 0 || kind > static_cast<long>(Kind::normal)) return false;
+    std::vector<double> numbers;
+    numbers.reserve(2);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(field(1)); ++i)
+        numbers.push_back(PyFloat_AsDouble(PyTuple_GET_ITEM(field(1), i)));
+    stream = PyLong_AsUnsignedLongLong(field(2));
+    if (field(5) != Py_None) values.seed = PyLong_AsUnsignedLongLong(field(5));
+    if (PyErr_Occurred()) throw py::error_already_set();
+    values.distribution = make_distribution(kind, numbers);
+    return true;
+}
+
 // A tensor that is filled in a loop is not to remember all of it.
 constexpr Py_ssize_t most_replaced = 16;
 
@@ -54,7 +72,8 @@ constexpr PyObject* Record::* record_fields[] = {&Record::block,   &Record::shap
                                                  &Record::recipe,  &Record::values,   &Record::memory,  &Record::owner,
                                                  &Record::tensors, &Record::executed, &Record::replaced};
 constexpr PyObject* Block::* block_fields[] = {&Block::device,    &Block::default_dtype, &Block::records,
-                                               &Block::generator, &Block::modules,       &Block::last_seen};
+                                               &Block::generator, &Block::modules,       &Block::last_seen,
+                                               &Block::initializations};
 constexpr PyObject* Mode::* mode_fields[] = {&Mode::block};
 
 template <class T, const auto& fields>
@@ -181,6 +200,7 @@ py::tuple connect(const py::kwargs& connected) {
     state.shape_getter = keep(tensor.attr("shape").attr("__get__"));
     state.no_steps = keep(py::tuple());
     state.zero = keep(py::int_(0));
+    state.init = keep(torch.attr("nn").attr("init").attr("__dict__"));
     state.mode_at = keep(low.attr("_get_function_stack_at"));
     state.pop_mode = keep(low.attr("_pop_torch_function_stack"));
     state.push_mode = keep(low.attr("_push_on_torch_function_stack"));

@@ -35,7 +35,9 @@ struct Record {
 struct Block {
     PyObject_HEAD
     PyObject *device, *default_dtype, *records, *generator, *modules;
-    PyObject* last_seen;  // the weak reference to the module that was seen last; of no meaning to Python
+    // Of no meaning to Python: the weak reference to the module that was seen last, and what functions of torch.nn.init
+    // have recorded, by what decides it.
+    PyObject *last_seen, *initializations;
     Py_ssize_t dropped;
     char defers;  // its tensors may stay without memory when it has ended
 };
@@ -59,7 +61,7 @@ struct Mode {
     X(tensor) X(parameter) X(size) X(make) X(make_subclass) X(undispatched) X(enter_undispatched) X(refuse_address) X(empty) X(increment_version) X(modes_off) X(enter) X(exit) \
     X(function_modes) X(dispatch_modes) X(transform) X(inference_mode) X(grad_enabled) X(initial_seed) X(acquire) X(release) \
     X(backward_hooks) X(grad) X(grad_fn) X(is_leaf) X(post_hooks) X(requires_grad) \
-    X(shape_getter) X(no_steps) X(zero) X(mode_at) X(pop_mode) X(push_mode) X(deterministic)
+    X(shape_getter) X(no_steps) X(zero) X(mode_at) X(pop_mode) X(push_mode) X(deterministic) X(init)
 struct State {
 #define X(name) PyObject* name;
     FASTINIT_CONNECTED(X)
@@ -254,6 +256,9 @@ uint64_t nbytes(const Record* record);
 
 // A tuple of a class that typing.NamedTuple has made, without the frame of its constructor.
 py::object make_tuple_of(PyObject* kind, std::initializer_list<py::object> fields);
+
+// The fill of a recipe that is one write of a whole tensor; false if it is not, or not so plain.
+bool plain_fill(PyObject* recipe, Values& values, uint64_t& stream);
 
 // What a record contains so far is about to be overwritten.
 void set_aside(Record* record);

@@ -41,25 +41,6 @@ py::list waiting(const py::object& object) {
     return waiting;
 }
 
-// The fill of a recipe that is one write of a whole tensor; false if it is not, or not so plain.
-bool plain_fill(PyObject* recipe, Values& values, uint64_t& stream) {
-    if (is_none(recipe) || PyTuple_GET_SIZE(recipe) != 1) return false;
-    PyObject* const write = PyTuple_GET_ITEM(recipe, 0);
-    const auto field = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(write, i); };
-    if (PyTuple_GET_SIZE(field(3)) || field(4) != Py_None) return false;
-    const long kind = PyLong_AsLong(field(0));
-    if (kind < 0 || kind > static_cast<long>(Kind::normal)) return false;
-    std::vector<double> numbers;
-    numbers.reserve(2);
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(field(1)); ++i)
-        numbers.push_back(PyFloat_AsDouble(PyTuple_GET_ITEM(field(1), i)));
-    stream = PyLong_AsUnsignedLongLong(field(2));
-    if (field(5) != Py_None) values.seed = PyLong_AsUnsignedLongLong(field(5));
-    if (PyErr_Occurred()) throw py::error_already_set();
-    values.distribution = make_distribution(kind, numbers);
-    return true;
-}
-
 // give_memory(segment, start, given, batch, seed, largest, limit):
 // Gives the records of a segment, all of one device, their memory, beginning with number start, and adds their fills to
 // a batch or copies their values, until one is not plain or larger than `largest` bytes, or fills of `limit` bytes are

@@ -266,8 +266,9 @@ class Block(native.Block):
             gc.collect()
         with lock, modes_off(), torch.no_grad():
             records = self.waiting()
-            for record in records:
-                self.keep_order(record.recipe or (), record, used=False)
+            if self.rename is not None:
+                for record in records:
+                    self.keep_order(record.recipe or (), record, used=False)
             unwritten = [record for record in records if record.recipe == () and not record.deferred]
             resident = [record for record in records if record.memory is not None]
             histories = [(record, self.history_of(record)) for record in records] if self.is_reported() else []
