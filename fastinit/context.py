@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -425,7 +425,8 @@ def _parse_streams(streams: Any) -> Callable[[str], str] | None:
 
 
 def _draw_seed() -> int:
-    with modes_off(), _disable_current_modes():  # a fake tensor has no value to draw
+    # A fake tensor has no value to draw.
+    with modes_off(), _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
         return int(torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None).item()) % 2**64
 
 

@@ -164,6 +164,13 @@ py::object make_write(PyObject* generator, Kind kind, const py::object& paramete
                                        borrow(state.no_steps), py::none(), key});
 }
 
+py::object recipe_of(py::object write) {
+    py::object recipe = checked(PyTuple_New(1));
+    PyTuple_SET_ITEM(recipe.ptr(), 0, write.release().ptr());
+    PyObject_GC_UnTrack(recipe.ptr());  // as in make_tuple_of
+    return recipe;
+}
+
 // Whether native fills reach a record's memory.
 bool is_native(const Record* record) {
     static PyObject *dtype = nullptr, *device = nullptr;
@@ -200,8 +207,7 @@ bool record_fill(PyObject* self, Kind kind, const py::object& parameters) {
     const Target target(self);
     if (!target.whole() || is_none(target->recipe) || !is_native(target.operator->())) return false;
     auto* const block = reinterpret_cast<Block*>(target->block);
-    const py::object recipe = checked(PyTuple_New(1));
-    PyTuple_SET_ITEM(recipe.ptr(), 0, make_write(block->generator, kind, parameters).release().ptr());
+    const py::object recipe = recipe_of(make_write(block->generator, kind, parameters));
     block->dropped += PyTuple_GET_SIZE(target->recipe);
     set_aside(target.operator->());
     assign(target->recipe, recipe.ptr());
@@ -365,11 +371,8 @@ py::object create(Block* block, PyObject* filling, PyObject* args, PyObject* kwa
     py::object recipe = borrow(state.no_steps);
     if (filling != Py_None) {
         const long kind = PyLong_AsLong(PyTuple_GET_ITEM(filling, 0));
-        recipe = checked(PyTuple_New(1));
-        PyTuple_SET_ITEM(recipe.ptr(), 0,
-                         make_write(block->generator, static_cast<Kind>(kind), borrow(PyTuple_GET_ITEM(filling, 1)))
-                             .release()
-                             .ptr());
+        recipe = recipe_of(
+            make_write(block->generator, static_cast<Kind>(kind), borrow(PyTuple_GET_ITEM(filling, 1))));
     }
     auto* const type = reinterpret_cast<PyTypeObject*>(state.record);
     const py::object object = checked(type->tp_alloc(type, 0));

@@ -29,6 +29,7 @@ py::object make_tuple_of(PyObject* kind, std::initializer_list<py::object> field
     py::object made = checked(type->tp_alloc(type, static_cast<Py_ssize_t>(fields.size())));
     Py_ssize_t at = 0;
     for (const py::object& field : fields) PyTuple_SET_ITEM(made.ptr(), at++, field.inc_ref().ptr());
+    PyObject_GC_UnTrack(made.ptr());
     return made;
 }
 

@@ -254,7 +254,8 @@ inline size_t fillable(PyObject* dtype, Dtype& code) {
 uint64_t elements(PyObject* shape);
 uint64_t nbytes(const Record* record);
 
-// A tuple of a class that typing.NamedTuple has made, without the frame of its constructor.
+// A tuple of a class that typing.NamedTuple has made, without the frame of its constructor. Its fields refer to nothing
+// that may refer to it: the garbage collector, which looks at all that a block has made when it ends, need not know it.
 py::object make_tuple_of(PyObject* kind, std::initializer_list<py::object> fields);
 
 // The fill of a recipe that is one write of a whole tensor; false if it is not, or not so plain.
