@@ -371,8 +371,7 @@ py::object create(Block* block, PyObject* filling, PyObject* args, PyObject* kwa
     py::object recipe = borrow(state.no_steps);
     if (filling != Py_None) {
         const long kind = PyLong_AsLong(PyTuple_GET_ITEM(filling, 0));
-        recipe = recipe_of(
-            make_write(block->generator, static_cast<Kind>(kind), borrow(PyTuple_GET_ITEM(filling, 1))));
+        recipe = recipe_of(make_write(block->generator, static_cast<Kind>(kind), borrow(PyTuple_GET_ITEM(filling, 1))));
     }
     auto* const type = reinterpret_cast<PyTypeObject*>(state.record);
     const py::object object = checked(type->tp_alloc(type, 0));
@@ -429,8 +428,9 @@ PyObject* torch_function(PyObject* self, PyObject* const* given, Py_ssize_t coun
     });
 }
 
-// A function of torch.nn.init itself that is called with `tensor` by name, and then values. What it records follows from these
-// and from the tensor's shape and dtype: a layer that is like an earlier one is filled without asking in Python again.
+// A function of torch.nn.init itself that is called with `tensor` by name, and then values. What it records follows
+// from these and from the tensor's shape and dtype: a layer that is like an earlier one is filled without asking in
+// Python again.
 class Initialization {
 public:
     Initialization(Block* block, PyObject* function, PyObject* const* given, PyObject* kwnames)
@@ -472,7 +472,8 @@ public:
 private:
     // Nothing that is mutable, nor a zero with a sign, which is equal to that without.
     static bool is_plain(PyObject* value) {
-        if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value) != 0.0 || !std::signbit(PyFloat_AS_DOUBLE(value));
+        if (PyFloat_CheckExact(value))
+            return PyFloat_AS_DOUBLE(value) != 0.0 || !std::signbit(PyFloat_AS_DOUBLE(value));
         return value == Py_None || PyBool_Check(value) || PyLong_CheckExact(value) || PyUnicode_CheckExact(value);
     }
     Generator* generator() const { return reinterpret_cast<Generator*>(block_->generator); }
@@ -493,8 +494,8 @@ PyObject* handle_torch_function(PyObject* original, PyObject* const* given, Py_s
             const py::object mode = top_mode();
             if (mode && is_mode(mode) && has_turn(reinterpret_cast<Mode*>(mode.ptr())->block)) {
                 const ModePopped popped;
-                const Initialization made(reinterpret_cast<Block*>(reinterpret_cast<Mode*>(mode.ptr())->block), given[0],
-                                          given + 2, kwnames);
+                const Initialization made(reinterpret_cast<Block*>(reinterpret_cast<Mode*>(mode.ptr())->block),
+                                          given[0], given + 2, kwnames);
                 if (made.repeat()) return borrow(given[2]);
                 py::object result = checked(PyObject_Vectorcall(given[0], given + 2, 0, kwnames));
                 if (result.ptr() == given[2]) made.remember();

@@ -72,8 +72,8 @@ namespace {
 constexpr PyObject* Record::* record_fields[] = {&Record::block,   &Record::shape,    &Record::dtype,   &Record::device,
                                                  &Record::recipe,  &Record::values,   &Record::memory,  &Record::owner,
                                                  &Record::tensors, &Record::executed, &Record::replaced};
-constexpr PyObject* Block::* block_fields[] = {&Block::device,    &Block::default_dtype, &Block::records,
-                                               &Block::generator, &Block::modules,       &Block::last_seen,
+constexpr PyObject* Block::* block_fields[] = {&Block::device,         &Block::default_dtype, &Block::records,
+                                               &Block::generator,      &Block::modules,       &Block::last_seen,
                                                &Block::initializations};
 constexpr PyObject* Mode::* mode_fields[] = {&Mode::block};
 

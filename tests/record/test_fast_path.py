@@ -134,6 +134,58 @@ def test_a_mode_of_the_caller_sees_functions_of_init_with_the_fast_path():
     assert "uniform_" in seen
 
 
+def layers_and_what_is_like_them():
+    """Initializations that are equal to earlier ones, and some that only look so."""
+    made = [nn.Linear(8, 8) for _ in range(3)]
+    made += [nn.Embedding(8, 8), nn.Embedding(8, 8, padding_idx=1), nn.Embedding(8, 8)]
+    tensors = [init.constant_(torch.empty(3), value) for value in (0.0, -0.0, 0, False)]
+    for a in (1, 1.0, 2, "1", None, torch.tensor(1.0), [1]):
+        try:
+            tensors.append(init.kaiming_uniform_(torch.empty(8, 8), a=a))
+        except (ValueError, TypeError) as error:  # what torch says of an argument, also after one that was equal
+            tensors.append(torch.tensor(float(len(str(error)))))
+    bound = torch.tensor(1.0)
+    for _ in range(2):  # a number that changes is no value to go by
+        tensors.append(init.uniform_(torch.empty(4), 0.0, bound))
+        bound.mul_(2)
+    torch.manual_seed(1)
+    tensors += [made[0].weight.detach(), init.kaiming_uniform_(torch.empty(8, 8), a=1)]
+    tensors.append(init.uniform_(torch.empty(4), generator=torch.Generator().manual_seed(2)))
+    tensors.append(init.uniform_(torch.empty(4), generator=None))
+    filled = torch.empty(8, 8).fill_(2.0)
+    tensors += [init.normal_(filled), init.normal_(torch.empty(8, 8)[:4]), init.normal_(torch.empty(8, 8).t())]
+    module = nn.Module()
+    for number, tensor in enumerate(tensors):
+        module.register_buffer(str(number), tensor)
+    return nn.ModuleList([*made, module])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
+def test_what_is_like_an_earlier_initialization_is_what_it_is_alone(dtype):
+    def make():
+        with fastinit.on("cpu", dtype, seed=SEED) as report:
+            module = layers_and_what_is_like_them()
+        return module, facts(module, report), [(each.writes, each.replaced) for each in report.tensors]
+
+    with_it, without = both_ways(make)
+    assert_same(with_it, without)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_function_in_the_place_of_one_of_init_is_called_for_each_tensor(monkeypatch, fast):
+    called = []
+
+    def uniform_(tensor, a=0.0, b=1.0, generator=None):
+        called.append(tensor)
+        return uniform(tensor, a, b, generator)
+
+    uniform = init.uniform_
+    monkeypatch.setattr(init, "uniform_", uniform_)
+    with path(fast), fastinit.on("cpu", "fp32", seed=SEED):
+        layers = [nn.Linear(8, 8) for _ in range(3)]
+    assert len(called) == len({id(each) for each in called if any(each is layer.bias for layer in layers)}) * 2 == 6
+
+
 def test_an_initializer_that_raises_leaves_the_modes_as_they_were():
     def make():
         with fastinit.on("cpu", seed=SEED):
