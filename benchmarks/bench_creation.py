@@ -6,6 +6,7 @@ Cold: torch's allocator holds nothing when a creation starts. Warm: it holds wha
 import peers
 import pytest
 import torch
+from conftest import rounds_for
 
 from fastinit.cli import text
 from fastinit.cli.models import DecoderConfig
@@ -25,38 +26,74 @@ def small_models():
 
 
 @pytest.mark.parametrize(("model", "way"), list(small_models()))
-def test_small_model(figure, device, quick, model, way):
+def test_small_model(figure, once, device, quick, model, way):
+    ways = MODULE_WAYS if model.startswith("2,000") else SMALL_WAYS
+    with figure(f"{model}, {device}", way) as record:
+        record_way(record, once(small_models_in_turns, model, ways, device, quick)[way])
+
+
+def small_models_in_turns(model, ways, device, quick):
     if model == "Linear(64, 64)":
         build = lambda: torch.nn.Linear(64, 64)  # noqa: E731
     elif model.startswith("2,000"):
         build = linears(20 if quick else 2000)
     else:
         build = peers.llama(DecoderConfig.of_size(100_000 if quick else SIZES[model.split()[-1]]), "torch.nn")
-    with figure(f"{model}, {device}", way) as record:
-        measure_way(record, way, build, device, rounds=20)
+    return in_turns(dict.fromkeys(ways, build), device, rounds=0 if quick else 20)
 
 
 @pytest.mark.parametrize("cache", ["cold", "warm"])
 @pytest.mark.parametrize(("library", "way"), [(library, way) for library, ways in LIBRARY_WAYS.items() for way in ways])
-def test_model(figure, main_device, quick, library, way, cache):
+def test_model(figure, once, main_device, quick, library, way, cache):
     on_gpu = main_device.type == "cuda"
     if cache == "warm" and (not on_gpu or way == "naive"):
         pytest.skip("there is no such cache")
     config = peers.shape_for(main_device, quick, on_cpu=350_000_000)
-    part = config.with_layers(1) if way == "naive" else config  # each takes as long, some seconds in all
-    scale = config.parameters / part.parameters if part != config else None
+    # Each layer takes as long the naive way, some seconds in all.
+    scale = config.parameters / config.with_layers(1).parameters if way == "naive" and config.layers > 1 else None
     case = f"Llama, {text.count(config.parameters)}, {library}, {main_device}{f', {cache}' if on_gpu else ''}"
     with figure(case, way) as record:
-        measure_way(record, way, peers.llama(part, library), main_device, keep_cache=cache == "warm", scale=scale)
+        record_way(record, once(models_in_turns, library, config, main_device, cache == "warm", quick)[way], scale)
 
 
-def measure_way(record, way, build, device, *, keep_cache=False, rounds=5, scale=None):
-    creator, created = peers.prepare_way(way, device, torch.bfloat16), []
+def models_in_turns(library, config, device, warm, quick):
+    ways = [way for way in LIBRARY_WAYS[library] if not (warm and way == "naive")]
+    builds = {way: peers.llama(config.with_layers(1) if way == "naive" else config, library) for way in ways}
+    return in_turns(builds, device, warm=warm, rounds=0 if quick else 5)
 
-    def run():
-        parameters = created[-1].parameters if created else 0
-        make_ready(peers.ALL_WAYS[way], parameters, device, torch.bfloat16, keep_cache=keep_cache)
-        created.append(timed_creation(creator, build, device)[1])
-        return created[-1].seconds
 
-    record(run, rounds=rounds, patience=3.0, scale=scale).update(created[-1].info())
+def in_turns(builds, device, *, warm=False, rounds=5):
+    """The creations of each way, or what it raised; the first one does not count.
+
+    The ways take turns: a processor may do twice as much in one second as in the next, and each is to have its share.
+    """
+    creators, created = {}, {way: [] for way in builds}
+
+    def run(way):
+        if isinstance(created[way], Exception):
+            return
+        try:
+            if way not in creators:
+                creators[way] = peers.prepare_way(way, device, torch.bfloat16)
+            parameters = created[way][-1].parameters if created[way] else 0
+            make_ready(peers.ALL_WAYS[way], parameters, device, torch.bfloat16)
+            if warm:
+                creators[way](builds[way])
+            created[way].append(timed_creation(creators[way], builds[way], device)[1])
+        except Exception as error:
+            created[way] = error.with_traceback(None)  # which holds a model
+
+    for way in builds:
+        run(way)
+    counts = {way: rounds_for(each[0].seconds, rounds, 3.0) for way, each in created.items() if isinstance(each, list)}
+    for done in range(max(counts.values(), default=0)):
+        for way, count in counts.items():
+            if done < count:
+                run(way)
+    return {way: each if isinstance(each, Exception) else each[1:] or each for way, each in created.items()}
+
+
+def record_way(record, created, scale=None):
+    if isinstance(created, Exception):
+        raise created
+    record([each.seconds for each in created], scale=scale).update(created[-1].info())

@@ -2,7 +2,7 @@
 
 import peers
 import pytest
-from bench_creation import measure_way
+from bench_creation import in_turns, record_way
 
 from fastinit.cli import text
 from fastinit.cli.models import DecoderConfig
@@ -14,11 +14,18 @@ NAIVE_MOST = 4e8  # parameters: seconds each
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", SIZES["cuda"])
-def test_growth(figure, device, quick, size, way):
+def test_growth(figure, once, device, quick, size, way):
     if size not in SIZES[device.type] or (way == "naive" and size > NAIVE_MOST):
         pytest.skip("too large")
     if device.type == "cpu" and way in ("fabric", "accelerate"):
         pytest.skip("on the main device alone")
-    build = peers.llama(DecoderConfig.of_size(int(size / 1000 if quick else size)), "torch.nn")
     with figure(f"{text.count(size)}, {device}", way) as record:
-        measure_way(record, way, build, device, rounds=3)
+        record_way(record, once(models_in_turns, size, device, quick)[way])
+
+
+def models_in_turns(size, device, quick):
+    build = peers.llama(DecoderConfig.of_size(int(size / 1000 if quick else size)), "torch.nn")
+    ways = [way for way in WAYS if device.type == "cuda" or way not in ("fabric", "accelerate")]
+    if size > NAIVE_MOST:
+        ways.remove("naive")
+    return in_turns(dict.fromkeys(ways, build), device, rounds=0 if quick else 3)

@@ -180,6 +180,8 @@ def figure(request, benchmark):
 
 def repeated(run, rounds, patience):
     first = run()
-    if not rounds:
-        return [first]
-    return [run() for _ in range(max(2, min(rounds, int(patience / max(first, 1e-9)))))]
+    return [run() for _ in range(rounds_for(first, rounds, patience))] or [first]
+
+
+def rounds_for(first, rounds, patience):
+    return max(2, min(rounds, int(patience / max(first, 1e-9)))) if rounds else 0

@@ -148,11 +148,8 @@ def timed_creation(create: Creator, build: Build, device: torch.device) -> tuple
     return model, Created(seconds, parameters, tensor_bytes, *peaks, memory.beyond(tensor_bytes), parts)
 
 
-def make_ready(
-    way: Way, parameters: int, device: torch.device, dtype: torch.dtype, *, keep_cache: bool = False
-) -> None:
+def make_ready(way: Way, parameters: int, device: torch.device, dtype: torch.dtype) -> None:
     """Before a creation of so many parameters: empty caches, and host memory that is backed where the way needs it."""
-    if not keep_cache:
-        clean_up(device)
+    clean_up(device)
     if way.fp32_on_host or device.type == "cpu":
         warm_memory(parameters * (torch.float32 if way.fp32_on_host else dtype).itemsize)
