@@ -470,11 +470,12 @@ public:
     }
 
 private:
-    // Nothing that is mutable, nor a zero with a sign, which is equal to that without.
+    // Nothing that is mutable; nor what is equal to something else: a zero with a sign, True, which torch takes for no
+    // number.
     static bool is_plain(PyObject* value) {
         if (PyFloat_CheckExact(value))
             return PyFloat_AS_DOUBLE(value) != 0.0 || !std::signbit(PyFloat_AS_DOUBLE(value));
-        return value == Py_None || PyBool_Check(value) || PyLong_CheckExact(value) || PyUnicode_CheckExact(value);
+        return value == Py_None || PyLong_CheckExact(value) || PyUnicode_CheckExact(value);
     }
     Generator* generator() const { return reinterpret_cast<Generator*>(block_->generator); }
 

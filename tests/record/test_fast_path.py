@@ -139,7 +139,7 @@ def layers_and_what_is_like_them():
     made = [nn.Linear(8, 8) for _ in range(3)]
     made += [nn.Embedding(8, 8), nn.Embedding(8, 8, padding_idx=1), nn.Embedding(8, 8)]
     tensors = [init.constant_(torch.empty(3), value) for value in (0.0, -0.0, 0, False)]
-    for a in (1, 1.0, 2, "1", None, torch.tensor(1.0), [1]):
+    for a in (1, 1.0, True, 2, "1", None, torch.tensor(1.0), [1]):
         try:
             tensors.append(init.kaiming_uniform_(torch.empty(8, 8), a=a))
         except (ValueError, TypeError) as error:  # what torch says of an argument, also after one that was equal
