@@ -53,7 +53,6 @@ def compute(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Any:
         final = block.default_dtype
         if func in _MAY_BE_COMPLEX and any(_is_complex(each) for each in (*args, *kwargs.values())):
             final = torch.complex128 if final == torch.float64 else torch.complex64
-    block.generator.resume()
     is_pinned = kwargs.get("pin_memory") and device.type == "cpu"  # what somebody copies through, safetensors say
     by_torch = is_pinned or kwargs.get("generator") is not None or device.type == "meta"
     if by_torch or torch._C._len_torch_dispatch_stack():
