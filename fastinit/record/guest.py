@@ -100,8 +100,8 @@ def _install() -> None:
     _replace(parametrizations, "_is_orthogonal", _orthogonal_in_fp32)
     if fast.in_use:
         _replace(torch.overrides, "handle_torch_function", native.around_handle)
-    for name, more in (("_enable_functionalization", 1), ("_disable_functionalization", -1)):
-        _replace(torch, name, functools.partial(_counted, more))
+    _replace(torch, "_enable_functionalization", _functionalizing)
+    _replace(torch, "_disable_functionalization", _functionalizing_no_more)
     # What Tensor.backward calls once the mode has been asked, and is off.
     _replace(torch.autograd, "_engine_run_backward", _in_the_mode)
     # What torch.autograd.Function.apply does first: no mode sees that one.
@@ -271,8 +271,8 @@ def _before_function(function: Any) -> Any:
     return called
 
 
-def _counted(more: int, function: Any) -> Any:
-    """A function from which on C++ makes functional tensors of whatever is created in its thread, or does no more."""
+def _functionalizing(function: Any, more: int = 1) -> Any:
+    """A function from which on C++ makes functional tensors of whatever is created in its thread."""
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -280,6 +280,10 @@ def _counted(more: int, function: Any) -> Any:
         native.count_functionalizing(more)
 
     return called
+
+
+def _functionalizing_no_more(function: Any) -> Any:
+    return _functionalizing(function, -1)
 
 
 @_in_block
