@@ -440,10 +440,19 @@ public:
         const Py_ssize_t values = PyTuple_GET_SIZE(kwnames) - 1;
         for (Py_ssize_t i = 1; i <= values; ++i)
             if (!is_plain(given[i])) return;
-        key_ = checked(PyTuple_New(4 + values));
+        // What they call of their module, which others may have replaced since.
+        PyObject* const helpers[] = {
+            names->calculate_gain,    names->_calculate_correct_fan, names->_calculate_fan_in_and_fan_out,
+            names->_no_grad_uniform_, names->_no_grad_normal_,       names->_no_grad_fill_,
+            names->_no_grad_zero_};
+        key_ = checked(PyTuple_New(4 + static_cast<Py_ssize_t>(std::size(helpers)) + values));
         Py_ssize_t at = 0;
         const auto add = [&](PyObject* part) { PyTuple_SET_ITEM(key_.ptr(), at++, borrow(part).release().ptr()); };
         for (PyObject* const part : {function, kwnames, target->shape, target->dtype}) add(part);
+        for (PyObject* const name : helpers) {
+            PyObject* const helper = item(state.init, name);
+            add(helper ? helper : Py_None);
+        }
         for (Py_ssize_t i = 1; i <= values; ++i) add(given[i]);
         recipe_ = borrow(target->recipe);
         dropped_ = block->dropped + PyTuple_GET_SIZE(target->recipe);

@@ -75,7 +75,8 @@ extern State state;
 
 #define FASTINIT_NAMES(X) \
     X(_is_param) X(_record) X(_region) X(__class__) X(device) X(dtype) X(itemsize) X(tensor) X(generator) X(next_stream) X(detach) \
-    X(requires_grad) X(requires_grad_) X(uniform_) X(normal_) X(fill_) X(zero_) X(shape) X(size) X(dim) X(numel) X(element_size) X(_use_count) X(data_ptr) X(needs_master) X(copy_values) X(_modules) X(_parameters)
+    X(requires_grad) X(requires_grad_) X(uniform_) X(normal_) X(fill_) X(zero_) X(shape) X(size) X(dim) X(numel) X(element_size) X(_use_count) X(data_ptr) X(needs_master) X(copy_values) X(_modules) X(_parameters) \
+    X(calculate_gain) X(_calculate_correct_fan) X(_calculate_fan_in_and_fan_out) X(_no_grad_uniform_) X(_no_grad_normal_) X(_no_grad_fill_) X(_no_grad_zero_)
 struct Names {
 #define X(name) PyObject* const name = PyUnicode_InternFromString(#name);
     FASTINIT_NAMES(X)

@@ -271,7 +271,8 @@ class Block(native.Block):
                     self.keep_order(record.recipe or (), record, used=False)
             unwritten = [record for record in records if record.recipe == () and not record.deferred]
             resident = [record for record in records if record.memory is not None]
-            histories = [(record, self.history_of(record)) for record in records] if self.is_reported() else []
+            # Versions are those of the tensors, whose memory is another object.
+            histories = [(each.placeholders(), self.history_of(each)) for each in records] if self.is_reported() else []
             given: list[tuple[Record, torch.Tensor]] = []
             plain: list[Record | torch.Tensor] = []
             for segment in _segments([record for record in records if record.memory is None]):
@@ -282,9 +283,9 @@ class Block(native.Block):
                 record.become_resident(memory)
             for record in (*resident, *(record for record, _ in given), *native.swap_in(plain)):
                 take_record_memory(record, record.placeholders())
-            for record, history in histories:
-                assert record.memory is not None
-                self.keep_history(record.memory, *history)
+            for tensors, history in histories:
+                parameters = [each for each in tensors if isinstance(each, torch.nn.Parameter)]
+                self.keep_history((parameters or tensors)[0], *history)
             self._masters.clear()
             for record in unwritten:
                 if (what := record.what()) is not None:

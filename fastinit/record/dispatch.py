@@ -46,6 +46,7 @@ class _Operator(NamedTuple):
         wants_memory: it is not torch's, or is about memory itself.
         writes: positions and names of the arguments that it writes to.
         returns_them: it returns these, or nothing, and no new tensor beside them.
+        counts_writes: torch counts them as versions before it gets here.
     """
 
     recorded: Callable[..., Any] | None
@@ -56,6 +57,7 @@ class _Operator(NamedTuple):
     wants_memory: bool
     writes: tuple[tuple[int, str], ...]
     returns_them: bool
+    counts_writes: bool
 
 
 @functools.cache
@@ -72,6 +74,7 @@ def operator_of(func: Any) -> _Operator:
         wants_memory=func.namespace not in ("aten", "prims") or takes_memory,
         writes=tuple((i, each.name) for i, each in enumerate(func._schema.arguments) if _is_written(each)),
         returns_them=all(map(_is_written, func._schema.returns)),
+        counts_writes=func.has_kernel_for_dispatch_key(torch._C.DispatchKey.ADInplaceOrView),
     )
 
 
@@ -341,6 +344,8 @@ def _own(func: Any, results: Any, written: list[Any], values: dict[int, torch.Te
         if type(each) is Placeholder:
             _follow(func, each, values[id(each)])
             each._record.did(COMPUTED)
+            if not operator_of(func).counts_writes:
+                torch.autograd.graph.increment_version(each)
         elif id(each) in values:  # one without elements, which has some now
             each.resize_(values[id(each)].shape).copy_(values[id(each)])
     if not func._schema.returns:

@@ -32,6 +32,7 @@ def takes(block: Block, tensor: Any) -> bool:
     if is_ordinary(tensor) and (
         type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
         or tensor.layout != torch.strided
+        or tensor.is_neg()  # whose memory has other values
         or tensor.device.type not in ("cpu", "meta", block.device.type)
     ):
         return False

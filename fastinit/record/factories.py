@@ -77,6 +77,12 @@ def _filled_with(fill: Fill | None) -> Callable[..., Any]:
     return lambda *args, **options: (args, options, fill)
 
 
+def _strided(*args: Any, **options: Any) -> Any:
+    strides = options["stride"] if "stride" in options else args[1] if len(args) > 1 else ()
+    # On meta torch takes negative strides, which it refuses elsewhere.
+    return None if any(type(each) is int and each < 0 for each in strides) else (args, options, None)
+
+
 def _full(*args: Any, **options: Any) -> Any:
     size, value = (*args, *(options.pop(name) for name in ("size", "fill_value") if name in options))
     # Without a dtype, torch makes whole numbers int64, and anything else the default dtype.
@@ -159,7 +165,8 @@ FACTORIES: dict[Any, Factory] = {
     **dict.fromkeys((torch.tensor, torch.as_tensor, torch.asarray), from_data),
     **dict.fromkeys(_OF_OTHER_LAYOUTS, of_other_layout),
     **{each: _recorded(torch.empty, _filled_with(fill)) for each, fill in RECORDED_FACTORIES.items()},
-    **{each: _recorded(each, _filled_with(None)) for each in (torch.empty_strided, torch.empty_permuted)},
+    torch.empty_strided: _recorded(torch.empty_strided, _strided),
+    torch.empty_permuted: _recorded(torch.empty_permuted, _filled_with(None)),
     **{getattr(torch, each): _like(getattr(aten, each).default, False) for each in LIKE},
     **{getattr(torch.Tensor, each): _like(getattr(aten, each).default, True) for each in NEW},
     torch.full: _recorded(torch.empty, _full),

@@ -50,6 +50,7 @@ from .unwritten import Unwritten, readable, refuse
 _COLLECT_EVERY = 200_000
 
 _lock = threading.Lock()
+_this_thread = threading.local()
 _users = 0
 _undo: list[Callable[[], object]] = []
 
@@ -277,7 +278,10 @@ def _functionalizing(function: Any, more: int = 1) -> Any:
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
         function(*args, **kwargs)
-        native.count_functionalizing(more)
+        # torch's own modes end what they have not begun.
+        if getattr(_this_thread, "functionalizes", False) != (more > 0):
+            _this_thread.functionalizes = more > 0
+            native.count_functionalizing(more)
 
     return called
 

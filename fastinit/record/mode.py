@@ -352,6 +352,7 @@ def _truncated(block: Block, tensor: torch.Tensor, mean: Any, std: Any, a: Any, 
     if type(tensor) is Placeholder:
         if not can_fill(tensor.dtype, tensor.device) or in_functorch():
             return NotImplemented
+        torch.autograd.graph.increment_version(tensor)
         return fill(tensor, TRUNCATED_NORMAL, parameters)
     if not existing.takes(block, tensor):
         return NotImplemented

@@ -367,7 +367,7 @@ def _like(func: Any, other: torch.Tensor, *args: Any, generator: Any = None, **o
         fill = CONSTANT, (float(constant),)
     block = other._record.block if type(other) is Placeholder else current.get()
     dtype, device = options.get("dtype") or other.dtype, concrete(options.get("device") or other.device)
-    if block is None or generator is not None or other.layout != torch.strided or other.is_nested:
+    if block is None or generator is not None or other.layout != torch.strided or other.is_nested or other.is_quantized:
         return NotImplemented
     if func in _TAKES_SHAPE:
         geometry = (aten.new_empty_strided if func is aten.new_empty_strided.default else aten.new_empty).default

@@ -124,9 +124,12 @@ class Placeholder(torch.Tensor):
     def set_(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         source = args[0] if args else kwargs.get("source")
         with modes_off(), lock:
-            if isinstance(source, torch.Tensor) and source.dtype == self.dtype and len(args) + len(kwargs) == 1:
+            refused = torch.is_grad_enabled() and self.requires_grad
+            whole = isinstance(source, torch.Tensor) and source.dtype == self.dtype and len(args) + len(kwargs) == 1
+            if isinstance(source, torch.Tensor) and whole and not refused:
                 if source is not self:
                     set_data(self, source)
+                torch.autograd.graph.increment_version(self)
                 return self
             become_real(self)
             result: torch.Tensor = torch._C.TensorBase.set_(self, *args, **kwargs)
@@ -219,7 +222,13 @@ def views_of(tensor: Placeholder, function: Callable[..., Any], *args: Any, **kw
         views = [taken] if isinstance(taken, torch.Tensor) else list(taken)
         if any(each.dtype != record.dtype or each.is_conj() or each.is_neg() for each in views):
             return None
+        base = _base.__get__(tensor) if _is_view(tensor) else None
         for i, each in enumerate(views):
+            if type(base) is Placeholder and base._record is record and _is_view(each):
+                # In one step from the base: torch keeps a function for each step to a view of a subclass.
+                meta = torch._C._autograd._get_creation_meta(each)
+                each = torch.Tensor.as_strided(base, each.size(), each.stride(), each.storage_offset())
+                torch._C._autograd._set_creation_meta(each, meta)
             if each.numel():
                 views[i] = _standing(torch.Tensor.as_subclass(each, Placeholder), record, region_of(each))
             else:
@@ -347,6 +356,8 @@ def swap_in(tensor: Any, memory: torch.Tensor, *, viewed: torch.Tensor | None = 
             swap_in(tensor, memory, viewed=viewed, meta=meta)
         return
     requires_grad = tensor.requires_grad
+    # A view of something that requires a gradient does so, too; torch accumulates none for it.
+    inherits = requires_grad and _is_view(tensor) and _base.__get__(tensor).requires_grad
     graph = requires_grad and not is_leaf(tensor)
     if graph and (meta not in _KNOWN_VIEWS or tensor._backward_hooks):
         viewed = None
@@ -358,7 +369,8 @@ def swap_in(tensor: Any, memory: torch.Tensor, *, viewed: torch.Tensor | None = 
         torch._C._autograd._set_creation_meta(real, meta)
     hooks = post = grad = None
     if requires_grad and not graph:
-        real.requires_grad_()
+        if not inherits or viewed is None:
+            real.requires_grad_()
         hooks, post = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
         grad = None if _is_view(tensor) else tensor.grad
         if grad is not None:
@@ -377,8 +389,7 @@ def swap_in(tensor: Any, memory: torch.Tensor, *, viewed: torch.Tensor | None = 
     if grad is not None:
         tensor.grad = grad
     if real._use_count() > 1:  # type: ignore[attr-defined]
-        # Of a view that was taken while no graph was recorded, gradients go to what it is a view of.
-        accumulates = requires_grad and viewed is None and tensor.is_leaf
+        accumulates = requires_grad and not inherits and tensor.is_leaf
         _leave_behind(real, record, region, tensor if accumulates else None, kind)
 
 
@@ -412,6 +423,8 @@ def _leave_behind(
         gradient, accumulated.grad = accumulated.grad, None
         if gradient is not None:
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+            for hook in (leaf._post_accumulate_grad_hooks or {}).values():
+                hook(leaf)
 
     old.register_post_accumulate_grad_hook(pass_on)
 

@@ -27,7 +27,7 @@ from ..runs import Runs
 from .graphs import is_leaf
 from .records import lock, modes_off, view_of
 from .storageless import attributes_of, deep_copy, swap_impl, without_storage
-from .tensors import swap_in
+from .tensors import become_real, swap_in
 
 
 @dataclass(eq=False)
@@ -302,6 +302,7 @@ class Unwritten(torch.Tensor):
                     f"on {str(value.device)!r}; move them, or assign a new parameter"
                 )
             else:
+                become_real(value)
                 swap_in(self, value.detach())
 
     def data_ptr(self) -> int:

@@ -225,3 +225,13 @@ def test_parameters_of_lazy_modules_are_not_told_of_before_they_have_a_shape():
         model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3))
     assert [each.name for each in report.tensors] == ["0.weight", "0.bias"]
     assert report.parameters == 20 and isinstance(model[1], nn.LazyLinear)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_block_around_a_block_reports_what_that_one_has_drawn(dtype):
+    with fastinit.on("cpu", dtype, seed=0) as report:
+        with fastinit.on("cpu", dtype, seed=1) as inner:
+            model = nn.Sequential(nn.Linear(2, 2), nn.Embedding(4, 2, padding_idx=0))
+        model = nn.Sequential(model)
+    assert [each.source for each in report.tensors] == [each.source for each in inner.tensors] == ["random"] * 3
+    assert [each.writes for each in report.tensors] == [each.writes for each in inner.tensors]

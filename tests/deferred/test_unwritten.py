@@ -572,3 +572,25 @@ def test_what_was_kept_is_ordinary_once_nothing_is_unwritten():
         gc.collect()  # tensors that nothing refers to but what they stood for
         assert type(model.table) is torch.Tensor and not vars(model.table)
         assert torch.equal(model.table, torch.arange(3.0).cos())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_another_block_has_pending_may_become_the_data_of_what_is_unwritten(dtype):
+    with fastinit.on("cpu", dtype, seed=SEED, empty=True):
+        layer = nn.Linear(4, 4)
+    with fastinit.on("cpu", dtype, seed=SEED):
+        values = torch.randn(20)
+        nn.utils.vector_to_parameters(values, layer.parameters())
+    assert type(layer.weight) is nn.Parameter and not fastinit.uninitialized(layer)
+    assert torch.equal(nn.utils.parameters_to_vector(layer.parameters()), values)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_row_of_a_view_may_be_initialized_in_another_block(dtype):
+    with fastinit.on("cpu", dtype, seed=SEED, shard=True):
+        layer = nn.Linear(4, 4)
+    with torch.no_grad(), fastinit.on("cpu", dtype, seed=SEED):
+        nn.init.zeros_(layer.weight.t()[1])
+    fastinit.materialize(layer)
+    assert layer.weight[:, 1].tolist() == [0.0] * 4
+    assert not fastinit.uninitialized(layer)

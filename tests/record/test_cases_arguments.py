@@ -560,6 +560,7 @@ REFUSED = {
     "more bytes than can be counted": lambda: torch.zeros(2**62),
     "sizes of no elements that overflow": lambda: torch.empty(0, 4, 2**61),
     "strides that overflow": lambda: torch.empty_strided((8, 8), (2**61, 1)),
+    "strides that go backwards": lambda: torch.empty_strided((2, 3), (-1, 1)),
     "transpose in place": lambda: torch.ones(2, 2, 2).t_(),
     "deletion of data": lambda: exec("del x.data", {"x": torch.ones(2)}),
     "bounds beyond the dtype": lambda: half(3).uniform_(0, 1e6),

@@ -331,3 +331,96 @@ def test_a_tensor_and_its_views_are_freed_with_their_last_references(dtype):
         assert [ref() for ref in gone] == [None, None, None]
     finally:
         gc.enable()
+
+
+OTHER_WRITES = {
+    "trunc_normal_": nn.init.trunc_normal_,
+    "set_": lambda b: b.set_(torch.zeros(4)),
+    "a list of tensors": lambda b: torch._foreach_mul_([b], 5.0),
+}
+
+
+@pytest.mark.parametrize("write", OTHER_WRITES)
+@over_dtypes
+def test_every_kind_of_write_is_a_new_version_of_what_a_graph_has_saved(write, dtype):
+    def run():
+        b, w = torch.ones(4), nn.Parameter(torch.ones(4))
+        y = (b * w).sum()
+        OTHER_WRITES[write](b)
+        return y
+
+    for where in (plain, inside):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            where(run, dtype).backward()
+
+
+def _requiring_itself():
+    x = torch.zeros(4)
+    view = x[:2].requires_grad_()
+    return (view * 2).sum(), x, view
+
+
+def _requiring_by_its_base():
+    x = torch.full((4,), 3.0)
+    view = x[:2]
+    x.requires_grad_()
+    return (view * view).sum(), x, view
+
+
+def _taken_without_a_graph():
+    x = nn.Parameter(torch.ones(4))
+    with torch.no_grad():
+        view = x[1:]
+    return (x * 2).sum(), x, view
+
+
+@pytest.mark.parametrize("made", [_requiring_itself, _requiring_by_its_base, _taken_without_a_graph])
+@over_dtypes
+def test_after_the_block_a_view_has_the_gradient_that_torch_gives_it(made, dtype):
+    def gradients(made):
+        y, *tensors = made
+        if y.requires_grad:
+            y.backward()
+        return [each.grad for each in tensors if each.grad is not None]
+
+    right = gradients(plain(made, dtype))
+    assert_as_torch(gradients(inside(made, dtype)), right, dtype)
+
+
+@over_dtypes
+def test_a_long_chain_of_views_costs_no_more_with_each_step(dtype):
+    def run():
+        x = torch.ones(8)
+        view = x
+        for _ in range(1500):  # of which torch would keep a function each
+            view = view.view(2, 4).view(8)
+        view.add_(1)
+        return [x, torch.tensor(view._base is x)]
+
+    assert_as_torch(inside(run, dtype), plain(run, dtype), dtype)
+
+
+@over_dtypes
+def test_a_view_without_a_graph_that_is_initialized_after_its_base_has_other_data_ends_the_block(dtype):
+    def run():
+        p = nn.Parameter(torch.ones(4, 2))
+        with torch.no_grad():
+            view = p[-1]
+            other = view.view(-1)
+        p.data = p.data * 2
+        nn.init.constant_(view, 3.0)
+        return p, other
+
+    assert [each.tolist() for each in inside(run, dtype)] == [each.tolist() for each in plain(run, dtype)]
+
+
+@over_dtypes
+def test_hooks_of_accumulated_gradients_are_called_after_the_block(dtype):
+    def made():
+        p, seen = nn.Parameter(torch.ones(3)), []
+        p.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.tolist()))
+        return (p * 2).sum(), seen
+
+    y, seen = inside(made, dtype)
+    y.backward()
+    assert seen == [[2.0, 2.0, 2.0]]

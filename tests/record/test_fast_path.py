@@ -248,3 +248,25 @@ def test_an_object_keeps_its_identity_and_weak_references_when_it_becomes_real(f
     del weight, linear
     gc.collect()
     assert ref() is None
+
+
+def test_what_functions_of_torch_nn_init_call_may_be_replaced_between_two_layers_that_are_alike(monkeypatch):
+    with fastinit.on("cpu", "fp32", seed=SEED):
+        one, other = torch.empty(4, 4), torch.empty(4, 4)
+        init.kaiming_uniform_(one)
+        monkeypatch.setattr(init, "calculate_gain", lambda *args, **kwargs: 1e-3)
+        init.kaiming_uniform_(other)
+    assert one.abs().max() > 0.1
+    assert other.abs().max() < 0.01
+
+
+def test_functionalization_that_is_ended_before_it_has_begun_is_torchs_afterwards():
+    with fastinit.on("cpu", "fp32"):
+        torch._disable_functionalization()
+        torch._enable_functionalization(reapply_views=True)
+        try:
+            functional = torch._is_functional_tensor(torch.zeros(2))
+        finally:
+            torch._disable_functionalization()
+        ordinary = torch._is_functional_tensor(torch.zeros(2))
+    assert (functional, ordinary) == (True, False)
