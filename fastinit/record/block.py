@@ -269,7 +269,7 @@ class Block(native.Block):
             if self.rename is not None:
                 for record in records:
                     self.keep_order(record.recipe or (), record, used=False)
-            unwritten = [record for record in records if record.recipe == () and not record.deferred]
+            unwritten = [(r.what(), r.shape) for r in records if r.recipe == () and not r.deferred]
             resident = [record for record in records if record.memory is not None]
             # Versions are those of the tensors, whose memory is another object.
             histories = [(each.placeholders(), self.history_of(each)) for each in records] if self.is_reported() else []
@@ -287,9 +287,9 @@ class Block(native.Block):
                 parameters = [each for each in tensors if isinstance(each, torch.nn.Parameter)]
                 self.keep_history((parameters or tensors)[0], *history)
             self._masters.clear()
-            for record in unwritten:
-                if (what := record.what()) is not None:
-                    warn_never_initialized(what, record.shape)
+            for what, shape in unwritten:
+                if what is not None:
+                    warn_never_initialized(what, shape)
 
     def _give_memory(
         self, segment: list[Record], given: list[tuple[Record, torch.Tensor]], plain: list[Record | torch.Tensor]
