@@ -688,3 +688,23 @@ def test_what_nobody_writes_of_a_quantized_dtype_is_zero(dtype):
     with fastinit.on("cpu"):
         made = torch.empty(500, dtype=dtype)
     assert made.dtype == dtype and not made.int_repr().any()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("like", [torch.empty_like, torch.ones_like, lambda q: torch.full_like(q, 2.0)])
+def test_tensors_like_quantized_ones_are_torchs(like):
+    quantized = torch.quantize_per_tensor(torch.ones(3), 0.5, 0, torch.quint8)
+    made = inside(lambda: like(quantized))
+    assert (made.dtype, made.q_scale(), made.shape) == (torch.quint8, 0.5, (3,))
+    if like is not torch.empty_like:
+        assert torch.equal(made.dequantize(), like(quantized).dequantize())
+
+
+def test_a_tensor_whose_memory_has_the_negative_values_is_initialized_as_it_reads():
+    tensor = torch.arange(6.0).to(torch.complex64).conj().imag
+    with fastinit.on("cpu", "fp32", seed=0):
+        torch.nn.init.constant_(tensor, 3.0)
+        constant = tensor.tolist()
+        torch.nn.init.uniform_(tensor, 1.0, 2.0)
+    assert tensor.is_neg() and constant == [3.0] * 6
+    assert tensor.min() >= 1.0
