@@ -124,9 +124,8 @@ class Placeholder(torch.Tensor):
     def set_(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         source = args[0] if args else kwargs.get("source")
         with modes_off(), lock:
-            refused = torch.is_grad_enabled() and self.requires_grad
-            whole = isinstance(source, torch.Tensor) and source.dtype == self.dtype and len(args) + len(kwargs) == 1
-            if isinstance(source, torch.Tensor) and whole and not refused:
+            plain = len(args) + len(kwargs) == 1 and not (torch.is_grad_enabled() and self.requires_grad)
+            if plain and isinstance(source, torch.Tensor) and source.dtype == self.dtype:
                 if source is not self:
                     set_data(self, source)
                 torch.autograd.graph.increment_version(self)
@@ -410,7 +409,7 @@ def _leave_behind(
     record: Any,
     region: Region | None,
     leaf: torch.Tensor | None,
-    kind: type[torch.Tensor] = Placeholder,
+    kind: type[torch.Tensor],
 ) -> None:
     """What a C++ object still holds of a tensor that has become real: it stays of its kind, over the same memory."""
     old.__class__ = kind

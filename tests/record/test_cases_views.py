@@ -388,7 +388,7 @@ def test_after_the_block_a_view_has_the_gradient_that_torch_gives_it(made, dtype
 
 
 @over_dtypes
-def test_a_long_chain_of_views_costs_no_more_with_each_step(dtype):
+def test_a_long_chain_of_views_ends_and_shows_its_base(dtype):
     def run():
         x = torch.ones(8)
         view = x
